@@ -38,7 +38,10 @@ def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_
 
         install(reports.CONTROLLER_HOOKS)
     elif role == "tokenizer":
+        from sglang_dwdp import cleanup
         from sglang_dwdp.srt_patches import weight_updates
+
+        cleanup.watch()
 
         install(weight_updates.TOKENIZER_HOOKS)
 

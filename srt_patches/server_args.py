@@ -24,7 +24,6 @@ from sglang_dwdp.srt_patches.hooks import Hook
 _SOURCE = "sglang_dwdp"
 _ATTRIBUTE = "_dwdp"  # not a field of ServerArgs; SGLang carries such attributes to child processes
 _FROM_COMMAND_LINE = "_dwdp_from_command_line"
-_CPU_TOKENS = 65536
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 
 
@@ -162,25 +161,18 @@ def resolve_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> N
     """The resolution step `handle_cpu_backends`: SGLang's default needs kernels for AMX."""
     view = resolving_view(server_args)
     if config_of(server_args) is not None and view.device == "cpu" and view.attention_backend is None:
-        declare_resolution(server_args, _SOURCE, attention_backend="torch_native")
+        declare_resolution(server_args, _SOURCE, attention_backend=cpu_engine.default_flags()["attention_backend"])
     previous(server_args)
 
 
 def resolve_memory(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """The resolution step `handle_gpu_memory_settings`: on the CPU engine the ranks share one host's memory, of
-    which SGLang lets every rank take the fraction that a device's only user would.
-
-    What the user set stays. A small model's KV cache is also capped: a laptop's memory would hold tens of
-    millions of tokens, and take minutes to be written for the first time.
-    """
+    """The resolution step `handle_gpu_memory_settings`: on the CPU engine SGLang lets every rank take the part of
+    the host's memory that a device's only user would, so the KV cache gets a fixed size, unless the user set one."""
     view = resolving_view(server_args)
-    mine = config_of(server_args) is not None and view.device == "cpu"
-    divide = mine and view.mem_fraction_static is None
+    unset = view.max_total_tokens is None and view.mem_fraction_static is None
     previous(server_args)
-    if divide and view.mem_fraction_static is not None:
-        declare_resolution(server_args, _SOURCE, mem_fraction_static=view.mem_fraction_static / view.tp_size)
-    if divide and view.max_total_tokens is None:
-        declare_resolution(server_args, _SOURCE, max_total_tokens=_CPU_TOKENS)
+    if config_of(server_args) is not None and view.device == "cpu" and unset:
+        declare_resolution(server_args, _SOURCE, max_total_tokens=cpu_engine.default_flags()["max_total_tokens"])
 
 
 def _exit(error: DwdpConfigError) -> None:
