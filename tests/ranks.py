@@ -81,7 +81,7 @@ def run_ranks(
         try:
             runtime.setup(layers, name)
             return step(runtime, layers)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (it is the result)
             return error
         finally:
             runtime.close()

@@ -59,9 +59,11 @@ def _run(args: Namespace, console: Console, out: Path) -> int:
 def _ask(server: Server, name: str, console: Console) -> Answers:
     start = time.monotonic()
     with server, console.status(f"Starting {name}") as status:
-        server.wait(
-            progress=lambda stage: status.update(f"Starting {name}: {stage} ({time.monotonic() - start:.0f} s)")
-        )
+
+        def show(stage: str) -> None:
+            status.update(f"Starting {name}: {stage} ({time.monotonic() - start:.0f} s)")
+
+        server.wait(progress=show)
         console.print(f"{name}: serving after {time.monotonic() - start:.0f} s")
         generated = []
         for rank in range(server.ranks):
@@ -99,5 +101,5 @@ def _table(ours: Answers, reference: Answers) -> Table:
             str(report["collectives"]),
         )
     table.add_row("/v1/chat/completions", "yes" if ours.chat == reference.chat else "no")
-    table.add_row("frontend program", "yes" if ours.frontend == reference.frontend else "no")
+    table.add_row("frontend program, fork", "yes" if ours.frontend == reference.frontend else "no")
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -112,7 +113,8 @@ class Server:
 
     def generate(self, text: str, max_new_tokens: int, rank: int | None = None) -> list[int]:
         """Greedy tokens after `text`, on a rank of choice."""
-        body = {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": max_new_tokens}}
+        sampling = {"temperature": 0, "max_new_tokens": max_new_tokens}
+        body: dict[str, Any] = {"text": text, "sampling_params": sampling}
         if rank is not None and self.ranks > 1:
             body["routed_dp_rank"] = rank
         tokens: list[int] = self.post("/generate", body)["output_ids"]
@@ -134,10 +136,8 @@ class Server:
 
     def kill(self) -> None:
         """End whatever is left of the server's process group. Idempotent."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def __enter__(self) -> Server:

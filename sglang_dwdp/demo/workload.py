@@ -42,7 +42,7 @@ def frontend(server: Server) -> tuple[str, str, str]:
     """A frontend program that forks: both branches' texts, and what is generated after they joined."""
     import sglang as sgl
 
-    @sgl.function  # type: ignore[untyped-decorator]
+    @sgl.function
     def compare(s, first, second):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         s += "Two statements of the language. "
         forks = s.fork(2)

@@ -124,7 +124,8 @@ class HostCopyEngine:
         event.happened.set()
 
     def fill(self, copies: CopyList, after: Event, done: Event) -> None:
-        assert isinstance(after, HostEvent) and isinstance(done, HostEvent)
+        assert isinstance(after, HostEvent)
+        assert isinstance(done, HostEvent)
         done.happened.clear()
         self._jobs.put((copies, after, done))
 

@@ -23,7 +23,7 @@ def run_ranks(size: int, step: Callable[[Exchange], Any], timeout_s: float = 10.
         try:
             exchange.connect()
             return step(exchange)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (it is the result)
             return error
         finally:
             exchange.close()
