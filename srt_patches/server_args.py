@@ -10,7 +10,6 @@ from typing import Any
 from sglang.srt.arg_groups.model_override_base import model_config_of
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
-from sglang.srt.environ import envs
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp import config as options
@@ -53,7 +52,7 @@ def attach(server_args: Any, config: DwdpConfig | None) -> None:
     if config is None:
         return
     setattr(server_args, _ATTRIBUTE, config)
-    if server_args.device == "cpu":
+    if cpu_engine.needed(server_args.device):
         # Before SGLang imports anything that asks what the CPU engine may use.
         cpu_engine.arrange(server_args.tp_size)
 
@@ -116,7 +115,6 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         disable_shared_experts_fusion=True,
         disable_cuda_graph=True,
     )
-    envs.SGLANG_SCHEDULER_SKIP_ALL_GATHER.set(True)
 
 
 def _refuse_model(server_args: Any, view: Any) -> None:

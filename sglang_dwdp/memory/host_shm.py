@@ -99,15 +99,30 @@ class HostRange:
 
 
 class HostEvent:
-    """A CUDA event's meaning on the host: recording it anew takes back that it has happened."""
+    """A CUDA event's meaning on the host: of several recordings, waits are for the last one."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pending = 0
         self.happened = threading.Event()
         self.happened.set()
 
+    def announce(self) -> None:
+        """It will happen once more."""
+        with self._lock:
+            self._pending += 1
+            self.happened.clear()
+
+    def happen(self) -> None:
+        """One announced time is over; it has happened when none is left."""
+        with self._lock:
+            self._pending -= 1
+            if self._pending == 0:
+                self.happened.set()
+
 
 class HostCopyEngine:
-    """One worker thread. The compute stream is the calling thread, so what it recorded has happened."""
+    """One worker thread. The compute stream is the calling thread, so what it records has happened."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -126,7 +141,7 @@ class HostCopyEngine:
     def fill(self, copies: CopyList, after: Event, done: Event) -> None:
         assert isinstance(after, HostEvent)
         assert isinstance(done, HostEvent)
-        done.happened.clear()
+        done.announce()
         self._jobs.put((copies, after, done))
 
     def wait(self, done: Event) -> None:
@@ -152,7 +167,7 @@ class HostCopyEngine:
                     destination.copy_(source)
             except Exception as error:  # noqa: BLE001  (whatever it is, the waiting thread must hear of it)
                 self._error = error
-            done.happened.set()
+            done.happen()
 
 
 def _available_bytes() -> int:
