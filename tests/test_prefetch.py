@@ -41,6 +41,9 @@ class ModelEngine:
     def record(self, event: ModelEvent) -> None:
         event.happened = True
 
+    def prepare(self, copies: CopyList) -> CopyList:
+        return copies
+
     def fill(self, copies: CopyList, after: ModelEvent, done: ModelEvent) -> None:
         self.fills += 1
         done.happened = False

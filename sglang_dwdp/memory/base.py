@@ -8,7 +8,7 @@ the memory lives as long as any process maps it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -59,8 +59,11 @@ class CopyEngine(Protocol):
     def record(self, event: Event) -> None:
         """Let `event` happen when the compute stream reaches this point."""
 
-    def fill(self, copies: CopyList, after: Event, done: Event) -> None:
-        """Enqueue on the copy stream: wait for `after`, run `copies`, let `done` happen. Does not block."""
+    def prepare(self, copies: CopyList) -> Any:
+        """`copies` in the form that `fill` takes; made once, at set-up."""
+
+    def fill(self, prepared: Any, after: Event, done: Event) -> None:
+        """Enqueue on the copy stream: wait for `after`, run the copies, let `done` happen. Does not block."""
 
     def wait(self, done: Event) -> None:
         """Hold the compute stream until `done` has happened.

@@ -138,11 +138,14 @@ class HostCopyEngine:
         assert isinstance(event, HostEvent)
         event.happened.set()
 
-    def fill(self, copies: CopyList, after: Event, done: Event) -> None:
+    def prepare(self, copies: CopyList) -> CopyList:
+        return copies
+
+    def fill(self, prepared: CopyList, after: Event, done: Event) -> None:
         assert isinstance(after, HostEvent)
         assert isinstance(done, HostEvent)
         done.announce()
-        self._jobs.put((copies, after, done))
+        self._jobs.put((prepared, after, done))
 
     def wait(self, done: Event) -> None:
         assert isinstance(done, HostEvent)

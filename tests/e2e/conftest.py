@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
 import signal
 import time
@@ -35,36 +35,45 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Footprint:
-    """What servers could leave behind: shared memory, socket files, abstract sockets, processes."""
+    """What a server could leave behind: processes, shared memory, socket files, abstract sockets.
+
+    directory: the server's TMPDIR, which also marks its processes.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.before = self._now()
+        self.before = set(Path("/dev/shm").iterdir())
 
-    def _now(self) -> set[str]:
-        shm = {f"shared memory {path}" for path in Path("/dev/shm").iterdir()}
-        sockets = {f"socket file {path}" for path in self.directory.rglob("*") if path.is_socket()}
-        names = re.findall(r"@sglang-dwdp\S*", Path("/proc/net/unix").read_text())
-        return shm | sockets | {f"abstract socket {name}" for name in names} | _processes()
-
-    def new(self, within_s: float = 40.0) -> set[str]:
-        """What was not there before, and does not go within some seconds."""
+    def left(self, within_s: float = 40.0) -> set[str]:
+        """What is there and does not go within some seconds."""
         deadline = time.monotonic() + within_s
-        while (found := self._now() - self.before) and time.monotonic() < deadline:
+        while (found := self._now()) and time.monotonic() < deadline:
             time.sleep(0.5)
         return found
 
+    def _now(self) -> set[str]:
+        new = set(Path("/dev/shm").iterdir()) - self.before
+        files = {path for path in new if not _is_mapped(path)}  # other programs of the machine map theirs
+        sockets = {path for path in self.directory.rglob("*") if path.is_socket()}
+        names = re.findall(r"@sglang-dwdp\S*", Path("/proc/net/unix").read_text())
+        return {str(path) for path in files | sockets} | set(names) | self._processes()
 
-def _processes() -> set[str]:
-    found = set()
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if "sglang" in command and int(entry.name) != os.getpid() and "pytest" not in command:
-            found.add(f"process {entry.name} {command[:80]}")
-    return found
+    def _processes(self) -> set[str]:
+        mark = f"TMPDIR={self.directory}".encode()
+        found = set()
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found.add(f"process {entry.name} " + (entry / "cmdline").read_text().replace("\0", " ")[:80])
+        return found
+
+
+def _is_mapped(path: Path) -> bool:
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            if str(path) in maps.read_text():
+                return True
+    return False
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +102,7 @@ def running(tmp_path_factory: pytest.TempPathFactory, stopped: list[int]) -> Run
                 assert [report["collectives"] for report in server.reports()] == [0] * ranks
             code = server.stop(next(STOPS))
             if dwdp is not None:
-                assert footprint.new() == set()
+                assert footprint.left() == set()
                 stopped.append(code)
         finally:
             server.kill()

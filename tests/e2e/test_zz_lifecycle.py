@@ -77,7 +77,7 @@ def test_sglang_serve_with_a_config_file(
         assert [report["view"] for report in server.reports()] == ["staged", "staged"]
         assert [report["staged_forwards"] > 0 for report in server.reports()] == [False, True]
         stopped.append(server.stop(signal.SIGINT))
-        assert footprint.new() == set()
+        assert footprint.left() == set()
     finally:
         server.kill()
 
