@@ -23,6 +23,7 @@ from sglang_dwdp.srt_patches.hooks import Hook
 _SOURCE = "sglang_dwdp"
 _ATTRIBUTE = "_dwdp"  # not a field of ServerArgs; SGLang carries such attributes to child processes
 _FROM_COMMAND_LINE = "_dwdp_from_command_line"
+_TRANSPORTS = {"cpu": "host-shm", "cuda": "cuda-vmm"}  # by device
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 
 
@@ -113,8 +114,12 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         enable_dp_attention_local_control_broadcast=True,
         # A fused shared expert is one more row of the expert tensors, replicated on every rank.
         disable_shared_experts_fusion=True,
-        disable_cuda_graph=True,
     )
+    if view.device == "cpu":
+        declare_resolution(server_args, _SOURCE, disable_cuda_graph=True)
+    else:
+        # Decode graphs read direct views. A prefill's views change with its size, so it runs without graphs.
+        declare_resolution(server_args, _SOURCE, cuda_graph_backend_prefill="disabled")
 
 
 def _refuse_model(server_args: Any, view: Any) -> None:
@@ -130,10 +135,16 @@ def _refuse_model(server_args: Any, view: Any) -> None:
 
 
 def _refuse_device(config: DwdpConfig, view: Any) -> None:
-    if view.device != "cpu":
+    transport = _TRANSPORTS.get(view.device)
+    if transport is None:
         raise DwdpConfigError(
-            f"--enable-dwdp cannot be used here: --device {view.device}; this release of sglang-dwdp shares host "
-            "memory only. Use --device cpu with SGLANG_USE_CPU_ENGINE=1."
+            f"--enable-dwdp cannot be used here: --device {view.device} has no memory that ranks can share. "
+            f"Use one of {', '.join(_TRANSPORTS)}."
+        )
+    if config.transport not in ("auto", transport):
+        raise DwdpConfigError(
+            f"--enable-dwdp cannot be used here: --dwdp-transport {config.transport} on --device {view.device}. "
+            f"Use {transport}, or leave the option out."
         )
 
 

@@ -173,7 +173,7 @@ class FailingMemory:
         self.left = fail_at
         self.page_bytes, self.transport = memory.page_bytes, memory.transport
         self.create, self.export = self._failing(memory.create), self._failing(memory.export)
-        self.copy_engine = memory.copy_engine
+        self.copy_engine, self.trim = memory.copy_engine, memory.trim
 
     def _step(self) -> None:
         self.left -= 1

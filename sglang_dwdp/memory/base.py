@@ -107,5 +107,8 @@ class Memory(Protocol):
     def reserve(self, nbytes: int) -> Range:
         """Address space for `nbytes` bytes, with nothing mapped."""
 
+    def trim(self) -> None:
+        """Give memory that this process has freed, but its allocator kept, back to the device."""
+
     def copy_engine(self, timeout_s: float) -> CopyEngine:
         """A copy stream whose waits end after `timeout_s` seconds."""

@@ -237,5 +237,8 @@ class CudaMemory:
     def reserve(self, nbytes: int) -> Range:
         return CudaRange(nbytes, self._device)
 
+    def trim(self) -> None:
+        torch.cuda.empty_cache()
+
     def copy_engine(self, timeout_s: float) -> CudaCopyEngine:
         return CudaCopyEngine(self._device)

@@ -212,5 +212,8 @@ class HostMemory:
     def reserve(self, nbytes: int) -> Range:
         return HostRange(nbytes)
 
+    def trim(self) -> None:
+        """The host's allocator returns large blocks by itself."""
+
     def copy_engine(self, timeout_s: float) -> HostCopyEngine:
         return HostCopyEngine(timeout_s)
