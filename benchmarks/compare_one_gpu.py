@@ -98,7 +98,7 @@ def measure(name: str, model: str) -> dict[str, Any]:
 
     def run(prompts: list[list[int]], new: int) -> tuple[float, list[list[int]]]:
         sampling = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
-        where = {"routed_dp_rank": [0] * len(prompts)} if ranks > 1 else {}
+        where = {"routed_dp_rank": 0} if ranks > 1 else {}
         begin = time.perf_counter()
         answers = engine.generate(input_ids=prompts, sampling_params=sampling, **where)
         return time.perf_counter() - begin, [answer["output_ids"] for answer in answers]

@@ -45,19 +45,26 @@ def watch() -> None:
 
 def mapped(pids: Iterable[int], directory: Path = SHM) -> set[Path]:
     """The files of `PATTERNS` in `directory` that any of these processes maps."""
-    names = {path for pattern in PATTERNS for path in directory.glob(pattern)}
+    files = {}
+    for path in (path for pattern in PATTERNS for path in directory.glob(pattern)):
+        with contextlib.suppress(OSError):
+            files[path] = path.stat()
+    # By inode: a semaphore is mapped under a temporary name, and linked to its own one afterwards.
+    inodes = {(status.st_dev, status.st_ino): path for path, status in files.items()}
     found: set[Path] = set()
-    for pid in pids if names else ():
+    for pid in pids if inodes else ():
         with contextlib.suppress(OSError):  # it ended, or is another user's
-            text = Path(f"/proc/{pid}/maps").read_text()
-            found |= {path for path in names if str(path) in text}
-    return found
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                _, _, _, device, inode, *_ = line.split()
+                major, minor = (int(part, 16) for part in device.split(":"))
+                found.add(inodes.get((os.makedev(major, minor), int(inode)), directory))
+    return found - {directory}
 
 
 def descendants(root: int) -> set[int]:
     """`root` and all processes that it started, directly or not."""
     children: dict[int, list[int]] = {}
-    for pid in _all_pids():
+    for pid in all_pids():
         with contextlib.suppress(OSError, ValueError):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             children.setdefault(int(fields[1]), []).append(pid)
@@ -69,7 +76,8 @@ def descendants(root: int) -> set[int]:
     return found
 
 
-def _all_pids() -> list[int]:
+def all_pids() -> list[int]:
+    """Every process of the machine."""
     return [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
 
 
@@ -77,7 +85,7 @@ def clean(files: set[Path]) -> None:
     """Remove `files` as processes stop mapping them, for a while."""
     deadline = time.monotonic() + _DEADLINE_S
     while files and time.monotonic() < deadline:
-        for path in files - mapped(_all_pids(), SHM):
+        for path in files - mapped(all_pids(), SHM):
             path.unlink(missing_ok=True)
             files.discard(path)
         time.sleep(_POLL_S / 2)

@@ -1,4 +1,4 @@
-"""CUDA graphs: a DWDP rank's forward is its own, so its graph is chosen by its own batch."""
+"""CUDA graphs of decode: a DWDP rank's forward is its own, so its graph is chosen by its own batch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang_dwdp.srt_patches.hooks import Hook
 
 
-def gathers_nothing(**_kwargs: Any) -> bool:
-    """In place of `require_mlp_tp_gather`: MoE layers take this rank's tokens only.
+def is_local(_model_runner: Any) -> bool:
+    """In place of `DecodeCudaGraphRunner._forward_is_dp_local`.
 
-    SGLang would size decode graphs by the largest batch of all ranks, a number that DWDP's schedulers do not
-    gather.
+    SGLang would choose a graph by the largest batch of all ranks, a number that DWDP's schedulers do not gather.
     """
-    return False
+    return True
 
 
-HOOKS = (Hook("sglang.srt.utils.common.require_mlp_tp_gather", HookType.REPLACE, gathers_nothing),)
+HOOKS = (
+    Hook(
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner._forward_is_dp_local",
+        HookType.REPLACE,
+        is_local,
+    ),
+)

@@ -3,4 +3,4 @@
 from sglang_dwdp import cpu_engine
 
 if not cpu_engine.has_cuda_driver():
-    cpu_engine.arrange(2)
+    cpu_engine.arrange(1)  # and no more: servers that tests start arrange the rest by their number of ranks

@@ -1,4 +1,5 @@
 import mmap
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -23,6 +24,14 @@ def test_only_files_with_known_names_that_a_process_maps(tmp_path: Path) -> None
     assert cleanup.mapped([os.getpid()], tmp_path) == set()
     for fd in fds:
         os.close(fd)
+
+
+def test_a_semaphore_of_multiprocessing_is_seen() -> None:
+    before = cleanup.mapped([os.getpid()])
+    lock = multiprocessing.get_context("spawn").Lock()
+    (found,) = cleanup.mapped([os.getpid()]) - before
+    assert found.name.startswith("sem.mp-")
+    del lock
 
 
 def test_descendants() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_dwdp import cleanup
 from sglang_dwdp.demo.checkpoint import make_checkpoint
 from sglang_dwdp.demo.families import Family
 from sglang_dwdp.demo.server import Server
@@ -53,7 +54,7 @@ class Footprint:
 
     def _now(self) -> set[str]:
         new = set(Path("/dev/shm").iterdir()) - self.before
-        files = {path for path in new if not _is_mapped(path)}  # other programs of the machine map theirs
+        files = new - cleanup.mapped(cleanup.all_pids())  # other programs of the machine map theirs
         sockets = {path for path in self.directory.rglob("*") if path.is_socket()}
         names = re.findall(r"@sglang-dwdp\S*", Path("/proc/net/unix").read_text())
         return {str(path) for path in files | sockets} | set(names) | self._processes()
@@ -66,14 +67,6 @@ class Footprint:
                 if mark in (entry / "environ").read_bytes().split(b"\0"):
                     found.add(f"process {entry.name} " + (entry / "cmdline").read_text().replace("\0", " ")[:80])
         return found
-
-
-def _is_mapped(path: Path) -> bool:
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            if str(path) in maps.read_text():
-                return True
-    return False
 
 
 @pytest.fixture(scope="session")
