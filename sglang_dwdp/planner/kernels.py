@@ -1,0 +1,117 @@
+"""Time of the kernels of one layer on one GPU: the roofline with efficiencies.
+
+Every function returns seconds. FLOP counts are 2 per multiply-add; bytes are those that have to
+cross HBM once.
+"""
+
+from __future__ import annotations
+
+from .formats import FORMATS, Precision, WeightFormat
+from .gpus import Gpu
+from .models import ModelShape
+from .workload import Batch
+
+# Dependent kernels of a decoder layer outside the big products: norms, rotary embedding, cache
+# write, router, top-k, permutation, activation, finalisation, quantisation.
+KERNELS_PER_LAYER = 20
+
+
+def distinct_experts(experts: int, rows: float) -> float:
+    """Expected number of distinct experts among ``rows`` uniform draws: E (1 - (1 - 1/E)^rows)."""
+    if experts <= 0 or rows <= 0:
+        return 0.0
+    return float(experts) * (1.0 - (1.0 - 1.0 / experts) ** rows)
+
+
+def _depth_factor(gpu: Gpu, depth: float) -> float:
+    return depth / (depth + gpu.efficiency.half_depth)
+
+
+def dense_gemm(gpu: Gpu, fmt: WeightFormat, rows: float, params: float, depth: float) -> float:
+    """``rows`` activations times ``params`` weights with inner dimension ``depth``.
+
+    max(2 rows params / (peak eff depth/(depth + half_depth)), weight bytes / (HBM eff)).
+    """
+    if rows <= 0 or params <= 0:
+        return 0.0
+    rate = gpu.peak(fmt) * gpu.efficiency.dense_gemm * _depth_factor(gpu, depth)
+    read = params * fmt.bytes_per_param / (gpu.hbm_bandwidth * gpu.efficiency.weight_read)
+    return max(2.0 * rows * params / rate, read)
+
+
+def grouped_gemm(model: ModelShape, gpu: Gpu, fmt: WeightFormat, rows: float, experts: int) -> float:
+    """The routed experts' products of one layer for ``rows`` routed copies over ``experts`` experts.
+
+    Rows are padded to the tile, which costs half a tile per expert that has any:
+    F = 2 P (rows + tile/2 active), P the parameters of an expert; bytes are the active experts'
+    weights. The up projection (2/3 of P) has inner dimension ``hidden``, the down projection
+    ``moe_intermediate``.
+    """
+    active = distinct_experts(experts, rows)
+    if active == 0:
+        return 0.0
+    padded = rows + gpu.efficiency.tile_rows / 2 * active
+    flops = 2.0 * model.expert_params * padded
+    rate = gpu.peak(fmt) * gpu.efficiency.grouped_gemm
+    up = flops * 2 / 3 / (rate * _depth_factor(gpu, model.hidden))
+    down = flops / 3 / (rate * _depth_factor(gpu, model.moe_intermediate))
+    weights = active * model.expert_params * fmt.bytes_per_param
+    return max(up + down, weights / (gpu.hbm_bandwidth * gpu.efficiency.weight_read))
+
+
+def attention(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch) -> float:
+    """Causal attention of all layers: 2 (d_qk + d_v) heads FLOP per pair; windowed layers see fewer.
+
+    Short sequences run slower: rate x L / (L + attention_half), L the mean context of a query.
+    """
+    if batch.tokens <= 0:
+        return 0.0
+    peak = gpu.peak(FORMATS[precision.attention]) * gpu.efficiency.attention
+
+    def one_layer(pairs: float) -> float:
+        length = 2.0 * pairs / batch.tokens
+        return model.attention_flops(pairs) / peak * (1 + gpu.efficiency.attention_half / max(length, 1.0))
+
+    full = model.layers - model.window_layers
+    windowed = model.window_layers * one_layer(batch.window_pairs) if model.window_layers else 0.0
+    return full * one_layer(batch.pairs) + windowed
+
+
+def projections(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:
+    """Attention projections of one layer."""
+    return dense_gemm(gpu, precision.projections, tokens, model.projection_params, model.hidden)
+
+
+def dense_mlp(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:
+    """MLP of one dense layer."""
+    return dense_gemm(gpu, precision.experts, tokens, model.dense_mlp_params, model.hidden)
+
+
+def shared_and_router(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:
+    """Shared experts and router of one MoE layer."""
+    shared = dense_gemm(gpu, precision.experts, tokens, model.shared_params, model.hidden)
+    return shared + dense_gemm(gpu, FORMATS["bf16"], tokens, model.router_params, model.hidden)
+
+
+def elementwise_elements(model: ModelShape, moe: bool) -> float:
+    """Elements per token that the small kernels of one layer read and write.
+
+    Two fused norms (8 hidden), query, key and value in and out of the rotary embedding and cache
+    write (2 each), the routed copies' permutation and weighted sum (2 hidden per copy + hidden),
+    the activation (3 intermediate per copy).
+    """
+    if model.mla is None:
+        qkv = model.heads * model.qk_dim + model.kv_heads * (model.qk_dim + model.v_dim)
+    else:  # the latent key and value are expanded per head for prefill
+        qkv = model.heads * (2 * model.qk_dim + model.v_dim)
+    elements = 8.0 * model.hidden + 2.0 * qkv
+    if not moe:
+        return elements + 3.0 * model.dense_intermediate
+    routed = model.top_k * (2 * model.hidden + 3 * model.moe_intermediate) + model.hidden
+    return elements + routed + 3.0 * model.shared_intermediate
+
+
+def elementwise(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float, moe: bool) -> float:
+    """The small kernels of one layer: bytes / (HBM eff) plus the gaps between kernels."""
+    moved = tokens * elementwise_elements(model, moe) * precision.activation_bytes
+    return moved / (gpu.hbm_bandwidth * gpu.efficiency.elementwise) + KERNELS_PER_LAYER * gpu.kernel_gap
