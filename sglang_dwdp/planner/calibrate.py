@@ -21,7 +21,7 @@ from .cost import (
     length_wait,
 )
 from .formats import FORMATS, Precision
-from .gpus import Efficiency, Gpu, get_gpu, roofline_gpu
+from .gpus import Efficiency, get_gpu, roofline_gpu
 from .models import load_model
 from .workload import Batch, Lengths, mean_batch, typical_rounds
 
@@ -62,7 +62,7 @@ class Calibration:
     efficiency: Efficiency
     copy_bandwidth: float
     copy_interference: float
-    expert_skew: float
+    rank_skew: float
 
 
 def table_1_rounds() -> tuple[tuple[Batch, ...], ...]:
@@ -93,7 +93,6 @@ def calibrate() -> Calibration:
     fitted = replace(gpu, efficiency=efficiency)
     base = forward_parts(model, fitted, PAPER_PRECISION, batch, experts=model.experts // 4)
     by_experts = measured.synchronisation - length_wait(base, batch, rounds)
-    deviation = (4 / model.experts) ** 0.5 * expected_maximum(4)
     # copies: undo the contention that the naive version's random serial pulls met
     period, copy = TABLE_1_DWDP.total, TABLE_1_DWDP.copy
     alone = copy / (1 + (2 / 3) * copy / period)
@@ -104,7 +103,7 @@ def calibrate() -> Calibration:
         efficiency=efficiency,
         copy_bandwidth=total_bytes / alone,
         copy_interference=slower / alone,
-        expert_skew=by_experts / (base.grouped_gemm * deviation),
+        rank_skew=by_experts / (base.grouped_gemm * expected_maximum(4)),
     )
 
 

@@ -25,6 +25,8 @@ class Efficiency:
         tile_rows: rows that a grouped product is padded to; half of it is lost per expert.
         half_depth: inner dimension at which a product reaches half of its rate (pipeline fill).
         attention_half: sequence length at which attention reaches half of its rate.
+        softmax_pair: seconds per (query, key) pair and head that attention spends outside its two
+            products (exponentials); it weighs more the smaller the head.
     """
 
     grouped_gemm: float
@@ -36,6 +38,7 @@ class Efficiency:
     tile_rows: int = 128
     half_depth: float = 0.0
     attention_half: float = 0.0
+    softmax_pair: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class Gpu:
         switched: peers share each GPU's port through a switch (a busy source slows its
             readers); otherwise every pair has its own wire.
         copy_interference: seconds of compute lost per second of copying under it.
-        expert_skew: coefficient of variation of one expert's load that explains DEP's wait for
-            the slowest rank beyond sequence lengths.
+        rank_skew: coefficient of variation of the ranks' routed load under DEP; it explains the
+            wait for the slowest rank that sequence lengths do not.
         kernel_gap: seconds between dependent kernels.
         sources: where each figure comes from.
     """
@@ -69,7 +72,7 @@ class Gpu:
     max_group: int
     switched: bool = True
     copy_interference: float = 0.0
-    expert_skew: float = 0.0
+    rank_skew: float = 0.0
     kernel_gap: float = 2e-6
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -97,7 +100,7 @@ class Gpu:
 # Interference on Hopper and MI355X was not published. What is known is Table 1 of the paper on
 # GB200: about 80 ms of compute lost to copies that would take 345 ms alone (see calibrate.py).
 _INTERFERENCE = 0.2404
-_SKEW = 2.8952
+_SKEW = 0.3619
 _TABLE_1 = "paper Table 1 (arXiv 2604.01621), by calibrate.py"
 _HOPPER_EFFICIENCY = Efficiency(
     grouped_gemm=0.55, dense_gemm=0.70, attention=0.60, elementwise=0.70, half_depth=200.0
@@ -128,7 +131,7 @@ GPUS: dict[str, Gpu] = {
             efficiency=_HOPPER_EFFICIENCY,
             max_group=8,
             copy_interference=_INTERFERENCE,
-            expert_skew=_SKEW,
+            rank_skew=_SKEW,
             sources=_HOPPER_SOURCES,
         ),
         Gpu(
@@ -142,7 +145,7 @@ GPUS: dict[str, Gpu] = {
             efficiency=_HOPPER_EFFICIENCY,
             max_group=8,
             copy_interference=_INTERFERENCE,
-            expert_skew=_SKEW,
+            rank_skew=_SKEW,
             sources=_HOPPER_SOURCES,
         ),
         Gpu(
@@ -156,7 +159,7 @@ GPUS: dict[str, Gpu] = {
             efficiency=_BLACKWELL_EFFICIENCY,
             max_group=8,
             copy_interference=_INTERFERENCE,
-            expert_skew=_SKEW,
+            rank_skew=_SKEW,
             sources={
                 "peak_flops": "NVIDIA HGX B200 data sheet, half of the figures with sparsity",
                 "copy_bandwidth": f"as GB200: {_TABLE_1}",
@@ -174,7 +177,7 @@ GPUS: dict[str, Gpu] = {
             efficiency=_BLACKWELL_EFFICIENCY,
             max_group=72,
             copy_interference=_INTERFERENCE,
-            expert_skew=_SKEW,
+            rank_skew=_SKEW,
             sources={
                 "peak_flops": "NVIDIA GB200 NVL72 data sheet per GPU, half of the figures with sparsity",
                 "link_bandwidth": "NVLink 5: 1,800 GB/s both ways (data sheet)",
@@ -194,7 +197,7 @@ GPUS: dict[str, Gpu] = {
             max_group=8,
             switched=False,
             copy_interference=_INTERFERENCE,
-            expert_skew=_SKEW,
+            rank_skew=_SKEW,
             sources={
                 "peak_flops": "AMD Instinct MI355X data sheet",
                 "link_bandwidth": "7 Infinity Fabric links of 76.8 GB/s one way (data sheet)",
@@ -235,6 +238,6 @@ def roofline_gpu(gpu: Gpu) -> Gpu:
         pair_bandwidth=gpu.link_bandwidth,
         efficiency=ideal,
         copy_interference=0.0,
-        expert_skew=0.0,
+        rank_skew=0.0,
         kernel_gap=0.0,
     )

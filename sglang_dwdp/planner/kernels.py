@@ -20,7 +20,7 @@ def distinct_experts(experts: int, rows: float) -> float:
     """Expected number of distinct experts among ``rows`` uniform draws: E (1 - (1 - 1/E)^rows)."""
     if experts <= 0 or rows <= 0:
         return 0.0
-    return float(experts) * (1.0 - (1.0 - 1.0 / experts) ** rows)
+    return experts * float(1.0 - (1.0 - 1.0 / experts) ** rows)
 
 
 def _depth_factor(gpu: Gpu, depth: float) -> float:
@@ -62,7 +62,8 @@ def grouped_gemm(model: ModelShape, gpu: Gpu, fmt: WeightFormat, rows: float, ex
 def attention(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch) -> float:
     """Causal attention of all layers: 2 (d_qk + d_v) heads FLOP per pair; windowed layers see fewer.
 
-    Short sequences run slower: rate x L / (L + attention_half), L the mean context of a query.
+    Each pair and head also costs ``softmax_pair`` seconds. Short sequences run slower: time x
+    (1 + attention_half / L), L twice the mean context of a query.
     """
     if batch.tokens <= 0:
         return 0.0
@@ -70,7 +71,9 @@ def attention(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch) -
 
     def one_layer(pairs: float) -> float:
         length = 2.0 * pairs / batch.tokens
-        return model.attention_flops(pairs) / peak * (1 + gpu.efficiency.attention_half / max(length, 1.0))
+        products = model.attention_flops(pairs) / peak
+        softmax = pairs * model.heads * gpu.efficiency.softmax_pair
+        return (products + softmax) * (1 + gpu.efficiency.attention_half / max(length, 1.0))
 
     full = model.layers - model.window_layers
     windowed = model.window_layers * one_layer(batch.window_pairs) if model.window_layers else 0.0

@@ -121,9 +121,7 @@ class _Simulation:
         self.env = simpy.Environment()
         self.rng = np.random.default_rng(scenario.seed)
         self.ranks = [_Rank(self, i) for i in range(scenario.ranks)]
-        self.requests = [
-            Request(int(n), 0.0) for n in scenario.lengths.sample(scenario.requests, self.rng)
-        ]
+        self.requests = [Request(int(n), 0.0) for n in scenario.lengths.sample(scenario.requests, self.rng)]
         self.next_rank = self.next_request = self.completed = self.forwards = 0
         self.waited = 0.0
         self.timeline: list[Span] = []
@@ -275,7 +273,7 @@ class _Simulation:
         share = max(1, round(s.model.experts / n))
         mean = Batch(tokens, 0.0)
         grouped = forward_parts(s.model, s.gpu, s.precision, mean, experts=share).grouped_gemm
-        skew = expert_wait(s.model, s.gpu, n, grouped)
+        skew = expert_wait(s.gpu, n, grouped)
         # an idle rank still launches its kernels: elementwise() at zero tokens is the gaps
         idle = s.model.layers * elementwise(s.model, s.gpu, s.precision, 0.0, moe=True)
         own = []

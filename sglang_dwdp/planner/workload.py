@@ -54,7 +54,8 @@ class Lengths:
         else:
             drawn = np.full(count, float(self.length))
         top = self.limit or np.inf
-        return np.clip(np.rint(drawn), 1, top).astype(np.int64)
+        whole: NDArray[np.int64] = np.clip(np.rint(drawn), 1, top).astype(np.int64)
+        return whole
 
 
 @dataclass(frozen=True)
