@@ -242,6 +242,15 @@ def exchange_bytes(
     return tokens * copies * model.hidden * (precision.dispatch_bytes + 2.0)
 
 
+def exchange_bandwidth(gpu: Gpu) -> float:
+    """Bytes/s of DEP's exchange: a fraction of the link, but no more than was seen to cross it.
+
+    Copies from several peers bound what any engine was measured to reach; on a switched fabric
+    the bound is idle, on a mesh of point-to-point wires it is the tighter one.
+    """
+    return min(gpu.link_bandwidth * gpu.efficiency.collective, gpu.copy_bandwidth)
+
+
 def expected_maximum(ranks: int) -> float:
     """Expected maximum of ``ranks`` standard normals (Blom's approximation of order statistics)."""
     return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
@@ -289,7 +298,7 @@ def dep(
     if ranks == 1:
         return Estimate("dep", mean.tokens, base, base.total)
     sent = exchange_bytes(model, precision, mean.tokens, ranks, exchange)
-    moved = sent / (gpu.link_bandwidth * gpu.efficiency.collective)
+    moved = sent / exchange_bandwidth(gpu)
     communication = model.moe_layers * (moved + 2 * gpu.kernel_gap)
     wait = length_wait(base, mean, rounds) + expert_wait(gpu, ranks, base.grouped_gemm)
     parts = Parts(

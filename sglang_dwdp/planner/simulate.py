@@ -16,7 +16,7 @@ import numpy as np
 import simpy
 from simpy.events import Event
 
-from .cost import exchange_bytes, expert_wait, forward_parts, layer_fetch_bytes, pull_bandwidth
+from .cost import exchange_bandwidth, exchange_bytes, expert_wait, forward_parts, layer_fetch_bytes, pull_bandwidth
 from .fabric import Port, Slots
 from .kernels import elementwise
 from .scenario import Scenario
@@ -281,7 +281,7 @@ class _Simulation:
             parts = forward_parts(s.model, s.gpu, s.precision, batch) if batch.tokens else None
             own.append(parts.attention + parts.dense_gemm + parts.other if parts else idle)
         sent = exchange_bytes(s.model, s.precision, tokens, n, s.exchange) if n > 1 else 0.0
-        moved = sent / (s.gpu.link_bandwidth * s.gpu.efficiency.collective) + 2 * s.gpu.kernel_gap
+        moved = sent / exchange_bandwidth(s.gpu) + 2 * s.gpu.kernel_gap
         moe = s.model.moe_layers
         if s.jitter:
             factors = self.noise(moe, n)
