@@ -23,8 +23,15 @@ class Efficiency:
         weight_read: fraction of HBM bandwidth reached by a product bound by reading weights.
         collective: fraction of link bandwidth reached by all-to-all, all-gather, reduce-scatter.
         tile_rows: rows that a grouped product is padded to; half of it is lost per expert.
-        half_depth: inner dimension at which a product reaches half of its rate (pipeline fill).
-        attention_half: sequence length at which attention reaches half of its rate.
+        half_depth: inner dimension at which a grouped product reaches half of its rate (pipeline
+            fill).
+        gemm_cap: fraction of the matrix peak that long large products sustain within the power limit.
+        gemm_latency: seconds that every product costs whatever its size.
+        overlap_power: p in (compute^p + memory^p)^(1/p), how well a product's weight reads hide
+            under its arithmetic; infinite for the plain maximum.
+        attention_half: prologue of attention: length at which it costs as much as the products.
+        attention_fill: tail of attention: the same for heads x length (the last blocks of a
+            causal grid leave multiprocessors idle).
         softmax_pair: seconds per (query, key) pair and head that attention spends outside its two
             products (exponentials); it weighs more the smaller the head.
     """
@@ -37,7 +44,11 @@ class Efficiency:
     collective: float = 0.75
     tile_rows: int = 128
     half_depth: float = 0.0
+    gemm_cap: float = 1.0
+    gemm_latency: float = 0.0
+    overlap_power: float = float("inf")
     attention_half: float = 0.0
+    attention_fill: float = 0.0
     softmax_pair: float = 0.0
 
 

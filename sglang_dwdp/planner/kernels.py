@@ -23,47 +23,57 @@ def distinct_experts(experts: int, rows: float) -> float:
     return experts * float(1.0 - (1.0 - 1.0 / experts) ** rows)
 
 
-def _depth_factor(gpu: Gpu, depth: float) -> float:
-    return depth / (depth + gpu.efficiency.half_depth)
+def overlapped(gpu: Gpu, compute: float, memory: float) -> float:
+    """Seconds of a kernel that computes and reads at once: (c^p + m^p)^(1/p), p the overlap power."""
+    power = gpu.efficiency.overlap_power
+    larger, smaller = max(compute, memory), min(compute, memory)
+    if power == float("inf") or larger == 0:
+        return larger
+    return larger * float((1 + (smaller / larger) ** power) ** (1 / power))
 
 
-def dense_gemm(gpu: Gpu, fmt: WeightFormat, rows: float, params: float, depth: float) -> float:
-    """``rows`` activations times ``params`` weights with inner dimension ``depth``.
+def dense_gemm(gpu: Gpu, fmt: WeightFormat, rows: float, params: float) -> float:
+    """``rows`` activations times ``params`` weights.
 
-    max(2 rows params / (peak eff depth/(depth + half_depth)), weight bytes / (HBM eff)).
+    The overlap of 2 rows params / (peak eff) with weight bytes / (HBM eff), plus the latency.
     """
     if rows <= 0 or params <= 0:
         return 0.0
-    rate = gpu.peak(fmt) * gpu.efficiency.dense_gemm * _depth_factor(gpu, depth)
+    fraction = min(gpu.efficiency.dense_gemm, gpu.efficiency.gemm_cap)
+    compute = 2.0 * rows * params / (gpu.peak(fmt) * fraction)
     read = params * fmt.bytes_per_param / (gpu.hbm_bandwidth * gpu.efficiency.weight_read)
-    return max(2.0 * rows * params / rate, read)
+    return overlapped(gpu, compute, read) + gpu.efficiency.gemm_latency
 
 
-def grouped_gemm(model: ModelShape, gpu: Gpu, fmt: WeightFormat, rows: float, experts: int) -> float:
-    """The routed experts' products of one layer for ``rows`` routed copies over ``experts`` experts.
+def grouped_product(gpu: Gpu, fmt: WeightFormat, rows: float, experts: int, depth: int, width: int) -> float:
+    """``rows`` rows spread evenly over ``experts`` matrices of [depth, width].
 
     Rows are padded to the tile, which costs half a tile per expert that has any:
-    F = 2 P (rows + tile/2 active), P the parameters of an expert; bytes are the active experts'
-    weights. The up projection (2/3 of P) has inner dimension ``hidden``, the down projection
-    ``moe_intermediate``.
+    F = 2 depth width (rows + tile/2 active), at peak min(eff depth/(depth + half_depth), cap);
+    bytes are the active experts' weights.
     """
     active = distinct_experts(experts, rows)
     if active == 0:
         return 0.0
     padded = rows + gpu.efficiency.tile_rows / 2 * active
-    flops = 2.0 * model.expert_params * padded
-    rate = gpu.peak(fmt) * gpu.efficiency.grouped_gemm
-    up = flops * 2 / 3 / (rate * _depth_factor(gpu, model.hidden))
-    down = flops / 3 / (rate * _depth_factor(gpu, model.moe_intermediate))
-    weights = active * model.expert_params * fmt.bytes_per_param
-    return max(up + down, weights / (gpu.hbm_bandwidth * gpu.efficiency.weight_read))
+    fraction = gpu.efficiency.grouped_gemm * depth / (depth + gpu.efficiency.half_depth)
+    rate = gpu.peak(fmt) * min(fraction, gpu.efficiency.gemm_cap)
+    weights = active * depth * width * fmt.bytes_per_param
+    read = weights / (gpu.hbm_bandwidth * gpu.efficiency.weight_read)
+    return overlapped(gpu, 2.0 * padded * depth * width / rate, read) + gpu.efficiency.gemm_latency
+
+
+def grouped_gemm(model: ModelShape, gpu: Gpu, fmt: WeightFormat, rows: float, experts: int) -> float:
+    """One layer's routed experts for ``rows`` routed copies: gate and up in one product, then down."""
+    up = grouped_product(gpu, fmt, rows, experts, model.hidden, 2 * model.moe_intermediate)
+    return up + grouped_product(gpu, fmt, rows, experts, model.moe_intermediate, model.hidden)
 
 
 def attention(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch) -> float:
     """Causal attention of all layers: 2 (d_qk + d_v) heads FLOP per pair; windowed layers see fewer.
 
     Each pair and head also costs ``softmax_pair`` seconds. Short sequences run slower: time x
-    (1 + attention_half / L), L twice the mean context of a query.
+    (1 + attention_half / L + attention_fill / (heads L)), L twice the mean context of a query.
     """
     if batch.tokens <= 0:
         return 0.0
@@ -73,7 +83,8 @@ def attention(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch) -
         length = 2.0 * pairs / batch.tokens
         products = model.attention_flops(pairs) / peak
         softmax = pairs * model.heads * gpu.efficiency.softmax_pair
-        return (products + softmax) * (1 + gpu.efficiency.attention_half / max(length, 1.0))
+        short = gpu.efficiency.attention_half + gpu.efficiency.attention_fill / model.heads
+        return (products + softmax) * (1 + short / max(length, 1.0))
 
     full = model.layers - model.window_layers
     windowed = model.window_layers * one_layer(batch.window_pairs) if model.window_layers else 0.0
@@ -82,18 +93,18 @@ def attention(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch) -
 
 def projections(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:
     """Attention projections of one layer."""
-    return dense_gemm(gpu, precision.projections, tokens, model.projection_params, model.hidden)
+    return dense_gemm(gpu, precision.projections, tokens, model.projection_params)
 
 
 def dense_mlp(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:
     """MLP of one dense layer."""
-    return dense_gemm(gpu, precision.experts, tokens, model.dense_mlp_params, model.hidden)
+    return dense_gemm(gpu, precision.experts, tokens, model.dense_mlp_params)
 
 
 def shared_and_router(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:
     """Shared experts and router of one MoE layer."""
-    shared = dense_gemm(gpu, precision.experts, tokens, model.shared_params, model.hidden)
-    return shared + dense_gemm(gpu, FORMATS["bf16"], tokens, model.router_params, model.hidden)
+    shared = dense_gemm(gpu, precision.experts, tokens, model.shared_params)
+    return shared + dense_gemm(gpu, FORMATS["bf16"], tokens, model.router_params)
 
 
 def elementwise_elements(model: ModelShape, moe: bool) -> float:

@@ -9,18 +9,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import kernels
 from .errors import PlannerError
-from .formats import FORMATS, default_precision
-from .gpus import Efficiency, Gpu
+from .formats import FORMATS
+from .gpus import Gpu
 from .models import ModelShape
 
 FORMAT_VERSION = 1
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,11 @@ class AttentionPoint:
 
 @dataclass(frozen=True)
 class SmallPoint:
-    """All small kernels of one layer: bytes counted by the cost model, and seconds."""
+    """All small kernels of one PyTorch layer: bytes read and written, launches, seconds."""
 
     tokens: int
     counted_bytes: float
+    kernels: int
     seconds: float
 
 
@@ -74,6 +78,7 @@ class Profile:
     model: str
     grouped: tuple[GemmPoint, ...] = ()
     dense: tuple[GemmPoint, ...] = ()
+    sustained: tuple[GemmPoint, ...] = ()
     attention: tuple[AttentionPoint, ...] = ()
     small: tuple[SmallPoint, ...] = ()
     copies: tuple[CopyPoint, ...] = ()
@@ -112,6 +117,7 @@ def load_profile(path: str) -> Profile:
     kinds = {
         "grouped": GemmPoint,
         "dense": GemmPoint,
+        "sustained": GemmPoint,
         "attention": AttentionPoint,
         "small": SmallPoint,
         "copies": CopyPoint,
@@ -128,93 +134,120 @@ def load_profile(path: str) -> Profile:
 # -- fitting -------------------------------------------------------------------------------------
 
 
-def gemm_seconds(gpu: Gpu, rate: float, point: GemmPoint) -> float:
-    """The cost model's time of one measured product (``rate`` FLOP/s for large ones)."""
-    active = kernels.distinct_experts(point.experts, point.rows) if point.experts > 1 else 1.0
-    tile = gpu.efficiency.tile_rows / 2 if point.experts > 1 else 0.0
-    flops = 2.0 * (point.rows + tile * active) * point.depth * point.width
-    speed = rate * point.depth / (point.depth + gpu.efficiency.half_depth)
-    weights = active * point.depth * point.width * 2.0
-    return max(flops / speed, weights / (gpu.hbm_bandwidth * gpu.efficiency.weight_read))
+def _gemm_parts(gpu: Gpu, points: Sequence[GemmPoint], tile: float) -> tuple[Array, Array, Array]:
+    """(seconds at the matrix peak, seconds at HBM peak, inner dimension) of each point."""
+    rows = np.array([p.rows for p in points], float)
+    several = np.array([p.experts > 1 for p in points])
+    active = np.array([kernels.distinct_experts(p.experts, p.rows) if p.experts > 1 else 1.0 for p in points])
+    depth = np.array([p.depth for p in points], float)
+    weights = depth * np.array([p.width for p in points], float)
+    padded = rows + np.where(several, tile / 2 * active, 0.0)
+    compute = 2.0 * padded * weights / gpu.peak(FORMATS["bf16"])
+    return compute, 2.0 * active * weights / gpu.hbm_bandwidth, depth
 
 
-def _error(predicted: Sequence[float], measured: Sequence[float]) -> float:
-    return float(np.mean(np.log(np.array(predicted) / np.array(measured)) ** 2))
+def _log_error(predicted: Array, measured: Array) -> Array:
+    """Mean squared log ratio over the last axis."""
+    return np.asarray(np.mean(np.log(predicted / measured) ** 2, axis=-1))
 
 
-def _fit_gemm(gpu: Gpu, points: Sequence[GemmPoint]) -> tuple[float, float, int, float]:
-    """(fraction of peak, half_depth, tile_rows, error): least squares of log(time) over a grid."""
-    peak = gpu.peak(FORMATS["bf16"])
-    grouped = any(p.experts > 1 for p in points)
-    best = (0.5, 0.0, 128, float("inf"))
-    measured = [p.seconds for p in points]
-    for half in np.linspace(0, 1500, 31):
-        for tile in range(0, 257, 32) if grouped else (0,):
-            trial = replace(gpu, efficiency=replace(gpu.efficiency, half_depth=float(half), tile_rows=tile))
-            for fraction in np.linspace(0.2, 1.0, 81):
-                error = _error([gemm_seconds(trial, fraction * peak, p) for p in points], measured)
-                if error < best[3]:
-                    best = (float(fraction), float(half), tile, error)
-    return best
+def _fit_grouped(gpu: Gpu, points: Sequence[GemmPoint]) -> dict[str, Any]:
+    """Constants of the grouped products, by least squares of log(time) over a grid."""
+    measured = np.array([p.seconds for p in points])
+    fraction = np.linspace(0.2, 1.0, 81)[:, None, None]
+    read = np.linspace(0.5, 1.0, 26)[None, :, None]
+    best, found = np.inf, {}
+    for tile, half, power in product((0, 64, 128, 192, 256), np.linspace(0, 800, 17), (2, 3, 4, 8)):
+        compute, memory, depth = _gemm_parts(gpu, points, tile)
+        c = compute * (depth + half) / depth / fraction
+        m = memory / read
+        errors = _log_error((c**power + m**power) ** (1 / power), measured)
+        if errors.min() < best:
+            best = float(errors.min())
+            i, k = np.unravel_index(int(errors.argmin()), errors.shape)
+            found = {
+                "grouped_gemm": float(fraction[i, 0, 0]),
+                "weight_read": float(read[0, k, 0]),
+                "tile_rows": int(tile),
+                "half_depth": float(half),
+                "overlap_power": float(power),
+            }
+    return found
 
 
-def _fit_attention(gpu: Gpu, points: Sequence[AttentionPoint]) -> tuple[float, float, float]:
-    """(fraction of peak, attention_half, softmax_pair) by least squares over a grid."""
-    peak = gpu.peak(FORMATS["bf16"])
+def _fit_dense(gpu: Gpu, points: Sequence[GemmPoint]) -> dict[str, Any]:
+    """Fraction of peak and fixed latency of single products."""
+    measured = np.array([p.seconds for p in points])
+    compute, memory, _ = _gemm_parts(gpu, points, 0)
+    power = min(gpu.efficiency.overlap_power, 64.0)
+    fraction = np.linspace(0.2, 1.0, 161)[:, None, None]
+    latency = np.linspace(0, 20e-6, 81)[None, :, None]
+    m = memory / gpu.efficiency.weight_read
+    errors = _log_error(((compute / fraction) ** power + m**power) ** (1 / power) + latency, measured)
+    i, k = np.unravel_index(int(errors.argmin()), errors.shape)
+    return {"dense_gemm": float(fraction[i, 0, 0]), "gemm_latency": float(latency[0, k, 0])}
+
+
+def _fit_attention(gpu: Gpu, points: Sequence[AttentionPoint]) -> dict[str, Any]:
+    """Constants of attention; the head-dependent ones only from points that differ in heads."""
     length = np.array([p.length for p in points], float)
     heads = np.array([p.heads for p in points], float)
     dim = np.array([p.head_dim for p in points], float)
     measured = np.array([p.seconds for p in points])
-    pairs = length * (length + 1) / 2
-    several = len(set(dim.tolist())) > 1
-    best = (0.5, 0.0, 0.0, float("inf"))
-    for half in np.linspace(0, 2000, 41):
-        for softmax in np.linspace(0, 1.0e-12, 41) if several else (0.0,):
-            for fraction in np.linspace(0.2, 1.0, 81):
-                time = pairs * heads * (4 * dim / (fraction * peak) + softmax) * (1 + half / length)
-                error = float(np.mean(np.log(time / measured) ** 2))
-                if error < best[3]:
-                    best = (float(fraction), float(half), float(softmax), error)
-    return best[:3]
+    pairs = heads * length * (length + 1) / 2
+    halves = np.linspace(0, 3000, 61)[:, None, None]
+    fractions = np.linspace(0.2, 1.0, 81)[None, :, None]
+    softmaxes = np.linspace(0, 1e-12, 41) if len(set(dim.tolist())) > 1 else np.zeros(1)
+    fills = np.linspace(0, 120_000, 41) if len(set(heads.tolist())) > 1 else np.zeros(1)
+    best, found = np.inf, {}
+    for softmax, fill in product(softmaxes, fills):
+        work = pairs * (4 * dim / (fractions * gpu.peak(FORMATS["bf16"])) + softmax)
+        errors = _log_error(work * (1 + halves / length + fill / (heads * length)), measured)
+        if errors.min() < best:
+            best = float(errors.min())
+            i, k = np.unravel_index(int(errors.argmin()), errors.shape)
+            found = {
+                "attention": float(fractions[0, k, 0]),
+                "attention_half": float(halves[i, 0, 0]),
+                "attention_fill": float(fill),
+                "softmax_pair": float(softmax),
+            }
+    return found
 
 
 def _fit_small(gpu: Gpu, points: Sequence[SmallPoint]) -> tuple[float, float]:
     """(fraction of HBM bandwidth, gap per kernel): t = bytes / (HBM f) + kernels gap."""
     moved = np.array([p.counted_bytes for p in points])
+    launches = np.array([p.kernels for p in points], float)
     measured = np.array([p.seconds for p in points])
-    best = (0.5, gpu.kernel_gap, float("inf"))
-    for gap in np.linspace(0, 10e-6, 101):
-        for fraction in np.linspace(0.05, 1.0, 191):
-            time = moved / (gpu.hbm_bandwidth * fraction) + kernels.KERNELS_PER_LAYER * gap
-            error = float(np.mean(np.log(time / measured) ** 2))
-            if error < best[2]:
-                best = (float(fraction), float(gap), error)
-    return best[:2]
+    fraction = np.linspace(0.05, 1.0, 191)[:, None, None]
+    gap = np.linspace(0, 10e-6, 201)[None, :, None]
+    errors = _log_error(moved / (gpu.hbm_bandwidth * fraction) + launches * gap, measured)
+    i, k = np.unravel_index(int(errors.argmin()), errors.shape)
+    return float(fraction[i, 0, 0]), float(gap[0, k, 0])
 
 
 def fit(profile: Profile, gpu: Gpu) -> Gpu:
     """``gpu`` with the profile's constants."""
-    efficiency: Efficiency = gpu.efficiency
+    fitted = gpu
+
+    def improve(**constants: Any) -> None:
+        nonlocal fitted
+        fitted = replace(fitted, efficiency=replace(fitted.efficiency, **constants))
+
     if profile.grouped:
-        fraction, half, tile, _ = _fit_gemm(gpu, profile.grouped)
-        efficiency = replace(efficiency, grouped_gemm=fraction, half_depth=half, tile_rows=tile)
+        improve(**_fit_grouped(gpu, profile.grouped))
     if profile.dense:
-        fixed = replace(gpu, efficiency=efficiency)
-        peak = gpu.peak(FORMATS["bf16"])
-        measured = [p.seconds for p in profile.dense]
-        fractions = np.linspace(0.2, 1.2, 201)
-        errors = [
-            _error([gemm_seconds(fixed, f * peak, p) for p in profile.dense], measured) for f in fractions
-        ]
-        efficiency = replace(efficiency, dense_gemm=float(fractions[int(np.argmin(errors))]))
+        improve(**_fit_dense(fitted, profile.dense))
+    if profile.sustained:
+        ideal, _, _ = _gemm_parts(gpu, profile.sustained, 0)
+        improve(gemm_cap=float(np.mean(ideal / [p.seconds for p in profile.sustained])))
     if profile.attention:
-        fraction, half_length, softmax = _fit_attention(gpu, profile.attention)
-        efficiency = replace(efficiency, attention=fraction, attention_half=half_length, softmax_pair=softmax)
-    gap = gpu.kernel_gap
+        improve(**_fit_attention(gpu, profile.attention))
     if profile.small:
         elementwise, gap = _fit_small(gpu, profile.small)
-        efficiency = replace(efficiency, elementwise=elementwise)
-    fitted = replace(gpu, efficiency=efficiency, kernel_gap=gap)
+        improve(elementwise=elementwise)
+        fitted = replace(fitted, kernel_gap=gap)
     if profile.copies:
         pair = float(np.mean([c.under_compute for c in profile.copies]))
         slow = float(np.mean([max(0.0, c.compute_slowdown - 1) for c in profile.copies]))
@@ -251,7 +284,7 @@ def measure(model: ModelShape, quick: bool = False, device: str | None = None) -
     if device is None and not torch.cuda.is_available():
         raise PlannerError("no GPU is visible to PyTorch; run the profile on the machine that will serve")
     device = device or "cuda"
-    from .torch_layer import TorchLayer, median_seconds
+    from .torch_layer import SMALL_KERNELS, TorchLayer, median_seconds, small_elements
 
     def timed(call: Any) -> float:
         return median_seconds(torch, device, call)
@@ -262,7 +295,6 @@ def measure(model: ModelShape, quick: bool = False, device: str | None = None) -
     grouped: list[GemmPoint] = []
     dense: list[GemmPoint] = []
     small: list[SmallPoint] = []
-    bf16 = default_precision(FORMATS["bf16"])
     for count in sizes:
         x = layer.tokens(count)
         cos, sin = layer.angles(count)
@@ -282,17 +314,20 @@ def measure(model: ModelShape, quick: bool = False, device: str | None = None) -
         out = layer.grouped(middle, layer.down, ends)
         inputs = (x, qkv, scores, both, out, cos, sin)
         seconds = timed(lambda inputs=inputs: layer.small(*inputs))
-        counted = count * kernels.elementwise_elements(model, True) * bf16.activation_bytes
-        small.append(SmallPoint(count, counted, seconds))
+        small.append(SmallPoint(count, count * small_elements(model) * 2.0, SMALL_KERNELS, seconds))
     attention: list[AttentionPoint] = []
-    for dim in sorted({64, 128, model.qk_dim}):
-        for length in (n for n in sizes if n >= 1024 or quick):
-            shape = (1, model.heads, length, dim)
-            narrow = (1, model.kv_heads, length, dim)
-            q = torch.randn(shape, device=device).bfloat16()
-            k = torch.randn(narrow, device=device).bfloat16()
+    shapes = [(h, d) for h in (max(1, model.heads // 2), model.heads, 2 * model.heads) for d in (64, 128)]
+    for heads, dim in shapes:
+        for length in (n for n in sizes if n >= 1024):
+            kv_heads = max(1, heads * model.kv_heads // model.heads)
+            q = torch.randn((1, heads, length, dim), device=device).bfloat16()
+            k = torch.randn((1, kv_heads, length, dim), device=device).bfloat16()
             seconds = timed(lambda q=q, k=k: layer.attend(q, k, k))
-            attention.append(AttentionPoint(length, model.heads, model.kv_heads, dim, seconds))
+            attention.append(AttentionPoint(length, heads, kv_heads, dim, seconds))
+    edge = 8192 if device == "cuda" else 256
+    a, b = (torch.randn((n, edge), device=device).bfloat16() for n in (2 * edge, edge))
+    seconds = median_seconds(torch, device, lambda: a @ b, repeats=200)  # half a second: clocks settle
+    sustained = (GemmPoint(2 * edge, 1, edge, edge, seconds),)
     copies = _measure_copies(torch) if device == "cuda" and torch.cuda.device_count() > 1 else ()
     return Profile(
         gpu=_known_gpu(name),
@@ -301,6 +336,7 @@ def measure(model: ModelShape, quick: bool = False, device: str | None = None) -
         model=model.name,
         grouped=tuple(grouped),
         dense=tuple(dense),
+        sustained=sustained,
         attention=tuple(attention),
         small=tuple(small),
         copies=tuple(copies),

@@ -16,7 +16,14 @@ import numpy as np
 import simpy
 from simpy.events import Event
 
-from .cost import exchange_bandwidth, exchange_bytes, expert_wait, forward_parts, layer_fetch_bytes, pull_bandwidth
+from .cost import (
+    exchange_bandwidth,
+    exchange_bytes,
+    expert_wait,
+    forward_parts,
+    layer_fetch_bytes,
+    pull_bandwidth,
+)
 from .fabric import Port, Slots
 from .kernels import elementwise
 from .scenario import Scenario
