@@ -113,15 +113,25 @@ class Gpu:
 _INTERFERENCE = 0.2404
 _SKEW = 0.3619
 _TABLE_1 = "paper Table 1 (arXiv 2604.01621), by calibrate.py"
+# Products and small kernels: fitted to benchmarks/results/profile_h100.json (PyTorch 2.11, bf16).
+# Attention: FlashAttention-3, SGLang's default on Hopper, which PyTorch does not have.
 _HOPPER_EFFICIENCY = Efficiency(
-    grouped_gemm=0.55, dense_gemm=0.70, attention=0.60, elementwise=0.70, half_depth=200.0
+    grouped_gemm=0.90,
+    dense_gemm=0.775,
+    attention=0.60,
+    elementwise=0.495,
+    weight_read=0.78,
+    half_depth=450.0,
+    gemm_cap=0.689,
+    gemm_latency=5e-6,
+    overlap_power=2.0,
 )
 _HOPPER_SOURCES = {
     "peak_flops": "NVIDIA H100 / H200 data sheets, SXM, half of the figures with sparsity",
     "link_bandwidth": "NVLink 4: 900 GB/s both ways (data sheet)",
     "copy_bandwidth": "380 of 450 GB/s one way, copy engine, H100 SXM (NVIDIA/nccl#1264)",
-    "efficiency": "rules of thumb (cuBLAS bf16 about 700 of 989 TFLOP/s; FlashAttention-3 about 600 "
-    "forward causal, arXiv 2407.08608); measure with `sglang-dwdp profile`",
+    "efficiency": "measured on one H100 (benchmarks/results/profile_h100.json), PyTorch's kernels; "
+    "attention: FlashAttention-3, about 600 of 989 TFLOP/s forward causal (arXiv 2407.08608)",
     "copy_interference": f"not published for Hopper; taken from {_TABLE_1}",
 }
 _BLACKWELL_EFFICIENCY = Efficiency(

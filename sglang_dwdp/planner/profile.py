@@ -292,6 +292,11 @@ def measure(model: ModelShape, quick: bool = False, device: str | None = None) -
     layer = TorchLayer(model, device)
     sizes = (64, 1024, 8192) if quick else (64, 256, 1024, 2048, 4096, 8192, 16384)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    # First, because half a second of it also brings an idle GPU to its working clocks.
+    edge = 8192 if device == "cuda" else 256
+    a, b = (torch.randn((n, edge), device=device).bfloat16() for n in (2 * edge, edge))
+    seconds = median_seconds(torch, device, lambda: a @ b, repeats=200)
+    sustained = (GemmPoint(2 * edge, 1, edge, edge, seconds),)
     grouped: list[GemmPoint] = []
     dense: list[GemmPoint] = []
     small: list[SmallPoint] = []
@@ -324,10 +329,6 @@ def measure(model: ModelShape, quick: bool = False, device: str | None = None) -
             k = torch.randn((1, kv_heads, length, dim), device=device).bfloat16()
             seconds = timed(lambda q=q, k=k: layer.attend(q, k, k))
             attention.append(AttentionPoint(length, heads, kv_heads, dim, seconds))
-    edge = 8192 if device == "cuda" else 256
-    a, b = (torch.randn((n, edge), device=device).bfloat16() for n in (2 * edge, edge))
-    seconds = median_seconds(torch, device, lambda: a @ b, repeats=200)  # half a second: clocks settle
-    sustained = (GemmPoint(2 * edge, 1, edge, edge, seconds),)
     copies = _measure_copies(torch) if device == "cuda" and torch.cuda.device_count() > 1 else ()
     return Profile(
         gpu=_known_gpu(name),
