@@ -91,7 +91,9 @@ def plot_plan(plan: Plan, path: str) -> None:
             start += width
     right.axvline(plan.gpu.memory / 1e9, color="black", linestyle="--", linewidth=1)
     right.text(plan.gpu.memory / 1e9, -0.62, "GPU memory ", ha="right", va="center", fontsize=9)
-    right.set_yticks(range(len(names)), names)
+    right.set_yticks(
+        range(len(names)), [name.replace("dwdp", "DWDP").replace("dep", "DEP") for name in names]
+    )
     right.set_ylim(len(names) - 0.4, -0.85)
     right.set_xlabel("GB per GPU")
     right.set_title(f"Memory at {plan.chunk:,} tokens per rank")
@@ -109,20 +111,21 @@ def plot_results(results: list[Result], path: str) -> None:
     """Write TTFT distributions of several scenarios and the first one's timeline."""
     plt = _pyplot()
     figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(11, 7.5), layout="constrained", gridspec_kw={"height_ratios": [1, 1.15]}
+        2, 1, figsize=(13, 7.5), layout="constrained", gridspec_kw={"height_ratios": [1, 1.15]}
     )
     palette = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#7F7F7F", "#56B4E9")
     for i, result in enumerate(results):
         ttft = sorted(result.ttft.tolist())
         share = [(k + 1) / len(ttft) for k in range(len(ttft))]
         label = f"{result.scenario.name} ({result.tokens_per_second_per_gpu:,.0f} tok/s/GPU)"
-        top.plot(ttft, share, color=palette[i % len(palette)], label=label)
+        style = ("-", "--", "-.", ":")[i % 4]  # curves that coincide stay visible
+        top.plot(ttft, share, color=palette[i % len(palette)], linestyle=style, linewidth=2, label=label)
     top.set_xlabel("TTFT (s)")
     top.set_ylabel("share of requests")
     top.set_ylim(0, 1.02)
     top.set_xlim(left=0)
     top.grid(alpha=0.3)
-    top.legend(frameon=False, loc="lower right")
+    top.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     top.set_title("Time to first token")
     _timeline(bottom, next((r for r in results if r.scenario.mode == "dwdp"), results[0]))
     figure.savefig(path, dpi=150)
@@ -158,7 +161,8 @@ def _timeline(axis: Any, result: Result) -> None:
         seen.add(span.kind)
     ticks = [2.4 * i + k for i in range(len(ranks)) for k in (0, 1)]
     axis.set_yticks(ticks, [f"rank {r} {what}" for r in ranks for what in ("kernels", "copies")])
+    axis.set_xlim(0, (stop - start) * 1e3)
     axis.invert_yaxis()
     axis.set_xlabel("time (ms, from an arbitrary layer on)")
     axis.set_title(f"Timeline: {result.scenario.name}")
-    axis.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

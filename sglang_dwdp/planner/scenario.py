@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def scenario_from_mapping(data: Mapping[str, Any], name: str = "scenario") -> Sc
         raise PlannerError(f"scenario {name} lacks {', '.join(missing)}")
     model = load_model(str(data.pop("model")))
     gpu = get_gpu(str(data.pop("gpu")))
-    fmt = get_format(str(data.pop("weight_format", model.expert_format)))
+    precision = _precision(model, data)
     raw_lengths = data.pop("lengths")
     if not isinstance(raw_lengths, Mapping):
         raise PlannerError("lengths must be a mapping such as {kind: uniform, length: 8192, ratio: 0.8}")
@@ -134,9 +134,24 @@ def scenario_from_mapping(data: Mapping[str, Any], name: str = "scenario") -> Sc
         raise PlannerError(f"unknown scenario key {unknown[0]!r}; known: {', '.join(sorted(known))}")
     try:
         lengths = Lengths(**raw_lengths)
-        return Scenario(model, gpu, default_precision(fmt), lengths, name=name, **data)
+        return Scenario(model, gpu, precision, lengths, name=name, **data)
     except TypeError as error:
         raise PlannerError(f"scenario {name}: {error}") from None
+
+
+def _precision(model: ModelShape, data: dict[str, Any]) -> Precision:
+    """Take ``weight_format``, ``projection_format`` and ``attention_format`` out of ``data``."""
+    precision = default_precision(get_format(str(data.pop("weight_format", model.expert_format))))
+    if "projection_format" in data:
+        precision = replace(precision, projections=get_format(str(data.pop("projection_format"))))
+    if "attention_format" in data:
+        attention = str(data.pop("attention_format"))
+        _choice("attention_format", attention, ("bf16", "fp8"))
+        precision = replace(precision, attention=attention)
+    if "dispatch_format" in data:
+        dispatch = get_format(str(data.pop("dispatch_format"))).bytes_per_param
+        precision = replace(precision, dispatch_bytes=dispatch)
+    return precision
 
 
 def load_scenarios(path: str) -> list[Scenario]:
