@@ -290,7 +290,7 @@ def measure(model: ModelShape, quick: bool = False, device: str | None = None) -
         return median_seconds(torch, device, call)
 
     layer = TorchLayer(model, device)
-    sizes = (64, 1024, 8192) if quick else (64, 256, 1024, 2048, 4096, 8192, 16384)
+    sizes = (64, 1024, 4096) if quick else (64, 256, 1024, 2048, 4096, 8192, 16384)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     # First, because half a second of it also brings an idle GPU to its working clocks.
     edge = 8192 if device == "cuda" else 256

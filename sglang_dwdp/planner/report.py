@@ -6,6 +6,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from rich.console import Group as Stack
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .cost import Estimate, Parts
@@ -39,10 +40,14 @@ def plan_tables(plan: Plan) -> Stack:
         f"{plan.model.name} ({plan.precision.experts.name} experts) on {plan.group.size} x {plan.gpu.name}, "
         f"{plan.group.stored(plan.model)} of {plan.model.experts} experts per rank"
     )
-    sweep = Table(title=title, caption="ms per forward of one rank; speed-ups are tokens/s per GPU over DEP")
-    for label in ("tokens/rank", "compute", "fetch", "exposed", "DWDP", "DEP", "in-tree", "replica"):
+    sweep = Table(
+        box=SIMPLE_HEAD,
+        title=title,
+        caption="tokens per rank; ms per forward of one rank; last: DWDP's tokens/s per GPU over DEP's",
+    )
+    for label in ("tokens", "compute", "fetch", "exposed", "DWDP", "DEP", "in-tree", "replica"):
         sweep.add_column(label, justify="right")
-    sweep.add_column("DWDP / DEP", justify="right")
+    sweep.add_column("vs DEP", justify="right")
     for p in plan.points:
         sweep.add_row(
             f"{p.tokens:,}",
@@ -56,7 +61,11 @@ def plan_tables(plan: Plan) -> Stack:
             f"{p.speedup:.2f}x",
         )
     chosen = next(p for p in plan.points if p.tokens == plan.chunk)
-    parts = Table(title=f"Breakdown at {plan.chunk:,} tokens per rank", caption="ms per forward of one rank")
+    parts = Table(
+        box=SIMPLE_HEAD,
+        title=f"Breakdown at {plan.chunk:,} tokens per rank",
+        caption="ms per forward of one rank",
+    )
     parts.add_column("part")
     shown: list[Estimate] = [chosen.dwdp, chosen.dep, chosen.in_tree]
     if chosen.replica:
@@ -68,7 +77,7 @@ def plan_tables(plan: Plan) -> Stack:
         if any(values):
             parts.add_row(PART_LABELS[field.name], *(_ms(v) for v in values))
     parts.add_row("total", *(_ms(e.seconds) for e in shown), style="bold")
-    memories = Table(title=f"Memory per GPU ({_gb(plan.gpu.memory)} GB)", caption="GB")
+    memories = Table(box=SIMPLE_HEAD, title=f"Memory per GPU ({_gb(plan.gpu.memory)} GB)", caption="GB")
     memories.add_column("scheme")
     for label in ("replicated", "experts", "slots", "activations", "runtime", "left for KV cache"):
         memories.add_column(label, justify="right")
@@ -141,7 +150,7 @@ def result_json(result: Result) -> dict[str, Any]:
 
 def result_table(results: list[Result]) -> Table:
     """Outcomes of several scenarios side by side."""
-    table = Table(title="Simulated prefill serving")
+    table = Table(box=SIMPLE_HEAD, title="Simulated prefill serving")
     columns = ("GPUs", "tok/s/GPU", "TTFT p50 s", "p90 s", "p99 s", "exposed copy", "copying", "in-step wait")
     table.add_column("scenario")
     for label in columns:

@@ -1,6 +1,7 @@
 """Model shapes: parameter counts against the published ones, and clear errors."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_every_alias_leads_to_a_model() -> None:
         assert load_model(name).experts > load_model(name).top_k
 
 
-def test_a_config_file_and_its_directory_read_alike(tmp_path) -> None:
+def test_a_config_file_and_its_directory_read_alike(tmp_path: Path) -> None:
     folder = tmp_path / "my-model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(BUILTIN_CONFIGS["gpt-oss-20b"]))
@@ -79,7 +80,7 @@ def test_a_dense_model_is_refused() -> None:
         model_from_config(config, "dense")
 
 
-def test_broken_json_is_named(tmp_path) -> None:
+def test_broken_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(PlannerError, match="not valid JSON"):
         load_model(str(tmp_path))
