@@ -60,9 +60,7 @@ def measure_layers(model: ModelShape, sizes: list[int], device: str) -> dict[int
 
 def main() -> int:
     """Profile, predict, measure, compare."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile-on", default="qwen3-30b-a3b")
     parser.add_argument("--models", nargs="+", default=["qwen3-30b-a3b", "gpt-oss-20b", "mixtral-8x7b"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096, 8192, 16384])
@@ -90,9 +88,7 @@ def main() -> int:
                     "error": error,
                 }
             )
-            out(
-                f"{name:<18}{count:>8}{predicted['total'] * 1e3:>14.3f}{measured * 1e3:>13.3f}{error:>+9.1%}\n"
-            )
+            out(f"{name:<18}{count:>8}{predicted['total'] * 1e3:>14.3f}{measured * 1e3:>13.3f}{error:>+9.1%}\n")
     worst = max(abs(row["error"]) for row in rows)
     mean = sum(abs(row["error"]) for row in rows) / len(rows)
     out(f"mean absolute error {mean:.1%}, worst {worst:.1%}\n")

@@ -141,9 +141,7 @@ def roofline() -> list[Row]:
         compute = local.compute - local.parts.other  # the roofline counts no small kernels
         exchanged = remote.seconds - remote.parts.other
         slower = max(compute, local.fetch)
-        rows.append(
-            Row("B Table 1, compute / fetch", f"ISL {length}", ratio, compute / local.fetch, "percent", None)
-        )
+        rows.append(Row("B Table 1, compute / fetch", f"ISL {length}", ratio, compute / local.fetch, "percent", None))
         rows.append(Row("B Table 1, speed-up", f"ISL {length}", speedup, exchanged / slower, "percent", 10))
     return rows
 
@@ -177,14 +175,10 @@ def ablation(requests: int) -> list[Row]:
     for (ratio, budget), values in theirs.items():
         lengths = Lengths("uniform", 8192, ratio=ratio)
         base = simulate(_serve(lengths, budget, requests, "dep")).tokens_per_second_per_gpu
-        for copies, value, name in zip(
-            ("serial", "sliced"), values, ("merge elim.", "+ slices"), strict=True
-        ):
+        for copies, value, name in zip(("serial", "sliced"), values, ("merge elim.", "+ slices"), strict=True):
             ours = simulate(_serve(lengths, budget, requests, "dwdp", copies=copies))
             case = f"ratio {ratio}, MNT {budget // 1024}K, {name}"
-            rows.append(
-                Row("P Table 4, TPS/GPU", case, value, ours.tokens_per_second_per_gpu / base, "points", 5)
-            )
+            rows.append(Row("P Table 4, TPS/GPU", case, value, ours.tokens_per_second_per_gpu / base, "points", 5))
     return rows
 
 
@@ -199,9 +193,7 @@ def context_server(requests: int) -> list[Row]:
     ]
     cases.append(("ISL 8192, MNT 16K", even[1][1], 16384, 4, 0, 1.07, 1.01))
     for std, ttft, tps in ((0, 1.12, 1.09), (1024, 1.11, 1.08), (2048, 1.13, 1.11), (4096, 1.18, 1.15)):
-        cases.append(
-            (f"ISL 16384 std {std}", Lengths("normal", 16384, std=std, limit=16384), 32768, 4, 0, ttft, tps)
-        )
+        cases.append((f"ISL 16384 std {std}", Lengths("normal", 16384, std=std, limit=16384), 32768, 4, 0, ttft, tps))
     # TensorRT-LLM's reproduction script stores 256 - 2 x 64 experts on each of three ranks
     cases.append(("ISL 16384, DWDP3", even[2][1], 32768, 3, 128, 0.86, 1.093))
     cases.append(("ISL 16384, DWDP4", even[2][1], 32768, 4, 0, 1.15, 1.091))
@@ -213,9 +205,7 @@ def context_server(requests: int) -> list[Row]:
         )
         rate = ours.tokens_per_second_per_gpu / base.tokens_per_second_per_gpu
         rows.append(Row("P Table 3, TPS/GPU", case, tps, rate, "points", 5))
-        rows.append(
-            Row("P Table 3, TTFT", case, ttft, base.percentile(50) / ours.percentile(50), "points", None)
-        )
+        rows.append(Row("P Table 3, TTFT", case, ttft, base.percentile(50) / ours.percentile(50), "points", None))
     return rows
 
 
@@ -272,9 +262,7 @@ NOTES = (
 
 def main() -> int:
     """Print all tables; exit code 0 whatever the errors, which are the result."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", default="benchmarks/results/reproduce_paper.json", metavar="FILE")
     parser.add_argument("--requests", type=int, default=4096, help="per simulated server (theirs: 4,096)")
     args = parser.parse_args()

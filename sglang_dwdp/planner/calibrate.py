@@ -50,9 +50,7 @@ TOKEN_BUDGETS = {16384: 16500, 32768: 33000}
 PARTS = ("attention", "grouped_gemm", "dense_gemm", "other")
 # The NVFP4-v2 checkpoint quantises experts and the attention output projection; context attention
 # reads an FP8 cache; the all-to-all dispatches NVFP4.
-PAPER_PRECISION = Precision(
-    FORMATS["nvfp4"], FORMATS["nvfp4"], attention="fp8", kv_bytes=1.0, dispatch_bytes=0.5625
-)
+PAPER_PRECISION = Precision(FORMATS["nvfp4"], FORMATS["nvfp4"], attention="fp8", kv_bytes=1.0, dispatch_bytes=0.5625)
 
 
 @dataclass(frozen=True)

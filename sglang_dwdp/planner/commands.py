@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from .errors import PlannerError
@@ -27,9 +26,7 @@ def _add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
     plan.add_argument("model", help="built-in name or path of a config.json")
     plan.add_argument("--gpu", required=True, help=", ".join(g.name for g in GPUS.values()))
     plan.add_argument("--num-gpus", type=int, default=8, help="GPUs of the node (default 8)")
-    plan.add_argument(
-        "--group-size", type=int, help="ranks that share one set of experts (default: all GPUs)"
-    )
+    plan.add_argument("--group-size", type=int, help="ranks that share one set of experts (default: all GPUs)")
     plan.add_argument("--weight-format", choices=sorted(FORMATS), help="of the experts (default: as shipped)")
     plan.add_argument("--local-experts", type=int, default=0, help="experts per rank (default: equal shares)")
     plan.add_argument("--depth", type=int, default=2, help="layers fetched ahead (default 2)")
@@ -46,17 +43,15 @@ def _add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
     plan.add_argument("--profile", help="JSON written by `sglang-dwdp profile`")
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
     plan.add_argument("--plot", metavar="FILE", help="write a figure (PNG, PDF or SVG)")
-    plan.set_defaults(run=_guard(_run_plan))
+    plan.set_defaults(run=_run_plan)
 
 
 def _add_profile(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    profile = subparsers.add_parser(
-        "profile", help="measure what the cost model needs on this machine's GPUs"
-    )
+    profile = subparsers.add_parser("profile", help="measure what the cost model needs on this machine's GPUs")
     profile.add_argument("--model", default="qwen3-30b-a3b", help="shape to measure with (bf16)")
     profile.add_argument("--output", "-o", default="profile.json")
     profile.add_argument("--quick", action="store_true", help="fewer sizes")
-    profile.set_defaults(run=_guard(_run_profile))
+    profile.set_defaults(run=_run_profile)
 
 
 def _add_simulate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -64,20 +59,7 @@ def _add_simulate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
     simulate.add_argument("--scenario", required=True, metavar="FILE", help="YAML; see benchmarks/scenarios")
     simulate.add_argument("--json", action="store_true", help="print JSON instead of a table")
     simulate.add_argument("--plot", metavar="FILE", help="write TTFT curves and a timeline")
-    simulate.set_defaults(run=_guard(_run_simulate))
-
-
-def _guard(action: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Turn a ``PlannerError`` into one line on stderr and exit code 2."""
-
-    def run(args: argparse.Namespace) -> int:
-        try:
-            return action(args)
-        except PlannerError as error:
-            sys.stderr.write(f"sglang-dwdp: {error}\n")
-            return 2
-
-    return run
+    simulate.set_defaults(run=_run_simulate)
 
 
 def _emit(data: object) -> None:

@@ -127,9 +127,7 @@ def in_tree_group(size: int) -> Group:
     return Group(size, copies="serial", depth=2, ring_over_steps=False)
 
 
-def forward_parts(
-    model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch, experts: int | None = None
-) -> Parts:
+def forward_parts(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch, experts: int | None = None) -> Parts:
     """The kernels of one forward; ``experts`` of each layer share the batch's routed copies.
 
     Under DEP a rank computes the copies of E/N experts for all ranks' tokens: as many copies as
@@ -221,9 +219,7 @@ def replica(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch) -> 
     return Estimate("replica", batch.tokens, base, base.total)
 
 
-def exchange_bytes(
-    model: ModelShape, precision: Precision, tokens: float, ranks: int, exchange: str
-) -> float:
+def exchange_bytes(model: ModelShape, precision: Precision, tokens: float, ranks: int, exchange: str) -> float:
     """Bytes that a rank sends per MoE layer under DEP, dispatch and combine together.
 
     ``all-to-all``: one copy per remote rank that owns one of the token's experts, (N-1)(1 -

@@ -121,8 +121,7 @@ def _first(config: Mapping[str, Any], *keys: str, default: int | None = None) ->
     if default is not None:
         return default
     raise PlannerError(
-        f"the model config has none of {', '.join(keys)}; is it the config.json of a "
-        "mixture-of-experts language model?"
+        f"the model config has none of {', '.join(keys)}; is it the config.json of a mixture-of-experts language model?"
     )
 
 

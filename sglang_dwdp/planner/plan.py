@@ -89,9 +89,7 @@ def evaluate(
     )
 
 
-def _crossover(
-    points: tuple[Point, ...], holds: Callable[[Point], bool], at: Callable[[int], Point]
-) -> int | None:
+def _crossover(points: tuple[Point, ...], holds: Callable[[Point], bool], at: Callable[[int], Point]) -> int | None:
     """Smallest token count (to 256 tokens) from which ``holds`` stays true over the sweep."""
     start = len(points)
     while start > 0 and holds(points[start - 1]):
@@ -114,9 +112,7 @@ def _recommended_chunk(
     model: ModelShape, gpu: Gpu, precision: Precision, group: Group, points: tuple[Point, ...]
 ) -> int:
     """Smallest chunk within 5 % of the best rate that leaves room for some KV cache."""
-    fitting = [
-        p for p in points if memory(model, gpu, precision, "dwdp", group, p.tokens).kv_cache >= MEMORY_FOR_KV
-    ]
+    fitting = [p for p in points if memory(model, gpu, precision, "dwdp", group, p.tokens).kv_cache >= MEMORY_FOR_KV]
     candidates = fitting or list(points[:1])
     best = max(p.dwdp.tokens_per_second for p in candidates)
     return next(p.tokens for p in candidates if p.dwdp.tokens_per_second >= 0.95 * best)
@@ -142,9 +138,7 @@ def verdict(plan: Plan) -> str:
     else:
         gain = chosen.speedup - 1
         if plan.crossover <= plan.points[0].tokens:
-            clauses.append(
-                f"{name} pays at any prefill size ({gain:+.0%} over DEP at {_thousands(plan.chunk)})"
-            )
+            clauses.append(f"{name} pays at any prefill size ({gain:+.0%} over DEP at {_thousands(plan.chunk)})")
         else:
             clauses.append(
                 f"{name} pays above {_thousands(plan.crossover)} tokens per rank "
@@ -154,9 +148,7 @@ def verdict(plan: Plan) -> str:
             clauses.append("the difference is within the model's error")
     if plan.memories["replica"].fits:
         freed = plan.memories["dwdp"].kv_cache - plan.memories["replica"].kv_cache
-        tail = (
-            f" unless the {freed / 1e9:.0f} GB that {name} frees for the KV cache matter" if freed > 0 else ""
-        )
+        tail = f" unless the {freed / 1e9:.0f} GB that {name} frees for the KV cache matter" if freed > 0 else ""
         clauses.append(f"a replica fits one GPU: prefer replicas{tail}")
     return "; ".join(clauses) + "."
 

@@ -50,9 +50,7 @@ def plot_plan(plan: Plan, path: str) -> None:
         "in-tree dwdp": [p.in_tree.tokens_per_second / p.dep.tokens_per_second for p in plan.points],
     }
     if all(p.replica for p in plan.points):
-        series["replica"] = [
-            p.replica.tokens_per_second / p.dep.tokens_per_second for p in plan.points if p.replica
-        ]
+        series["replica"] = [p.replica.tokens_per_second / p.dep.tokens_per_second for p in plan.points if p.replica]
     labels = {"dwdp": "DWDP", "in-tree dwdp": "in-tree-style DWDP", "replica": "replica"}
     for name, values in series.items():
         left.plot(tokens, values, marker="o", color=COLOURS[name], label=labels[name])
@@ -85,24 +83,16 @@ def plot_plan(plan: Plan, path: str) -> None:
         for attribute, label, colour in MEMORY_PARTS:
             width = max(0.0, getattr(parts, attribute)) / 1e9
             edge = "#999999" if attribute == "kv_cache" else "white"
-            right.barh(
-                row, width, left=start, color=colour, edgecolor=edge, label=label if row == 0 else None
-            )
+            right.barh(row, width, left=start, color=colour, edgecolor=edge, label=label if row == 0 else None)
             start += width
     right.axvline(plan.gpu.memory / 1e9, color="black", linestyle="--", linewidth=1)
     right.text(plan.gpu.memory / 1e9, -0.62, "GPU memory ", ha="right", va="center", fontsize=9)
-    right.set_yticks(
-        range(len(names)), [name.replace("dwdp", "DWDP").replace("dep", "DEP") for name in names]
-    )
+    right.set_yticks(range(len(names)), [name.replace("dwdp", "DWDP").replace("dep", "DEP") for name in names])
     right.set_ylim(len(names) - 0.4, -0.85)
     right.set_xlabel("GB per GPU")
     right.set_title(f"Memory at {plan.chunk:,} tokens per rank")
-    figure.legend(
-        *right.get_legend_handles_labels(), loc="outside lower right", ncols=6, frameon=False, fontsize=9
-    )
-    figure.suptitle(
-        f"{plan.model.name} ({plan.precision.experts.name} experts), {plan.group.size} x {plan.gpu.name}"
-    )
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=6, frameon=False, fontsize=9)
+    figure.suptitle(f"{plan.model.name} ({plan.precision.experts.name} experts), {plan.group.size} x {plan.gpu.name}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

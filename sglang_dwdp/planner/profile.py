@@ -123,9 +123,7 @@ def load_profile(path: str) -> Profile:
         "copies": CopyPoint,
     }
     try:
-        points: dict[str, Any] = {
-            name: tuple(kind(**p) for p in data.pop(name, ())) for name, kind in kinds.items()
-        }
+        points: dict[str, Any] = {name: tuple(kind(**p) for p in data.pop(name, ())) for name, kind in kinds.items()}
         return Profile(**data, **points)
     except TypeError as error:
         raise PlannerError(f"profile {path} is malformed: {error}") from None

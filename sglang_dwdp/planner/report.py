@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import Any
 
-from rich.console import Group as Stack
 from rich.box import SIMPLE_HEAD
+from rich.console import Group as Stack
 from rich.table import Table
 
 from .cost import Estimate, Parts
 from .plan import Plan
 from .simulate import Result
 
+# Narrow enough for eight columns on a terminal of 80.
+STYLE: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 0, 0, 1), "pad_edge": False}
 PART_LABELS = {
     "attention": "attention",
     "grouped_gemm": "experts",
@@ -41,9 +43,9 @@ def plan_tables(plan: Plan) -> Stack:
         f"{plan.group.stored(plan.model)} of {plan.model.experts} experts per rank"
     )
     sweep = Table(
-        box=SIMPLE_HEAD,
+        **STYLE,
         title=title,
-        caption="tokens per rank; ms per forward of one rank; last: DWDP's tokens/s per GPU over DEP's",
+        caption="ms per forward of one rank; vs DEP: DWDP's tokens/s per GPU",
     )
     for label in ("tokens", "compute", "fetch", "exposed", "DWDP", "DEP", "in-tree", "replica"):
         sweep.add_column(label, justify="right")
@@ -62,7 +64,7 @@ def plan_tables(plan: Plan) -> Stack:
         )
     chosen = next(p for p in plan.points if p.tokens == plan.chunk)
     parts = Table(
-        box=SIMPLE_HEAD,
+        **STYLE,
         title=f"Breakdown at {plan.chunk:,} tokens per rank",
         caption="ms per forward of one rank",
     )
@@ -77,9 +79,9 @@ def plan_tables(plan: Plan) -> Stack:
         if any(values):
             parts.add_row(PART_LABELS[field.name], *(_ms(v) for v in values))
     parts.add_row("total", *(_ms(e.seconds) for e in shown), style="bold")
-    memories = Table(box=SIMPLE_HEAD, title=f"Memory per GPU ({_gb(plan.gpu.memory)} GB)", caption="GB")
+    memories = Table(**STYLE, title=f"Memory per GPU ({_gb(plan.gpu.memory)} GB)", caption="GB")
     memories.add_column("scheme")
-    for label in ("replicated", "experts", "slots", "activations", "runtime", "left for KV cache"):
+    for label in ("replicated", "experts", "slots", "activations", "runtime", "for KV cache"):
         memories.add_column(label, justify="right")
     for scheme, m in plan.memories.items():
         left = _gb(m.kv_cache) if m.fits else "does not fit"
@@ -150,7 +152,7 @@ def result_json(result: Result) -> dict[str, Any]:
 
 def result_table(results: list[Result]) -> Table:
     """Outcomes of several scenarios side by side."""
-    table = Table(box=SIMPLE_HEAD, title="Simulated prefill serving")
+    table = Table(**STYLE, title="Simulated prefill serving")
     columns = ("GPUs", "tok/s/GPU", "TTFT p50 s", "p90 s", "p99 s", "exposed copy", "copying", "in-step wait")
     table.add_column("scenario")
     for label in columns:

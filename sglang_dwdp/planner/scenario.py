@@ -176,6 +176,4 @@ def load_scenarios(path: str) -> list[Scenario]:
     if not isinstance(data["scenarios"], Mapping):
         raise PlannerError(f"{path}: scenarios must be a mapping of names to settings")
     defaults = data.get("defaults") or {}
-    return [
-        scenario_from_mapping({**defaults, **(own or {})}, name) for name, own in data["scenarios"].items()
-    ]
+    return [scenario_from_mapping({**defaults, **(own or {})}, name) for name, own in data["scenarios"].items()]

@@ -54,10 +54,10 @@ def test_plan_takes_a_profile_and_draws(capsys: pytest.CaptureFixture[str], tmp_
         (["simulate", "--scenario", "none.yaml"], "does not exist"),
     ],
 )
-def test_errors_are_one_line_and_exit_code_2(
-    capsys: pytest.CaptureFixture[str], arguments, message: str
+def test_errors_are_one_line_and_exit_code_1(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert main(arguments) == 2
+    assert main(arguments) == 1
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
@@ -82,7 +82,7 @@ def test_profile_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str], tmp_p
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert main(["profile", "-o", str(tmp_path / "p.json")]) == 2
+    assert main(["profile", "-o", str(tmp_path / "p.json")]) == 1
     assert "no GPU is visible" in capsys.readouterr().err
 
 

@@ -1,10 +1,11 @@
 """The cost model: calibration, the roofline table, and what must hold for any input."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dwdp.planner import kernels
@@ -27,8 +28,8 @@ from sglang_dwdp.planner.cost import (
 )
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import FORMATS, default_precision, get_format
-from sglang_dwdp.planner.gpus import GPUS, get_gpu, roofline_gpu
-from sglang_dwdp.planner.models import load_model
+from sglang_dwdp.planner.gpus import GPUS, Gpu, get_gpu, roofline_gpu
+from sglang_dwdp.planner.models import ModelShape, load_model
 from sglang_dwdp.planner.workload import Batch, batch_of, mean_batch
 
 NAMES = ("deepseek-r1", "qwen3-30b-a3b", "gpt-oss-120b", "mixtral-8x7b", "glm-4.5")
@@ -50,7 +51,9 @@ def _batch(items: list[int], window: int = 0) -> Batch:
 
 
 @given(models, gpus, groups, lengths, st.floats(1.0, 8.0))
-def test_more_link_bandwidth_never_hurts(model, gpu, group, items, factor) -> None:
+def test_more_link_bandwidth_never_hurts(
+    model: ModelShape, gpu: Gpu, group: Group, items: list[int], factor: float
+) -> None:
     faster = replace(
         gpu,
         link_bandwidth=gpu.link_bandwidth * factor,
@@ -65,7 +68,9 @@ def test_more_link_bandwidth_never_hurts(model, gpu, group, items, factor) -> No
 
 
 @given(models, gpus, groups, lengths)
-def test_dwdp_takes_at_least_compute_and_at_least_fetch(model, gpu, group, items) -> None:
+def test_dwdp_takes_at_least_compute_and_at_least_fetch(
+    model: ModelShape, gpu: Gpu, group: Group, items: list[int]
+) -> None:
     estimate = dwdp(model, gpu, BF16, _batch(items, model.window), group)
     assert estimate.seconds >= estimate.compute * (1 - 1e-9)
     assert estimate.seconds >= estimate.fetch * (1 - 1e-9)
@@ -73,13 +78,15 @@ def test_dwdp_takes_at_least_compute_and_at_least_fetch(model, gpu, group, items
 
 
 @given(models, gpus, lengths, st.integers(1, 500))
-def test_a_larger_batch_takes_longer(model, gpu, items, extra) -> None:
+def test_a_larger_batch_takes_longer(model: ModelShape, gpu: Gpu, items: list[int], extra: int) -> None:
     small, large = _batch(items, model.window), _batch([*items, extra], model.window)
     assert replica(model, gpu, BF16, small).seconds <= replica(model, gpu, BF16, large).seconds
 
 
 @given(models, gpus, st.integers(2, 8), lengths)
-def test_dep_with_uneven_ranks_is_no_faster_than_with_even_ones(model, gpu, ranks, items) -> None:
+def test_dep_with_uneven_ranks_is_no_faster_than_with_even_ones(
+    model: ModelShape, gpu: Gpu, ranks: int, items: list[int]
+) -> None:
     even = _batch(items, model.window)
     double = Batch(2 * even.tokens, 2 * even.pairs, 1, 2 * even.window_pairs)
     nothing = Batch(0.0, 0.0, 0)
@@ -90,7 +97,7 @@ def test_dep_with_uneven_ranks_is_no_faster_than_with_even_ones(model, gpu, rank
 
 
 @given(models, st.integers(2, 16), st.integers(0, 64))
-def test_bytes_are_conserved(model, size, extra) -> None:
+def test_bytes_are_conserved(model: ModelShape, size: int, extra: int) -> None:
     """What a rank stores and what it fetches make up one layer, per layer and expert."""
     share = -(-model.experts // size)
     group = Group(size, local_experts=min(model.experts, share + extra))
@@ -102,7 +109,7 @@ def test_bytes_are_conserved(model, size, extra) -> None:
 
 
 @given(st.floats(0, 1e5), st.integers(1, 512))
-def test_distinct_experts_are_bounded(rows, experts) -> None:
+def test_distinct_experts_are_bounded(rows: float, experts: int) -> None:
     count = kernels.distinct_experts(experts, rows)
     assert 0 <= count <= experts + 1e-9
     assert count <= max(rows, 1.0) + 1e-9
@@ -110,9 +117,7 @@ def test_distinct_experts_are_bounded(rows, experts) -> None:
 
 @given(
     st.integers(2, 6).flatmap(
-        lambda ranks: st.lists(
-            st.lists(st.floats(0, 10), min_size=ranks, max_size=ranks), min_size=1, max_size=30
-        )
+        lambda ranks: st.lists(st.lists(st.floats(0, 10), min_size=ranks, max_size=ranks), min_size=1, max_size=30)
     )
 )
 def test_lockstep_never_beats_independent_ranks(times: list[list[float]]) -> None:
@@ -210,7 +215,7 @@ def test_attention_of_windowed_layers_is_cheaper() -> None:
         ({"size": 4, "depth": 0}, "at least 1 layer"),
     ],
 )
-def test_bad_groups_are_refused(settings_, message: str) -> None:
+def test_bad_groups_are_refused(settings_: dict[str, Any], message: str) -> None:
     with pytest.raises(PlannerError, match=message):
         Group(**settings_)
 
@@ -225,7 +230,3 @@ def test_unknown_names_list_the_known_ones() -> None:
         get_gpu("TPU")
     with pytest.raises(PlannerError, match="mxfp4"):
         get_format("fp3")
-
-
-settings.register_profile("planner", deadline=None)
-settings.load_profile("planner")

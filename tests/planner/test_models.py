@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,6 +97,6 @@ def test_broken_json_is_named(tmp_path: Path) -> None:
         (None, "bf16"),
     ],
 )
-def test_expert_format_is_read_from_the_config(quantization, expected: str) -> None:
+def test_expert_format_is_read_from_the_config(quantization: dict[str, Any] | None, expected: str) -> None:
     config = {**BUILTIN_CONFIGS["qwen3-30b-a3b"], "quantization_config": quantization}
     assert model_from_config(config, "m").expert_format == expected

@@ -10,7 +10,7 @@ from sglang_dwdp.planner.cost import Group, dwdp
 from sglang_dwdp.planner.direct import direct_max_tokens, direct_seconds, expected_remote_experts
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import FORMATS, default_precision
-from sglang_dwdp.planner.gpus import GPUS, get_gpu
+from sglang_dwdp.planner.gpus import GPUS, Gpu, get_gpu
 from sglang_dwdp.planner.memory import memory, replicated_bytes
 from sglang_dwdp.planner.models import load_model
 from sglang_dwdp.planner.plan import Plan, evaluate, make_plan
@@ -95,7 +95,7 @@ def test_memory_parts_add_up() -> None:
     st.sampled_from(list(GPUS.values())),
     st.integers(2, 8),
 )
-def test_direct_threshold_is_where_the_direct_view_stops_winning(name, gpu, size) -> None:
+def test_direct_threshold_is_where_the_direct_view_stops_winning(name: str, gpu: Gpu, size: int) -> None:
     model = load_model(name)
     tokens = direct_max_tokens(model, gpu, size)
     precision = default_precision(FORMATS[model.expert_format])
@@ -111,7 +111,7 @@ def test_direct_threshold_is_where_the_direct_view_stops_winning(name, gpu, size
 
 
 @given(st.sampled_from(MODEL_NAMES), st.integers(2, 8), st.integers(1, 5000))
-def test_remote_experts_grow_with_tokens_up_to_all(name, size, tokens) -> None:
+def test_remote_experts_grow_with_tokens_up_to_all(name: str, size: int, tokens: int) -> None:
     model, group = load_model(name), Group(size)
     some = expected_remote_experts(model, tokens, group)
     assert some <= expected_remote_experts(model, tokens + 1, group) + 1e-9

@@ -10,7 +10,7 @@ import pytest
 from sglang_dwdp.planner import kernels
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import FORMATS
-from sglang_dwdp.planner.gpus import get_gpu
+from sglang_dwdp.planner.gpus import Gpu, get_gpu
 from sglang_dwdp.planner.models import ModelShape, load_model
 from sglang_dwdp.planner.profile import (
     AttentionPoint,
@@ -28,7 +28,7 @@ COMPARED = MEASURED.with_name("planner_vs_gpu_h100.json")
 BF16 = FORMATS["bf16"]
 
 
-def _synthetic(truth) -> Profile:
+def _synthetic(truth: Gpu) -> Profile:
     """Points that the cost model itself would produce on ``truth``."""
     efficiency = truth.efficiency
     grouped = tuple(
@@ -37,8 +37,7 @@ def _synthetic(truth) -> Profile:
         for depth, width in ((2048, 1536), (768, 2048))
     )
     dense = tuple(
-        GemmPoint(rows, 1, 2048, 5120, kernels.dense_gemm(truth, BF16, rows, 2048 * 5120))
-        for rows in (64, 1024, 16384)
+        GemmPoint(rows, 1, 2048, 5120, kernels.dense_gemm(truth, BF16, rows, 2048 * 5120)) for rows in (64, 1024, 16384)
     )
     attention = []
     for heads in (16, 64):
@@ -114,9 +113,7 @@ def test_predictions_from_the_shipped_profile_still_match_the_measured_layers() 
 
     gpu = load_profile(str(MEASURED)).apply(get_gpu("H100"))
     rows = json.loads(COMPARED.read_text())["rows"]
-    errors = [
-        predict(load_model(r["model"]), gpu, r["tokens"])["total"] / r["measured_seconds"] - 1 for r in rows
-    ]
+    errors = [predict(load_model(r["model"]), gpu, r["tokens"])["total"] / r["measured_seconds"] - 1 for r in rows]
     assert len(errors) == 16
     assert max(abs(e) for e in errors) < 0.12
     assert float(np.mean(np.abs(errors))) < 0.05

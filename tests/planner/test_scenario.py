@@ -1,6 +1,7 @@
 """Scenario files: the shipped ones load, bad ones are refused with a reason."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_formats_can_be_set_one_by_one() -> None:
         ({"attention_format": "int1"}, "bf16, fp8"),
     ],
 )
-def test_bad_settings_are_refused(change, message: str) -> None:
+def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(PlannerError, match=message):
         scenario_from_mapping({**GOOD, **change})
 

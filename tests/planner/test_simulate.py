@@ -1,13 +1,16 @@
 """The simulator: it agrees with the closed form, conserves bytes, and is fast enough."""
 
 import time
+from collections.abc import Generator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import simpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from simpy.events import Event
 
 from sglang_dwdp.planner.cost import Group, dwdp, layer_fetch_bytes
 from sglang_dwdp.planner.fabric import Port
@@ -98,9 +101,7 @@ def test_copies_never_make_a_rank_faster_than_a_replica(scenario: Scenario) -> N
 @pytest.mark.parametrize("budget", [1024, 8192, 65536])
 def test_steady_state_agrees_with_the_closed_form(budget: int) -> None:
     """Copies bound, near the balance, and hidden: full equal forwards, sliced copies."""
-    scenario = replace(
-        BASE, lengths=Lengths("fixed", budget), token_budget=budget, requests=4 * 40, group_size=4
-    )
+    scenario = replace(BASE, lengths=Lengths("fixed", budget), token_budget=budget, requests=4 * 40, group_size=4)
     result = simulate(scenario)
     batch = batch_of([(budget, 0)])
     expected = dwdp(scenario.model, scenario.gpu, scenario.precision, batch, Group(4)).seconds
@@ -140,7 +141,7 @@ def test_a_port_is_shared_equally() -> None:
     port = Port(env, 100.0)
     ends: dict[str, float] = {}
 
-    def reader(name: str, start: float, size: float):
+    def reader(name: str, start: float, size: float) -> Generator[Event, Any, None]:
         yield env.timeout(start)
         yield port.pull(size)
         ends[name] = env.now

@@ -1,5 +1,7 @@
 """Lengths and packing: nothing is lost, budgets hold."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -81,6 +83,6 @@ def test_batch_of_counts_the_window() -> None:
         ({"std": -1}, "negative"),
     ],
 )
-def test_bad_lengths_are_refused(settings, message: str) -> None:
+def test_bad_lengths_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(PlannerError, match=message):
         Lengths(**settings)

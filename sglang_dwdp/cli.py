@@ -1,0 +1,65 @@
+"""The console script `sglang-dwdp`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import get_args
+
+from sglang_dwdp import __version__
+from sglang_dwdp.config import ViewMode
+from sglang_dwdp.errors import DwdpError
+from sglang_dwdp.planner.commands import add_commands
+
+
+def parser() -> argparse.ArgumentParser:
+    """All subcommands; each sets `run`, a function from the parsed arguments to an exit code."""
+    result = argparse.ArgumentParser(prog="sglang-dwdp", description="Distributed Weight Data Parallelism for SGLang")
+    result.add_argument("--version", action="version", version=__version__)
+    commands = result.add_subparsers(required=True, metavar="COMMAND")
+    demo = commands.add_parser(
+        "demo", help="serve a small MoE model with DWDP on this machine's CPU and compare it with a single rank"
+    )
+    demo.add_argument("--ranks", type=_at_least(2), default=2, help="ranks in the group (default: 2)")
+    demo.add_argument("--experts", type=_at_least(4), default=8, help="experts of the model (default: 8)")
+    demo.add_argument("--view", choices=get_args(ViewMode), default="auto", help="as --dwdp-view (default: auto)")
+    demo.add_argument("--out", help="keep the model and the servers' logs in this folder")
+    demo.set_defaults(run=_demo)
+    add_commands(commands)
+    return result
+
+
+def _at_least(least: int) -> type[int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    number.__name__ = "int"
+    return number  # type: ignore[return-value]
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from sglang_dwdp.demo.demo import run  # imports torch
+
+    if args.experts < args.ranks:
+        raise DwdpError(f"--experts {args.experts} cannot be shared among --ranks {args.ranks}: give at least as many")
+    return run(args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand. What the user can mend is one line on stderr, and exit code 1."""
+    args = parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except DwdpError as error:
+        sys.stderr.write(f"sglang-dwdp: error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Every option of DWDP: its flag, its default, its validation and its error message."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args
+
+from sglang_dwdp.errors import DwdpConfigError
+
+ViewMode = Literal["auto", "direct", "staged"]
+Transport = Literal["auto", "host-shm"]
+
+ENABLE = "enable_dwdp"
+PREFIX = "dwdp_"
+KIB = 1024
+MIB = 1024 * KIB
+
+
+def _option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DwdpConfig:
+    """The options of one server; present only where DWDP is on.
+
+    A field `x_y` is the flag `--dwdp-x-y`, the keyword `dwdp_x_y` of `sglang.Engine`, and the key
+    `dwdp-x-y` of a `--config` file.
+
+    Raises:
+        DwdpConfigError: a value is out of its range.
+    """
+
+    view: ViewMode = _option(
+        "auto",
+        "How remote experts are read. direct: in place, in the peers' memory. staged: copied ahead into slots. "
+        "auto: direct for forwards of up to --dwdp-direct-max-tokens tokens, staged above.",
+    )
+    direct_max_tokens: int = _option(256, "Largest forward, in tokens, that --dwdp-view auto runs on direct views.")
+    depth: int = _option(2, "Slots for staged experts, each with room for the remote experts of one MoE layer.")
+    slice_kib: int = _option(
+        2048, "Size in KiB of the slices that a layer's copies are cut into; peers take turns slice by slice."
+    )
+    replicate_below_kib: int = _option(
+        1024,
+        "Per-expert tensors other than the weights (scales, biases) are replicated on every rank when all "
+        "experts' values together take less than this many KiB, and shared like the weights otherwise.",
+    )
+    transport: Transport = _option(
+        "auto",
+        "How ranks share memory. host-shm: memory files mapped by every rank (the CPU engine). "
+        "auto: what fits the device.",
+    )
+    timeout_s: float = _option(
+        300.0, "Longest wait in seconds for a peer during set-up, and for a copy during a forward."
+    )
+    audit: bool = _option(
+        False,
+        "Count, in every forward, calls into torch.distributed and the bytes of remote experts read in place, and "
+        "report both in /server_info. Slows forwards down.",
+    )
+
+    def __post_init__(self) -> None:
+        for name, choices in (("view", get_args(ViewMode)), ("transport", get_args(Transport))):
+            if getattr(self, name) not in choices:
+                self._refuse(name, f"is not one of {', '.join(choices)}")
+        for name, least in (
+            ("direct_max_tokens", 0),
+            ("depth", 1),
+            ("slice_kib", 4),
+            ("replicate_below_kib", 0),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                self._refuse(name, f"must be a whole number of at least {least}")
+        if isinstance(self.timeout_s, bool) or not isinstance(self.timeout_s, int | float) or self.timeout_s <= 0:
+            self._refuse("timeout_s", "must be a number of seconds above 0")
+        if not isinstance(self.audit, bool):
+            self._refuse("audit", "must be true or false")
+
+    def _refuse(self, name: str, why: str) -> None:
+        raise DwdpConfigError(f"{flag_of(name)} {why} (got {getattr(self, name)!r}).")
+
+    @property
+    def slice_bytes(self) -> int:
+        return self.slice_kib * KIB
+
+    @property
+    def replicate_below_bytes(self) -> int:
+        return self.replicate_below_kib * KIB
+
+    def wants_direct(self, num_tokens: int) -> bool:
+        """Whether a forward of `num_tokens` tokens runs on direct views."""
+        if self.view == "auto":
+            return num_tokens <= self.direct_max_tokens
+        return self.view == "direct"
+
+
+def flag_of(name: str) -> str:
+    """The command-line flag of the field `name`."""
+    return "--" + (PREFIX + name).replace("_", "-")
+
+
+def option_names() -> Iterator[str]:
+    """The keyword of every option, `enable_dwdp` first."""
+    yield ENABLE
+    for field in dataclasses.fields(DwdpConfig):
+        yield PREFIX + field.name
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add `--enable-dwdp` and the `--dwdp-*` flags to SGLang's parser."""
+    group = parser.add_argument_group("DWDP (Distributed Weight Data Parallelism)")
+    group.add_argument(
+        "--enable-dwdp",
+        action="store_true",
+        help="Serve with DWDP over the --tp-size ranks: every rank runs its own requests and reads the "
+        "experts that it does not store from its peers. See also the --dwdp-* options.",
+    )
+    for field in dataclasses.fields(DwdpConfig):
+        # None marks a flag that was not given, so that one given without --enable-dwdp can be refused.
+        how: dict[str, Any] = {"default": None}
+        if isinstance(field.default, bool):
+            how["action"] = "store_true"
+        elif isinstance(field.default, str):
+            how["choices"] = get_args(ViewMode if field.name == "view" else Transport)
+        else:
+            how["type"] = type(field.default)
+        text = f"{field.metadata['help']} Default: {field.default}."
+        group.add_argument(flag_of(field.name), help=text.replace("%", "%%"), **how)
+
+
+def from_options(options: Mapping[str, Any]) -> DwdpConfig | None:
+    """The config that flags or keywords ask for, or None where they do not enable DWDP.
+
+    `options` may hold any other keys; a value of None means that the option was not given.
+
+    Raises:
+        DwdpConfigError: an option is out of range, or given without `enable_dwdp`.
+    """
+    given = {
+        field.name: options[PREFIX + field.name]
+        for field in dataclasses.fields(DwdpConfig)
+        if options.get(PREFIX + field.name) is not None
+    }
+    if not options.get(ENABLE):
+        if given:
+            names = ", ".join(map(flag_of, given))
+            raise DwdpConfigError(f"{names} given without --enable-dwdp. Add --enable-dwdp, or take it away.")
+        return None
+    return DwdpConfig(**given)

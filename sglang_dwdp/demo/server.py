@@ -1,0 +1,165 @@
+"""Starting a real SGLang server on the CPU engine, watching it come up, and stopping it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import requests
+
+from sglang_dwdp import cpu_engine
+from sglang_dwdp.errors import DwdpError
+
+# What the log says on the way up, in this order, and what that means.
+MILESTONES = (
+    ("Init parallel begin", "process groups"),
+    ("Load weight begin", "loading weights"),
+    ("DWDP is set up", "experts are shared"),
+    ("KV Cache is allocated", "KV cache"),
+    ("Uvicorn running", "first request"),
+)
+
+
+class ServerFailed(DwdpError):
+    """A server ended, or did not come up in time; the message has the end of its log."""
+
+
+class Server:
+    """`python -m sglang.launch_server` in a process group of its own, and its log.
+
+    dwdp: the options of DWDP as command-line arguments, None for a plain server.  environment: variables to add.
+    The context manager stops the server, by force after a while if need be.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        ranks: int,
+        log: Path,
+        *,
+        dwdp: Sequence[str] | None = None,
+        flags: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
+        self.log = log
+        self.ranks = ranks
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu"]
+        command += ["--tp", str(ranks), "--host", "127.0.0.1", "--port", str(self.port), *flags]
+        variables = dict(os.environ) | dict(environment or {})
+        if dwdp is None:
+            # What the plugin arranges by itself where DWDP is on.
+            variables |= cpu_engine.environment(ranks, variables)
+            defaults = cpu_engine.default_flags()
+            for name in ("attention_backend", "max_total_tokens"):
+                command += ["--" + name.replace("_", "-"), str(defaults[name])]
+        else:
+            variables["SGLANG_USE_CPU_ENGINE"] = "1"
+            command += ["--enable-dwdp", *dwdp]
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=variables, cwd=cwd, start_new_session=True
+            )
+
+    def wait(self, timeout_s: float = 300.0, progress: Callable[[str], None] = lambda _stage: None) -> None:
+        """Return when the server answers; `progress` hears what it is at.
+
+        Raises:
+            ServerFailed: it ended, or did not answer in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise ServerFailed(f"the server ended with exit code {self.process.returncode}:\n{self.log_end()}")
+            progress(self.stage())
+            try:
+                if requests.get(f"{self.url}/health", timeout=5).ok:
+                    return
+            except requests.RequestException:
+                pass
+            time.sleep(0.5)
+        raise ServerFailed(f"the server did not answer within {timeout_s:g} s:\n{self.log_end()}")
+
+    def stage(self) -> str:
+        """The last milestone in the log."""
+        text = self.log.read_text(errors="replace")
+        return next((name for mark, name in reversed(MILESTONES) if mark in text), "importing SGLang")
+
+    def log_end(self, lines: int = 15) -> str:
+        """The last lines of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def post(self, path: str, body: Mapping[str, Any], timeout_s: float = 120.0) -> Any:
+        """The JSON answer to a POST.
+
+        Raises:
+            requests.HTTPError: the server answered with an error.
+        """
+        answer = requests.post(self.url + path, json=body, timeout=timeout_s)
+        answer.raise_for_status()
+        return answer.json()
+
+    def generate(self, text: str, max_new_tokens: int, rank: int | None = None) -> list[int]:
+        """Greedy tokens after `text`, on a rank of choice."""
+        sampling = {"temperature": 0, "max_new_tokens": max_new_tokens}
+        body: dict[str, Any] = {"text": text, "sampling_params": sampling}
+        if rank is not None and self.ranks > 1:
+            body["routed_dp_rank"] = rank
+        tokens: list[int] = self.post("/generate", body)["output_ids"]
+        return tokens
+
+    def reports(self) -> list[dict[str, Any]]:
+        """Every rank's DWDP counters, in rank order."""
+        states = requests.get(f"{self.url}/server_info", timeout=30).json()["internal_states"]
+        return sorted((state["dwdp"] for state in states), key=lambda report: int(report["rank"]))
+
+    def stop(self, how: signal.Signals = signal.SIGTERM, timeout_s: float = 60.0) -> int:
+        """Ask the server to end and wait for it; its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        try:
+            return self.process.wait(timeout_s)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """End whatever is left of the server's process group. Idempotent."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.stop()
+        else:
+            self.kill()
+
+
+def _free_port() -> int:
+    """A port that is free now, below the range from which the system hands out ports by itself.
+
+    With attention data parallelism SGLang takes ports some hundreds above as well.
+    """
+    for _ in range(100):
+        port = random.randrange(20000, 30000)
+        with socket.socket() as trial:
+            if trial.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise ServerFailed("no free port between 20000 and 30000")

@@ -1,0 +1,108 @@
+"""What every kind of shared memory can do; the code above knows no other words for it.
+
+A Block is physical memory; a Range is a contiguous piece of address space into which blocks are mapped.
+Blocks are the only things that cross processes. Closing a block after it was mapped leaves the mapping:
+the memory lives as long as any process maps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+
+class Block(Protocol):
+    """Physical memory of `nbytes` bytes, a multiple of the page. Owns one descriptor until closed."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def close(self) -> None:
+        """Give up this process's hold on the memory, apart from mappings. Idempotent."""
+
+
+class Range(Protocol):
+    """A reserved piece of address space."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def map(self, offset: int, block: Block) -> None:
+        """Make the whole of `block` readable and writable at `offset`."""
+
+    def protect(self, offset: int, nbytes: int) -> None:
+        """Make a mapped piece read-only in this process."""
+
+    def tensor(self, nbytes: int) -> torch.Tensor:
+        """`[nbytes]` uint8 over the beginning of the range. Must not be used after `close`."""
+
+    def close(self) -> None:
+        """Unmap everything and give the address space back. Idempotent."""
+
+
+class Event(Protocol):
+    """A point in the order of one stream that the other stream can wait for."""
+
+
+# (destination, source), uint8 tensors of equal size; what one fill copies, in order.
+CopyList = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+
+class CopyEngine(Protocol):
+    """A second stream that copies while the compute stream (the caller's) goes on."""
+
+    def event(self) -> Event:
+        """A new event that has happened already."""
+
+    def record(self, event: Event) -> None:
+        """Let `event` happen when the compute stream reaches this point."""
+
+    def fill(self, copies: CopyList, after: Event, done: Event) -> None:
+        """Enqueue on the copy stream: wait for `after`, run `copies`, let `done` happen. Does not block."""
+
+    def wait(self, done: Event) -> None:
+        """Hold the compute stream until `done` has happened.
+
+        Raises:
+            DwdpRuntimeError: the copies failed, or did not end in time.
+        """
+
+    def close(self) -> None:
+        """Wait for the copies under way and stop. Idempotent."""
+
+
+class Memory(Protocol):
+    """One kind of shared memory."""
+
+    @property
+    def transport(self) -> str:
+        """Its name, a choice of `--dwdp-transport`."""
+
+    @property
+    def page_bytes(self) -> int:
+        """The smallest unit that blocks are made and mapped in."""
+
+    def create(self, nbytes: int) -> Block:
+        """A new block.
+
+        Raises:
+            OSError: there is not enough memory.
+        """
+
+    def export(self, block: Block) -> int:
+        """A file descriptor that stands for `block` in another process. It stays the block's own."""
+
+    def import_fd(self, fd: int, nbytes: int) -> Block:
+        """The block behind a descriptor received from a peer. Takes the descriptor over.
+
+        Raises:
+            OSError: the descriptor stands for something else than a block of `nbytes` bytes.
+        """
+
+    def reserve(self, nbytes: int) -> Range:
+        """Address space for `nbytes` bytes, with nothing mapped."""
+
+    def copy_engine(self, timeout_s: float) -> CopyEngine:
+        """A copy stream whose waits end after `timeout_s` seconds."""

@@ -1,0 +1,83 @@
+"""Slots over steps: which layer's experts lie in which slot, and when the next ones are fetched.
+
+```
+compute  ──attn l──▶ wait filled ▶ MoE l ▶ record released ──attn l+1──▶ …
+copy              ◀─ wait released ─ copy the next layer that uses this slot ─ record filled ─▶
+```
+
+Invariants:
+- Layer l (by position) always uses slot `l % depth`, so its staged view never changes.
+- A slot is overwritten only after the compute stream has passed the layer that read it.
+- The cycle of layers that share a slot does not end with a forward: the last of them hands the slot to the
+  first one of the next step, so a step does not start cold.
+- A slot remembers what it holds; a fetch of that is skipped. With `depth` ≥ the number of layers, every
+  layer is fetched once and stays.
+- The host allocates nothing here and waits only where the engine's `wait` is a host wait (the CPU's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sglang_dwdp.memory.base import CopyEngine, CopyList
+
+
+class _Slot:
+    __slots__ = ("filled", "holds", "released")
+
+    def __init__(self, engine: CopyEngine) -> None:
+        self.filled = engine.event()
+        self.released = engine.event()
+        self.holds = -1
+
+
+class Prefetcher:
+    """Fills the slots of a ring of staged layers.
+
+    plans: `[num_layers]`, what a fill of each layer copies.  plan_bytes: `[num_layers]`, its size.
+    """
+
+    def __init__(self, engine: CopyEngine, plans: Sequence[CopyList], plan_bytes: Sequence[int], depth: int) -> None:
+        self._engine = engine
+        self._plans = plans
+        self._plan_bytes = plan_bytes
+        self._slots = [_Slot(engine) for _ in range(min(depth, len(plans)))]
+        self._next = [(i + depth) if i + depth < len(plans) else i % depth for i in range(len(plans))]
+        self.copied_bytes = 0
+        self.late_fills = 0
+
+    def prime(self) -> None:
+        """Fetch the first layer of every slot that holds nothing yet, as in the first step."""
+        for index, slot in enumerate(self._slots):
+            if slot.holds < 0:
+                self._fill(slot, index)
+
+    def wait(self, layer: int) -> None:
+        """Hold the compute stream until the slot of `layer` holds its experts.
+
+        A layer that was not fetched ahead (a step was cut short, or layers were visited out of order) is
+        fetched now.
+
+        Raises:
+            DwdpRuntimeError: copies failed or did not end in time.
+        """
+        slot = self._slots[layer % len(self._slots)]
+        if slot.holds != layer:
+            self.late_fills += 1
+            # Whatever the compute stream has read from this slot lies before this point.
+            self._engine.record(slot.released)
+            self._fill(slot, layer)
+        self._engine.wait(slot.filled)
+
+    def release(self, layer: int) -> None:
+        """Note that the compute stream has read the slot of `layer`, and fetch what uses it next."""
+        slot = self._slots[layer % len(self._slots)]
+        following = self._next[layer]
+        if slot.holds != following:
+            self._engine.record(slot.released)
+            self._fill(slot, following)
+
+    def _fill(self, slot: _Slot, layer: int) -> None:
+        slot.holds = layer
+        self._engine.fill(self._plans[layer], slot.released, slot.filled)
+        self.copied_bytes += self._plan_bytes[layer]

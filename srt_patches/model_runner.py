@@ -1,0 +1,75 @@
+"""ModelRunner: where the runtime is set up, and what runs around every forward."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed
+from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.runtime_context import get_global_dwdp_manager, get_parallel, set_global_dwdp_manager
+
+from sglang_dwdp.memory.host_shm import HostMemory
+from sglang_dwdp.runtime import DwdpRuntime
+from sglang_dwdp.srt_patches.hooks import Hook
+from sglang_dwdp.srt_patches.moe_layer import collect
+from sglang_dwdp.srt_patches.server_args import config_of
+
+
+class Manager:
+    """The runtime under the names by which SGLang calls its own DWDP manager."""
+
+    def __init__(self, runtime: DwdpRuntime) -> None:
+        self.runtime = runtime
+        # Bound methods as attributes: a forward pays for no second call.
+        self.prefetch_first_layers = runtime.prime
+        self.wait_prefetch = runtime.wait
+        self.record_compute_and_prefetch_next = runtime.release
+        self.cleanup = runtime.close
+
+
+def current_runtime() -> DwdpRuntime:
+    """The runtime of this process."""
+    manager = get_global_dwdp_manager()
+    assert isinstance(manager, Manager)
+    return manager.runtime
+
+
+def set_up(runner: Any) -> None:
+    """In place of `ModelRunner.maybe_init_dwdp`, which runs after the weights are loaded and post-processed, and
+    before the KV cache is sized."""
+    if runner.is_draft_worker:
+        return
+    config = config_of(runner.server_args)
+    assert config is not None
+    layers = collect(runner.model)
+    parallel = get_parallel()
+    runtime = DwdpRuntime(config, HostMemory(), parallel.tp_rank, parallel.dwdp_size)
+    runtime.setup(layers, _common_name(parallel.tp_group))
+    set_global_dwdp_manager(Manager(runtime))
+
+
+def _common_name(group: Any) -> str:
+    """A name that the ranks of `group` agree on and no other server on the host has."""
+    name = [uuid.uuid4().hex]
+    torch.distributed.broadcast_object_list(name, src=group.ranks[0], group=group.cpu_group)
+    return name[0]
+
+
+def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around `ModelRunner.forward`."""
+    if runner.is_draft_worker:
+        return original(runner, forward_batch, *args, **kwargs)
+    runtime = current_runtime()
+    num_tokens = forward_batch._forward_num_tokens()
+    runtime.begin_forward(num_tokens)
+    output = original(runner, forward_batch, *args, **kwargs)
+    runtime.end_forward(num_tokens, replayed=output.can_run_graph)
+    return output
+
+
+HOOKS = (
+    Hook("sglang.srt.model_executor.model_runner.ModelRunner.maybe_init_dwdp", HookType.REPLACE, set_up),
+    Hook("sglang.srt.model_executor.model_runner.ModelRunner.forward", HookType.AROUND, forward),
+)

@@ -1,0 +1,132 @@
+"""FusedMoE: which experts a rank creates and loads, and the layer as the runtime sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_dwdp.errors import DwdpConfigError
+from sglang_dwdp.placement import Placement, balanced
+from sglang_dwdp.srt_patches.hooks import Hook
+
+_WEIGHTS = ("w13_weight", "w2_weight")
+_COUNT = "_num_local_routed"
+
+
+def placement_of(layer: Any) -> Placement:
+    """Which rank stores which routed experts of a FusedMoE layer."""
+    return balanced(layer.num_global_routed_experts, get_parallel().dwdp_size)
+
+
+class ShardCount:
+    """`FusedMoE._num_local_routed`: the experts that a layer has memory for.
+
+    SGLang divides the experts evenly (and asserts that they divide). While a layer is built this answers with
+    the size of the rank's shard instead, so its tensors are created and loaded at that size; binding the full
+    tensors later sets the count of all experts, as SGLang's own code does it.
+    """
+
+    def __get__(self, layer: Any, owner: type) -> Any:
+        return self if layer is None else layer.__dict__[_COUNT]
+
+    def __set__(self, layer: Any, count: int) -> None:
+        being_built = "_dwdp_bound" not in layer.__dict__  # the last thing that __init__ sets
+        layer.__dict__[_COUNT] = len(placement_of(layer).shard(get_parallel().tp_rank)) if being_built else count
+
+
+def build(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
+    """Around `FusedMoE.__init__`: every rank runs the whole width of all experts.
+
+    The server's arguments leave the MoE's tensor parallelism at tp_size, the only factorisation that SGLang's
+    models accept beside expert parallelism; for a rank of DWDP both are 1.
+    """
+    with get_parallel().override(
+        moe_tp_size=1, moe_tp_rank=0, moe_dp_size=get_parallel().tp_size, moe_dp_rank=get_parallel().tp_rank
+    ):
+        original(layer, *args, **kwargs)
+
+
+def local_index(layer: Any, expert_id: int) -> int:
+    """In place of `FusedMoE._map_global_expert_id_to_local_expert_id`: -1 for an expert of another rank."""
+    return placement_of(layer).local_index(get_parallel().tp_rank, expert_id)
+
+
+def count_reads(original: Callable[..., Any], layer: Any, hidden_states: Any, topk_output: Any, **kwargs: Any) -> Any:
+    """Around `FusedMoE.forward_impl`, with --dwdp-audit only."""
+    from sglang_dwdp.srt_patches.model_runner import current_runtime
+
+    topk_ids = getattr(topk_output, "topk_ids", None)
+    if topk_ids is not None:
+        current_runtime().count_reads(layer.layer_id, topk_ids)
+    return original(layer, hidden_states, topk_output, **kwargs)
+
+
+class SglangLayer:
+    """A FusedMoE as an `ExpertLayer`."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self.layer_id: int = layer.layer_id
+        self.placement = placement_of(layer)
+
+    def shards(self) -> Mapping[str, torch.Tensor]:
+        layer = self._layer
+        weights = {name: getattr(layer, name) for name in _WEIGHTS}
+        return weights | dict(layer.named_per_expert_tensors(layer.num_local_experts))
+
+    def is_weight(self, name: str) -> bool:
+        return name in _WEIGHTS
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._layer.bind_full_expert_weights(tensors)
+
+    def use(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        replace = self._layer.replace_expert_tensor
+        for name, tensor in tensors.items():
+            replace(name, tensor)
+
+
+def collect(model: torch.nn.Module) -> list[SglangLayer]:
+    """The MoE layers of a model, in the order in which it runs them.
+
+    Raises:
+        DwdpConfigError: there is none, or one that cannot be shared.
+    """
+    found = [module for module in model.modules() if isinstance(module, FusedMoE)]
+    if not found:
+        raise DwdpConfigError(
+            f"{type(model).__name__} has no FusedMoE layer, so there are no experts to share. "
+            "Serve it without --enable-dwdp."
+        )
+    for layer in found:
+        if layer.num_fused_shared_experts:
+            raise DwdpConfigError(
+                f"layer {layer.layer_id} fuses shared experts into the routed ones. "
+                "Add --disable-shared-experts-fusion."
+            )
+        missing = [name for name in _WEIGHTS if not isinstance(getattr(layer, name, None), torch.Tensor)]
+        if missing:
+            raise DwdpConfigError(
+                f"layer {layer.layer_id} has no {' and no '.join(missing)}: the weight format "
+                f"{type(layer.quant_method).__name__} keeps experts in a way that DWDP does not know. Use another "
+                "quantization or --moe-runner-backend, or serve without --enable-dwdp."
+            )
+    return [SglangLayer(layer) for layer in sorted(found, key=lambda layer: int(layer.layer_id))]
+
+
+def install_shard_count() -> None:
+    """Put `ShardCount` in place; SGLang's registry wraps functions only."""
+    setattr(FusedMoE, _COUNT, ShardCount())
+
+
+_PATH = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
+HOOKS = (
+    Hook(f"{_PATH}.__init__", HookType.AROUND, build),
+    Hook(f"{_PATH}._map_global_expert_id_to_local_expert_id", HookType.REPLACE, local_index),
+)
+AUDIT_HOOKS = (Hook(f"{_PATH}.forward_impl", HookType.AROUND, count_reads),)

@@ -1,0 +1,49 @@
+"""Which hooks each of a server's processes gets, once it knows that DWDP is on.
+
+SGLang publishes the server arguments first thing in every process, under the process's role.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from sglang_dwdp.srt_patches.hooks import Hook, install
+from sglang_dwdp.srt_patches.server_args import config_of
+
+logger = logging.getLogger(__name__)
+
+
+def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_kwargs: Any) -> None:
+    """After `runtime_context.publish`.
+
+    Raises:
+        DwdpRuntimeError: a hook did not take. The process ends, and SGLang ends the server.
+    """
+    config = config_of(server_args)
+    if config is None:
+        return
+    if role == "scheduler":
+        from sglang_dwdp.srt_patches import audit, model_runner, moe_layer, reports, weight_updates
+
+        moe_layer.install_shard_count()
+        install((*moe_layer.HOOKS, *model_runner.HOOKS, *reports.SCHEDULER_HOOKS, *weight_updates.SCHEDULER_HOOKS))
+        if config.audit:
+            install(moe_layer.AUDIT_HOOKS)
+            audit.count_collectives()
+    elif role == "dp_controller":
+        from sglang_dwdp.srt_patches import reports
+
+        install(reports.CONTROLLER_HOOKS)
+    elif role == "tokenizer":
+        from sglang_dwdp import cleanup
+        from sglang_dwdp.srt_patches import weight_updates
+
+        cleanup.watch()
+
+        install(weight_updates.TOKENIZER_HOOKS)
+
+
+HOOKS = (Hook("sglang.srt.runtime_context.publish", HookType.AFTER, install_for_role),)

@@ -1,0 +1,54 @@
+"""What a rank tells about its DWDP: to the launcher when it is ready, and to /server_info at any time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from sglang_dwdp.errors import DwdpRuntimeError
+from sglang_dwdp.srt_patches.hooks import Hook
+from sglang_dwdp.srt_patches.model_runner import current_runtime
+
+
+def add_state(_result: None, _controller: Any, state: dict[str, Any]) -> None:
+    """After `SchedulerInternalStateController._add_topology`: the counters, under "dwdp"."""
+    state["dwdp"] = dict(current_runtime().report())
+
+
+def add_ready(info: dict[str, Any], _scheduler: Any) -> dict[str, Any]:
+    """After `Scheduler.get_init_info`: say that this rank serves through the runtime."""
+    return {**info, "dwdp": current_runtime().report()}
+
+
+def check_ready(_controller: Any, infos: list[dict[str, Any]]) -> None:
+    """Before `DataParallelController._record_scheduler_init_infos`: every rank must have said so.
+
+    A rank whose plugin failed to load would run SGLang's own DWDP.
+
+    Raises:
+        DwdpRuntimeError: a rank came up without the runtime.
+    """
+    without = [rank for rank, info in enumerate(infos) if "dwdp" not in info]
+    if without:
+        raise DwdpRuntimeError(
+            f"ranks {without} came up without the DWDP plugin that --enable-dwdp asks for. The log of those ranks "
+            "says why it failed to load; SGLANG_PLUGINS must not leave it out."
+        )
+
+
+SCHEDULER_HOOKS = (
+    Hook(
+        "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController._add_topology",
+        HookType.AFTER,
+        add_state,
+    ),
+    Hook("sglang.srt.managers.scheduler.Scheduler.get_init_info", HookType.AFTER, add_ready),
+)
+CONTROLLER_HOOKS = (
+    Hook(
+        "sglang.srt.managers.data_parallel_controller.DataParallelController._record_scheduler_init_infos",
+        HookType.BEFORE,
+        check_ready,
+    ),
+)

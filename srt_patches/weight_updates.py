@@ -1,0 +1,49 @@
+"""Online changes of the weights, which peers read in place: answered with an error, and the server goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from sglang_dwdp.srt_patches.hooks import Hook
+
+_REASON = (
+    "not supported with --enable-dwdp: other ranks read these weights in place. "
+    "Restart the server with the new weights, or serve without --enable-dwdp."
+)
+
+
+def refuse_update(_updater: Any, *_args: Any, **_kwargs: Any) -> tuple[bool, str]:
+    """In place of `WeightUpdater`'s methods, on every rank alike, so SGLang's barriers still match."""
+    return False, f"Updating weights is {_REASON}"
+
+
+async def refuse_request(_manager: Any, *_args: Any, **_kwargs: Any) -> tuple[bool, str]:
+    """In place of the tokenizer manager's requests that would change something on the ranks."""
+    return False, f"Updating weights is {_REASON}"
+
+
+async def refuse_release(_manager: Any, *_args: Any, **_kwargs: Any) -> None:
+    """In place of the tokenizer manager's `release_memory_occupation` and `resume_memory_occupation`."""
+    raise ValueError(f"Releasing and resuming memory is {_REASON}")
+
+
+_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+SCHEDULER_HOOKS = tuple(
+    Hook(f"{_UPDATER}.{method}", HookType.REPLACE, refuse_update)
+    for method in (
+        "init_weights_update_group",
+        "update_weights_from_disk",
+        "update_weights_from_ipc",
+        "update_weights_from_tensor",
+    )
+)
+TOKENIZER_HOOKS = (
+    Hook(f"{_MANAGER}.begin_weight_update", HookType.REPLACE, refuse_request),
+    Hook(f"{_MANAGER}.end_weight_update", HookType.REPLACE, refuse_request),
+    Hook(f"{_MANAGER}.update_weights_from_distributed", HookType.REPLACE, refuse_request),
+    Hook(f"{_MANAGER}.release_memory_occupation", HookType.REPLACE, refuse_release),
+    Hook(f"{_MANAGER}.resume_memory_occupation", HookType.REPLACE, refuse_release),
+)

@@ -1,0 +1,118 @@
+"""A group of ranks in one process: each rank is a thread, with layers that need no SGLang."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_dwdp.config import DwdpConfig
+from sglang_dwdp.memory.base import Memory
+from sglang_dwdp.memory.host_shm import HostMemory
+from sglang_dwdp.placement import balanced
+from sglang_dwdp.runtime import DwdpRuntime
+
+Experts = Mapping[str, torch.Tensor]  # full tensors [num_experts, …] of one layer, as in a checkpoint
+
+
+class PlainLayer:
+    """An `ExpertLayer` that holds its tensors in a dict."""
+
+    def __init__(self, layer_id: int, full: Experts, rank: int, size: int) -> None:
+        self.layer_id = layer_id
+        num_experts = len(next(iter(full.values())))
+        self.placement = balanced(num_experts, size)
+        shard = self.placement.shard(rank)
+        self.tensors = {name: tensor[shard.start : shard.stop].clone() for name, tensor in full.items()}
+        self.bound = False
+
+    def shards(self) -> Experts:
+        return self.tensors
+
+    def is_weight(self, name: str) -> bool:
+        return name.startswith("w")
+
+    def bind(self, tensors: Experts) -> None:
+        self.tensors = dict(tensors)
+        self.bound = True
+
+    def use(self, tensors: Experts) -> None:
+        self.tensors.update(tensors)
+
+
+def checkpoint(num_layers: int, num_experts: int, tails: Mapping[str, tuple[int, ...]], seed: int = 0) -> list[Experts]:
+    """Random full tensors: bf16 for weights ("w…"), float32 for the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            name: torch.randn(num_experts, *tail, generator=generator).to(
+                torch.bfloat16 if name.startswith("w") else torch.float32
+            )
+            for name, tail in tails.items()
+        }
+        for _ in range(num_layers)
+    ]
+
+
+def run_ranks(
+    size: int,
+    full: Sequence[Experts],
+    step: Callable[[DwdpRuntime, list[PlainLayer]], Any],
+    config: DwdpConfig | None = None,
+    memory: Callable[[int], Memory] = lambda _rank: HostMemory(),
+    layers_of: Callable[[int], list[PlainLayer]] | None = None,
+) -> list[Any]:
+    """Set up a runtime on every rank, run `step` there, close; the results, or the exceptions, in rank order."""
+    name = uuid.uuid4().hex
+    config = config or DwdpConfig(timeout_s=20)
+
+    def one(rank: int) -> Any:
+        runtime = DwdpRuntime(config, memory(rank), rank, size)
+        layers = (
+            layers_of(rank)
+            if layers_of
+            else [PlainLayer(3 * i + 1, experts, rank, size) for i, experts in enumerate(full)]
+        )
+        try:
+            runtime.setup(layers, name)
+            return step(runtime, layers)
+        except Exception as error:  # noqa: BLE001  (it is the result)
+            return error
+        finally:
+            runtime.close()
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(one, range(size)))
+
+
+def forward(runtime: DwdpRuntime, layers: Sequence[PlainLayer], num_tokens: int) -> list[dict[str, torch.Tensor]]:
+    """What each layer sees in one forward, copied while it may be read."""
+    seen = []
+    runtime.begin_forward(num_tokens)
+    runtime.prime()
+    for layer in layers:
+        runtime.wait(layer.layer_id)
+        seen.append({name: tensor.clone() for name, tensor in layer.tensors.items()})
+        runtime.release(layer.layer_id)
+    runtime.end_forward(num_tokens)
+    return seen
+
+
+def equal(seen: Sequence[Experts], full: Sequence[Experts]) -> bool:
+    """Bitwise equality of all layers and tensors."""
+    return all(
+        seen_layer.keys() == layer.keys()
+        and all(torch.equal(seen_layer[name].view(torch.uint8), layer[name].view(torch.uint8)) for name in layer)
+        for seen_layer, layer in zip(seen, full, strict=True)
+    )
+
+
+def open_resources() -> tuple[int, int]:
+    """Open descriptors, and mappings of this package's memory files."""
+    maps = Path("/proc/self/maps").read_text()
+    return len(os.listdir("/proc/self/fd")), maps.count("sglang-dwdp")

@@ -1,0 +1,156 @@
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+pytest.importorskip("torch")
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer
+
+from sglang_dwdp.demo.checkpoint import VOCAB_SIZE, make_checkpoint, make_tokenizer
+from sglang_dwdp.demo.families import Family, Shape
+
+FAMILIES = get_args(Family)
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    return dict(json.loads((directory / "config.json").read_text()))
+
+
+def _tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor, by way of the index, as a loader finds them."""
+    weight_map = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {file: load_file(directory / file) for file in set(weight_map.values())}
+    assert sum(len(tensors) for tensors in files.values()) == len(weight_map)
+    return {name: files[file][name] for name, file in weight_map.items()}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(directory)
+    return AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("text", ["def f(x):\n\treturn x", "naïve – 日本語 🙂", "", "  two  spaces  "])
+def test_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_tokenizer_has_learnt_words(tokenizer: Any) -> None:
+    assert len(tokenizer) == VOCAB_SIZE
+    assert len(tokenizer("The for statement is used to iterate")["input_ids"]) < 12
+
+
+def test_special_tokens(tokenizer: Any) -> None:
+    assert [tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id] == [0, 1, 2]
+    assert tokenizer("<|end|>")["input_ids"] == [0]
+
+
+def test_the_chat_template_renders(tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "<|user|>\nHello<|end|>\n<|assistant|>\n"
+
+
+def test_the_tokenizer_is_the_same_every_time(tmp_path: Path) -> None:
+    for name in "ab":
+        make_tokenizer(tmp_path / name)
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_knows_every_family_and_its_tokenizer(family: Family, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, family, num_layers=2)
+    assert AutoConfig.from_pretrained(tmp_path).model_type == family
+    text = "import os\n\nprint(os.sep)"
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.decode(loaded(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_experts", [8, 9, 11])
+def test_every_expert_of_every_layer_is_there(family: Family, num_experts: int, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, family, num_experts=num_experts, num_layers=3)
+    tensors = _tensors(tmp_path)
+    shape = Shape()
+    dense = {0} if family.startswith("deepseek") else set()
+    for layer in set(range(3)) - dense:
+        prefix = f"model.layers.{layer}.mlp."
+        assert tensors[prefix + "gate.weight"].shape == (num_experts, shape.hidden_size)
+        for expert in range(num_experts):
+            size = (shape.moe_intermediate_size, shape.hidden_size)
+            assert tensors[f"{prefix}experts.{expert}.gate_proj.weight"].shape == size
+            assert tensors[f"{prefix}experts.{expert}.up_proj.weight"].shape == size
+            assert tensors[f"{prefix}experts.{expert}.down_proj.weight"].shape == size[::-1]
+        assert f"{prefix}experts.{num_experts}.up_proj.weight" not in tensors
+    for layer in dense:
+        assert f"model.layers.{layer}.mlp.up_proj.weight" in tensors
+        assert f"model.layers.{layer}.mlp.experts.0.up_proj.weight" not in tensors
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("qwen3_moe", "self_attn.q_norm.weight"),
+        ("qwen2_moe", "mlp.shared_expert_gate.weight"),
+        ("qwen2_moe", "self_attn.q_proj.bias"),
+        ("deepseek_v2", "mlp.shared_experts.down_proj.weight"),
+        ("deepseek_v2", "self_attn.q_proj.weight"),
+        ("deepseek_v3", "self_attn.q_b_proj.weight"),
+        ("deepseek_v3", "mlp.gate.e_score_correction_bias"),
+    ],
+)
+def test_what_a_family_is_known_for(family: Family, name: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, family, num_layers=2)
+    assert f"model.layers.1.{name}" in _tensors(tmp_path)
+
+
+@pytest.mark.parametrize(("num_experts", "groups"), [(8, 4), (9, 3), (10, 2), (11, 1), (2, 1)])
+def test_groups_divide_the_experts_and_leave_enough_to_choose_from(num_experts: int, groups: int) -> None:
+    assert Shape(num_experts=num_experts).expert_groups() == groups
+
+
+def test_deepseek_v3_keeps_enough_groups_for_its_top_k(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v3", num_experts=9, num_layers=1)
+    config = _config(tmp_path)
+    assert config["topk_group"] * (9 // config["n_group"]) >= config["num_experts_per_tok"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_experts_do_not_end_on_page_edges(dtype: torch.dtype) -> None:
+    shape = Shape()
+    assert shape.moe_intermediate_size * shape.hidden_size * dtype.itemsize % 4096 != 0
+    assert 2 * shape.moe_intermediate_size * shape.hidden_size * dtype.itemsize % 4096 != 0
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        make_checkpoint(tmp_path / name, num_layers=1, seed=seed)
+    a, b, c = (_tensors(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
+
+
+def test_more_experts_leave_the_other_tensors_alone(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "a", num_layers=1, num_experts=4)
+    make_checkpoint(tmp_path / "b", num_layers=1, num_experts=5)
+    a, b = _tensors(tmp_path / "a"), _tensors(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a if not name.endswith("mlp.gate.weight"))
+
+
+def test_the_number_of_files_and_the_dtype(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, num_layers=1, num_files=3, dtype=torch.float32)
+    assert len(list(tmp_path.glob("model-*-of-00003.safetensors"))) == 3
+    assert _config(tmp_path)["torch_dtype"] == "float32"
+    assert all(tensor.dtype == torch.float32 for tensor in _tensors(tmp_path).values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"family": "gpt2"}, "unknown family 'gpt2'"), ({"top_k": 9}, "top_k=9")]
+)
+def test_what_makes_no_sense_is_refused(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_checkpoint(tmp_path, **arguments)

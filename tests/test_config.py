@@ -1,0 +1,89 @@
+import argparse
+from typing import Any
+
+import pytest
+
+from sglang_dwdp import config as options
+from sglang_dwdp.config import DwdpConfig
+from sglang_dwdp.errors import DwdpConfigError
+
+
+def parse(*argv: str) -> DwdpConfig | None:
+    parser = argparse.ArgumentParser()
+    options.add_flags(parser)
+    return options.from_options(vars(parser.parse_args(argv)))
+
+
+def test_without_the_flag_there_is_no_config() -> None:
+    assert parse() is None
+
+
+def test_defaults() -> None:
+    assert parse("--enable-dwdp") == DwdpConfig()
+
+
+def test_every_option_has_a_flag() -> None:
+    config = parse(
+        *[
+            "--enable-dwdp",
+            "--dwdp-view",
+            "staged",
+            "--dwdp-direct-max-tokens",
+            "7",
+            "--dwdp-depth",
+            "3",
+            "--dwdp-slice-kib",
+            "64",
+        ],
+        *["--dwdp-replicate-below-kib", "0", "--dwdp-transport", "host-shm", "--dwdp-timeout-s", "1.5", "--dwdp-audit"],
+    )
+    assert config == DwdpConfig(
+        view="staged",
+        direct_max_tokens=7,
+        depth=3,
+        slice_kib=64,
+        replicate_below_kib=0,
+        transport="host-shm",
+        timeout_s=1.5,
+        audit=True,
+    )
+    assert config.slice_bytes == 65536
+
+
+def test_an_option_without_enable_dwdp_is_refused() -> None:
+    with pytest.raises(DwdpConfigError, match=r"--dwdp-depth, --dwdp-audit given without --enable-dwdp"):
+        parse("--dwdp-depth", "3", "--dwdp-audit")
+
+
+@pytest.mark.parametrize(
+    ("options_given", "message"),
+    [
+        ({"view": "near"}, "--dwdp-view is not one of auto, direct, staged .got 'near'"),
+        ({"transport": "smoke"}, "--dwdp-transport is not one of"),
+        ({"depth": 0}, "--dwdp-depth must be a whole number of at least 1 .got 0"),
+        ({"depth": True}, "--dwdp-depth must be"),
+        ({"depth": 2.0}, "--dwdp-depth must be"),
+        ({"direct_max_tokens": -1}, "--dwdp-direct-max-tokens must be"),
+        ({"slice_kib": 3}, "--dwdp-slice-kib must be a whole number of at least 4"),
+        ({"replicate_below_kib": -1}, "--dwdp-replicate-below-kib must be"),
+        ({"timeout_s": 0}, "--dwdp-timeout-s must be a number of seconds above 0"),
+        ({"timeout_s": "5"}, "--dwdp-timeout-s must be"),
+        ({"audit": "yes"}, "--dwdp-audit must be true or false"),
+    ],
+)
+def test_bad_values(options_given: dict[str, Any], message: str) -> None:
+    with pytest.raises(DwdpConfigError, match=message):
+        DwdpConfig(**options_given)
+
+
+@pytest.mark.parametrize(
+    ("view", "tokens", "direct"),
+    [
+        ("auto", 256, True),
+        ("auto", 257, False),
+        ("direct", 10**6, True),
+        ("staged", 1, False),
+    ],
+)
+def test_wants_direct(view: options.ViewMode, tokens: int, direct: bool) -> None:
+    assert DwdpConfig(view=view).wants_direct(tokens) is direct

@@ -1,0 +1,305 @@
+"""Set-up, forwards and the end of a group, with real shared memory and real copies."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_dwdp.config import DwdpConfig
+from sglang_dwdp.errors import DwdpConfigError, DwdpRuntimeError, DwdpSetupError
+from sglang_dwdp.memory.base import Block
+from sglang_dwdp.memory.host_shm import HostMemory
+from sglang_dwdp.runtime import DwdpRuntime
+from tests.ranks import PlainLayer, checkpoint, equal, forward, open_resources, run_ranks
+
+TAILS = {"w13_weight": (24, 40), "w2_weight": (40, 12), "scale": (3,)}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("num_experts", [8, 9, 10])
+@pytest.mark.parametrize("view", ["auto", "direct", "staged"])
+def test_every_rank_sees_the_checkpoint(size: int, num_experts: int, view: Any) -> None:
+    full = checkpoint(5, num_experts, TAILS)
+
+    def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> list[bool]:
+        return [equal(forward(runtime, layers, tokens), full) for tokens in (1000, 1, 1000, 1000, 1)]
+
+    assert run_ranks(size, full, step, DwdpConfig(view=view, depth=2, timeout_s=20)) == [[True] * 5] * size
+    assert open_resources()[1] == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    size=st.integers(2, 4),
+    num_experts=st.integers(4, 11),
+    num_layers=st.integers(1, 4),
+    depth=st.integers(1, 5),
+    tail=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    slice_kib=st.sampled_from([4, 8, 2048]),
+)
+def test_any_shape(
+    size: int, num_experts: int, num_layers: int, depth: int, tail: tuple[int, int], slice_kib: int
+) -> None:
+    full = checkpoint(num_layers, num_experts, {"w13_weight": tail, "w2_weight": tail[::-1]})
+    config = DwdpConfig(view="staged", depth=depth, slice_kib=slice_kib, timeout_s=20)
+    results = run_ranks(size, full, lambda r, layers: [equal(forward(r, layers, 9), full) for _ in range(3)], config)
+    assert results == [[True] * 3] * size
+
+
+def test_layers_of_different_shapes_do_not_share_a_slots_memory() -> None:
+    full = [
+        *checkpoint(2, 6, {"w1": (64, 64)}),
+        *checkpoint(2, 7, {"w1": (32, 96)}),
+        *checkpoint(1, 6, {"w1": (64, 64)}),
+    ]
+    config = DwdpConfig(view="staged", depth=2, timeout_s=20)
+    assert run_ranks(3, full, lambda r, layers: equal(forward(r, layers, 9), full), config) == [True] * 3
+
+
+def test_what_the_copies_and_counters_say() -> None:
+    full = checkpoint(3, 8, {"w1": (32, 64)})  # an expert is one page
+    remote = 3 * 4 * 4096
+
+    def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> list[Any]:
+        forward(runtime, layers, 1)
+        direct = runtime.report()
+        forward(runtime, layers, 1000)
+        return [direct, runtime.report()]
+
+    for direct, staged in run_ranks(2, full, step, DwdpConfig(depth=3, timeout_s=20)):
+        assert direct["bytes_copied"] == 0
+        assert (direct["direct_forwards"], direct["staged_forwards"]) == (1, 0)
+        assert staged["bytes_copied"] == remote  # with a slot for each layer, each is fetched once
+        assert (staged["direct_forwards"], staged["staged_forwards"]) == (1, 1)
+        assert (staged["forward_tokens"], staged["late_fills"]) == (1001, 0)
+        assert staged["stored_bytes"] == remote
+        assert staged["slot_bytes"] == remote
+
+
+def test_bytes_read_in_place_follow_the_routing() -> None:
+    full = checkpoint(1, 8, {"w1": (32, 64)})
+
+    def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> int:
+        runtime.begin_forward(1)
+        runtime.count_reads(1, torch.tensor([[0, 5], [0, 6], [-1, 1]]))
+        runtime.begin_forward(1000)  # staged: nothing is read in place
+        runtime.count_reads(1, torch.tensor([[0, 7]]))
+        return runtime.counters.bytes_read_in_place
+
+    assert run_ranks(2, full, step) == [2 * 4096, 2 * 4096]
+
+
+def test_small_tensors_are_replicated_and_large_ones_shared() -> None:
+    full = checkpoint(1, 8, {"w1": (32, 64), "small": (4,), "large": (1024,)})
+
+    def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> Any:
+        return layers[0].tensors["small"].data_ptr(), runtime.report()["stored_bytes"], equal([layers[0].tensors], full)
+
+    config = DwdpConfig(replicate_below_kib=16, timeout_s=20)
+    results = run_ranks(2, full, step, config)
+    assert [(stored, same) for _, stored, same in results] == [(4 * 8192, True)] * 2
+    assert results[0][0] != results[1][0]
+
+
+def test_layers_are_bound_to_direct_views_between_forwards_with_fixed_addresses() -> None:
+    """What a CUDA graph captures outside a forward must read memory that stays."""
+    full = checkpoint(2, 8, {"w1": (32, 64)})
+
+    def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> bool:
+        before = [layer.tensors["w1"].data_ptr() for layer in layers]
+        forward(runtime, layers, 1000)
+        staged = [layer.tensors["w1"].data_ptr() for layer in layers]
+        for layer in layers:
+            runtime.wait(layer.layer_id)  # as a capture calls it, with no forward announced
+        after = [layer.tensors["w1"].data_ptr() for layer in layers]
+        return before == after and not set(before) & set(staged)
+
+    assert run_ranks(2, full, step) == [True, True]
+
+
+def test_a_forward_that_goes_past_the_runtime_is_noticed() -> None:
+    full = checkpoint(2, 8, {"w1": (32, 64)})
+
+    def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> None:
+        runtime.begin_forward(7)
+        runtime.end_forward(0)  # an idle batch has nothing to visit
+        runtime.begin_forward(7)
+        runtime.end_forward(7, replayed=True)  # a graph's replay does not call back
+        runtime.begin_forward(7)
+        runtime.wait(1)
+        runtime.end_forward(7)
+
+    for error in run_ranks(2, full, step):
+        assert isinstance(error, DwdpRuntimeError)
+        assert "a forward of 7 tokens visited 1 of 2 MoE layers" in str(error)
+
+
+def test_200_forwards_with_slow_copies_and_poisoned_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = checkpoint(5, 8, {"w1": (32, 64)})
+
+    def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> bool:
+        release = runtime.release
+
+        def poisoned(layer_id: int) -> None:
+            layer = next(layer for layer in layers if layer.layer_id == layer_id)
+            # Every page that is not this rank's own: those of its shard are shared with the direct view.
+            own = layer.placement.shard(runtime.rank)
+            layer.tensors["w1"][: own.start].fill_(float("nan"))
+            layer.tensors["w1"][own.stop :].fill_(float("nan"))
+            release(layer_id)
+
+        runtime.release = poisoned  # type: ignore[method-assign]
+        return all(equal(forward(runtime, layers, 9), full) for _ in range(200))
+
+    assert run_ranks(2, full, step, DwdpConfig(view="staged", timeout_s=20)) == [True, True]
+
+
+class FailingMemory(HostMemory):
+    """Host memory whose n-th call fails, whatever it is."""
+
+    def __init__(self, fail_at: int) -> None:
+        self.left = fail_at
+
+    def _step(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise OSError(errno.ENOMEM, "injected")
+
+    def create(self, nbytes: int) -> Any:
+        self._step()
+        return super().create(nbytes)
+
+    def export(self, block: Block) -> int:
+        self._step()
+        return super().export(block)
+
+    def import_fd(self, fd: int, nbytes: int) -> Any:
+        block = super().import_fd(fd, nbytes)
+        try:
+            self._step()
+        except OSError:
+            block.close()
+            raise
+        return block
+
+    def reserve(self, nbytes: int) -> Any:
+        self._step()
+        pages = super().reserve(nbytes)
+        real_map, real_protect = pages.map, pages.protect
+
+        def failing(call: Callable[..., None]) -> Callable[..., None]:
+            def stepped(*args: Any) -> None:
+                self._step()
+                call(*args)
+
+            return stepped
+
+        pages.map, pages.protect = failing(real_map), failing(real_protect)  # type: ignore[method-assign]
+        return pages
+
+
+def failing_runs(full: Any, config: DwdpConfig) -> Iterator[list[Any]]:
+    for fail_at in range(1, 1000):
+        memories = [HostMemory(), FailingMemory(fail_at)]
+        yield run_ranks(2, full, lambda _r, _l: "ran", config, lambda rank, m=memories: m[rank])  # type: ignore[misc]
+        if memories[1].left > 0:
+            return
+
+
+@pytest.mark.parametrize("view", ["direct", "staged"])
+def test_an_injected_failure_at_every_call_of_set_up(view: Any) -> None:
+    """Both ranks hear of it, with rank, layer, tensor and cause, and everything is as it was."""
+    full = checkpoint(2, 5, TAILS)
+    config = DwdpConfig(view=view, timeout_s=20)
+    run_ranks(2, full, lambda _r, _l: None, config)
+    before = open_resources()
+    runs = list(failing_runs(full, config))
+    assert len(runs) > 20
+    assert runs[-1] == ["ran", "ran"]
+    for healthy, failed in runs[:-1]:
+        assert isinstance(failed, DwdpSetupError)
+        assert "rank 1, l" in str(failed)
+        assert "injected" in str(failed)
+        assert isinstance(healthy, DwdpSetupError)
+        assert "injected" in str(healthy)
+    assert open_resources() == before
+
+
+def test_64_times_open_and_close() -> None:
+    full = checkpoint(1, 5, TAILS)
+    run_ranks(2, full, lambda _r, _l: None)
+    before = open_resources()
+    for _ in range(64):
+        assert run_ranks(2, full, lambda r, layers: equal(forward(r, layers, 1), full)) == [True, True]
+    assert open_resources() == before
+
+
+def test_closing_twice_and_before_set_up() -> None:
+    runtime = DwdpRuntime(DwdpConfig(), HostMemory(), 0, 2)
+    runtime.close()
+    runtime.close()
+
+
+def layers_with(change: Callable[[int, list[PlainLayer]], None], full: Any) -> Callable[[int], list[PlainLayer]]:
+    def make(rank: int) -> list[PlainLayer]:
+        layers = [PlainLayer(i, experts, rank, 2) for i, experts in enumerate(full)]
+        change(rank, layers)
+        return layers
+
+    return make
+
+
+def test_experts_that_do_not_lie_one_after_another_are_refused_and_nothing_is_bound() -> None:
+    full = checkpoint(2, 6, {"w1": (8, 8)})
+    made = []
+
+    def change(_rank: int, layers: list[PlainLayer]) -> None:
+        layers[1].tensors["w1"] = layers[1].tensors["w1"].transpose(1, 2)
+        made.extend(layers)
+
+    for error in run_ranks(2, full, lambda _r, _l: None, layers_of=layers_with(change, full)):
+        assert isinstance(error, DwdpConfigError)
+        assert "layer 1, w1 (3, 8, 8), strides (64, 1, 8): the experts do not lie one after another" in str(error)
+    assert not any(layer.bound for layer in made)
+
+
+def test_a_shard_of_the_wrong_size_is_refused() -> None:
+    full = checkpoint(1, 6, {"w1": (8, 8)})
+
+    def change(_rank: int, layers: list[PlainLayer]) -> None:
+        layers[0].tensors["w1"] = torch.zeros(6, 8, 8)
+
+    for error in run_ranks(2, full, lambda _r, _l: None, layers_of=layers_with(change, full)):
+        assert isinstance(error, DwdpConfigError)
+        assert "should have loaded 3 experts" in str(error)
+
+
+def test_ranks_that_loaded_different_experts_are_told_where() -> None:
+    full = checkpoint(2, 6, {"w1": (8, 8)})
+
+    def change(rank: int, layers: list[PlainLayer]) -> None:
+        if rank == 1:
+            layers[1].tensors["w1"] = layers[1].tensors["w1"].float()
+
+    for error in run_ranks(2, full, lambda _r, _l: None, layers_of=layers_with(change, full)):
+        assert isinstance(error, DwdpSetupError)
+        assert "loaded other experts" in str(error)
+        assert "torch.float32" in str(error)
+
+
+def test_only_one_rank_refusing_is_heard_by_the_other() -> None:
+    full = checkpoint(1, 6, {"w1": (8, 8)})
+
+    def change(rank: int, layers: list[PlainLayer]) -> None:
+        if rank == 0:
+            layers[0].tensors["w1"] = layers[0].tensors["w1"].transpose(1, 2)
+
+    first, second = run_ranks(2, full, lambda _r, _l: None, layers_of=layers_with(change, full))
+    assert isinstance(first, DwdpConfigError)
+    assert "rank 0 failed: layer 0, w1" in str(second)
