@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from math import sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -252,13 +253,13 @@ def expected_maximum(ranks: int) -> float:
     return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
 
 
-def expert_wait(gpu: Gpu, ranks: int, grouped: float) -> float:
+def expert_wait(model: ModelShape, gpu: Gpu, ranks: int, grouped: float) -> float:
     """Wait for the rank with the hottest experts: (max/mean - 1) of the grouped products.
 
-    Ranks' loads vary by ``rank_skew``, and the hottest of N lies ``expected_maximum`` deviations
-    above the mean. One value serves all models and group sizes: it was published for one.
+    A rank's load sums E/N experts whose loads vary by ``expert_skew``, so it varies by
+    skew sqrt(N/E), and the hottest of N lies ``expected_maximum`` deviations above the mean.
     """
-    return grouped * gpu.rank_skew * expected_maximum(ranks)
+    return grouped * gpu.expert_skew * sqrt(ranks / model.experts) * expected_maximum(ranks)
 
 
 def length_wait(base: Parts, mean: Batch, rounds: Sequence[Sequence[Batch]]) -> float:
@@ -296,7 +297,7 @@ def dep(
     sent = exchange_bytes(model, precision, mean.tokens, ranks, exchange)
     moved = sent / exchange_bandwidth(gpu)
     communication = model.moe_layers * (moved + 2 * gpu.kernel_gap)
-    wait = length_wait(base, mean, rounds) + expert_wait(gpu, ranks, base.grouped_gemm)
+    wait = length_wait(base, mean, rounds) + expert_wait(model, gpu, ranks, base.grouped_gemm)
     parts = Parts(
         base.attention,
         base.grouped_gemm,

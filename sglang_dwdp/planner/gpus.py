@@ -66,8 +66,8 @@ class Gpu:
         switched: peers share each GPU's port through a switch (a busy source slows its
             readers); otherwise every pair has its own wire.
         copy_interference: seconds of compute lost per second of copying under it.
-        rank_skew: coefficient of variation of the ranks' routed load under DEP; it explains the
-            wait for the slowest rank that sequence lengths do not.
+        expert_skew: coefficient of variation of one expert's load; under DEP it explains the wait
+            for the slowest rank that sequence lengths do not.
         kernel_gap: seconds between dependent kernels.
         sources: where each figure comes from.
     """
@@ -83,7 +83,7 @@ class Gpu:
     max_group: int
     switched: bool = True
     copy_interference: float = 0.0
-    rank_skew: float = 0.0
+    expert_skew: float = 0.0
     kernel_gap: float = 2e-6
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -111,7 +111,7 @@ class Gpu:
 # Interference on Hopper and MI355X was not published. What is known is Table 1 of the paper on
 # GB200: about 80 ms of compute lost to copies that would take 345 ms alone (see calibrate.py).
 _INTERFERENCE = 0.2404
-_SKEW = 0.3619
+_SKEW = 0.3855
 _TABLE_1 = "paper Table 1 (arXiv 2604.01621), by calibrate.py"
 # Products and small kernels: fitted to benchmarks/results/profile_h100.json (PyTorch 2.11, bf16).
 # Attention: FlashAttention-3, SGLang's default on Hopper, which PyTorch does not have.
@@ -152,7 +152,7 @@ GPUS: dict[str, Gpu] = {
             efficiency=_HOPPER_EFFICIENCY,
             max_group=8,
             copy_interference=_INTERFERENCE,
-            rank_skew=_SKEW,
+            expert_skew=_SKEW,
             sources=_HOPPER_SOURCES,
         ),
         Gpu(
@@ -166,7 +166,7 @@ GPUS: dict[str, Gpu] = {
             efficiency=_HOPPER_EFFICIENCY,
             max_group=8,
             copy_interference=_INTERFERENCE,
-            rank_skew=_SKEW,
+            expert_skew=_SKEW,
             sources=_HOPPER_SOURCES,
         ),
         Gpu(
@@ -180,7 +180,7 @@ GPUS: dict[str, Gpu] = {
             efficiency=_BLACKWELL_EFFICIENCY,
             max_group=8,
             copy_interference=_INTERFERENCE,
-            rank_skew=_SKEW,
+            expert_skew=_SKEW,
             sources={
                 "peak_flops": "NVIDIA HGX B200 data sheet, half of the figures with sparsity",
                 "copy_bandwidth": f"as GB200: {_TABLE_1}",
@@ -198,7 +198,7 @@ GPUS: dict[str, Gpu] = {
             efficiency=_BLACKWELL_EFFICIENCY,
             max_group=72,
             copy_interference=_INTERFERENCE,
-            rank_skew=_SKEW,
+            expert_skew=_SKEW,
             sources={
                 "peak_flops": "NVIDIA GB200 NVL72 data sheet per GPU, half of the figures with sparsity",
                 "link_bandwidth": "NVLink 5: 1,800 GB/s both ways (data sheet)",
@@ -218,7 +218,7 @@ GPUS: dict[str, Gpu] = {
             max_group=8,
             switched=False,
             copy_interference=_INTERFERENCE,
-            rank_skew=_SKEW,
+            expert_skew=_SKEW,
             sources={
                 "peak_flops": "AMD Instinct MI355X data sheet",
                 "link_bandwidth": "7 Infinity Fabric links of 76.8 GB/s one way (data sheet)",
@@ -259,6 +259,6 @@ def roofline_gpu(gpu: Gpu) -> Gpu:
         pair_bandwidth=gpu.link_bandwidth,
         efficiency=ideal,
         copy_interference=0.0,
-        rank_skew=0.0,
+        expert_skew=0.0,
         kernel_gap=0.0,
     )

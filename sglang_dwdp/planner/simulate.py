@@ -280,7 +280,7 @@ class _Simulation:
         share = max(1, round(s.model.experts / n))
         mean = Batch(tokens, 0.0)
         grouped = forward_parts(s.model, s.gpu, s.precision, mean, experts=share).grouped_gemm
-        skew = expert_wait(s.gpu, n, grouped)
+        skew = expert_wait(s.model, s.gpu, n, grouped)
         # an idle rank still launches its kernels: elementwise() at zero tokens is the gaps
         idle = s.model.layers * elementwise(s.model, s.gpu, s.precision, 0.0, moe=True)
         own = []
