@@ -27,7 +27,8 @@ from sglang_dwdp.planner.calibrate import (
     table_1_rounds,
 )
 from sglang_dwdp.planner.contention import contention_probabilities, simulated_contention
-from sglang_dwdp.planner.cost import Group, dep, dwdp, expert_wait
+from sglang_dwdp.planner.cost import Group, dwdp
+from sglang_dwdp.planner.dep import dep, expert_wait
 from sglang_dwdp.planner.formats import FORMATS, Precision
 from sglang_dwdp.planner.gpus import get_gpu, roofline_gpu
 from sglang_dwdp.planner.models import load_model

@@ -10,14 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from . import kernels
-from .cost import (
-    Group,
-    Parts,
-    exchange_bytes,
-    expected_maximum,
-    forward_parts,
-    layer_fetch_bytes,
-)
+from .cost import Group, Parts, forward_parts, layer_fetch_bytes
+from .dep import exchange_bytes, expected_maximum
 from .formats import FORMATS, Precision
 from .gpus import Efficiency, get_gpu, roofline_gpu
 from .models import load_model

@@ -103,8 +103,8 @@ def _run_plan(args: argparse.Namespace) -> int:
 
 
 def _run_profile(args: argparse.Namespace) -> int:
+    from .measure import measure
     from .models import load_model
-    from .profile import measure
 
     profile = measure(load_model(args.model), quick=args.quick)
     Path(args.output).write_text(json.dumps(profile.to_json(), indent=2) + "\n")

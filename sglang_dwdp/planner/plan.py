@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .cost import Estimate, Group, dep, dwdp, in_tree_group, replica
+from .cost import Estimate, Group, dwdp, in_tree_group, replica
+from .dep import dep
 from .direct import direct_max_tokens
 from .errors import PlannerError
 from .formats import Precision

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .cost import COPY_POLICIES, EXCHANGES, Group
+from .cost import COPY_POLICIES, Group
+from .dep import EXCHANGES
 from .errors import PlannerError
 from .formats import Precision, default_precision, get_format
 from .gpus import Gpu, get_gpu

@@ -16,14 +16,8 @@ import numpy as np
 import simpy
 from simpy.events import Event
 
-from .cost import (
-    exchange_bandwidth,
-    exchange_bytes,
-    expert_wait,
-    forward_parts,
-    layer_fetch_bytes,
-    pull_bandwidth,
-)
+from .cost import forward_parts, layer_fetch_bytes, pull_bandwidth
+from .dep import exchange_bandwidth, exchange_bytes, expert_wait
 from .fabric import Port, Slots
 from .kernels import elementwise
 from .scenario import Scenario

@@ -17,17 +17,8 @@ from sglang_dwdp.planner.calibrate import (
     table_1_length_wait,
     table_1_rounds,
 )
-from sglang_dwdp.planner.cost import (
-    Group,
-    dep,
-    dwdp,
-    exchange_bytes,
-    expert_wait,
-    forward_parts,
-    in_tree_group,
-    layer_fetch_bytes,
-    replica,
-)
+from sglang_dwdp.planner.cost import Group, dwdp, forward_parts, in_tree_group, layer_fetch_bytes, replica
+from sglang_dwdp.planner.dep import dep, exchange_bytes, expert_wait
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import FORMATS, default_precision, get_format
 from sglang_dwdp.planner.gpus import GPUS, Gpu, get_gpu, roofline_gpu

@@ -9,8 +9,10 @@ import pytest
 
 from sglang_dwdp.planner import kernels
 from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.fit import fit
 from sglang_dwdp.planner.formats import FORMATS
 from sglang_dwdp.planner.gpus import Gpu, get_gpu
+from sglang_dwdp.planner.measure import measure
 from sglang_dwdp.planner.models import ModelShape, load_model
 from sglang_dwdp.planner.profile import (
     AttentionPoint,
@@ -18,9 +20,7 @@ from sglang_dwdp.planner.profile import (
     GemmPoint,
     Profile,
     SmallPoint,
-    fit,
     load_profile,
-    measure,
 )
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "profile_h100.json"
