@@ -50,7 +50,8 @@ class Plan:
         direct_tokens: recommended ``--dwdp-direct-max-tokens``.
         memories: bytes by scheme at the recommended chunk.
         verdict: one sentence.
-        flags: recommended flags.
+        flags: recommended flags; the number of local experts only where it was asked for, since
+            equal shares are the runtime's default.
     """
 
     model: ModelShape
@@ -191,7 +192,8 @@ def make_plan(
     )
     chunk = _recommended_chunk(model, gpu, precision, group, points)
     schemes = ("replica", "dep", "dwdp", "in-tree dwdp")
-    memories = {name: memory(model, gpu, precision, name, group, chunk) for name in schemes}
+    sharing = {name: in_tree_group(group.size) if name == "in-tree dwdp" else group for name in schemes}
+    memories = {name: memory(model, gpu, precision, name, sharing[name], chunk) for name in schemes}
     if not any(m.fits for m in memories.values()):
         raise PlannerError(
             f"{model.name} in {precision.experts.name} fits {group.size} x {gpu.name} under no scheme; "
@@ -213,7 +215,7 @@ def make_plan(
         flags=(
             "--enable-dwdp",
             f"--chunked-prefill-size {chunk}",
-            f"--dwdp-local-experts {group.stored(model)}",
+            *([f"--dwdp-local-experts {group.local_experts}"] if group.local_experts else []),
             f"--dwdp-depth {group.depth}",
             f"--dwdp-direct-max-tokens {direct_tokens}",
         ),

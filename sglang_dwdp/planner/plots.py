@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .outcome import Result
 from .plan import Plan
-from .simulate import Result
 
 # Okabe-Ito colours: distinct for colour-blind readers and in grey.
 COLOURS = {
@@ -89,6 +89,7 @@ def plot_plan(plan: Plan, path: str) -> None:
     right.text(plan.gpu.memory / 1e9, -0.62, "GPU memory ", ha="right", va="center", fontsize=9)
     right.set_yticks(range(len(names)), [name.replace("dwdp", "DWDP").replace("dep", "DEP") for name in names])
     right.set_ylim(len(names) - 0.4, -0.85)
+    right.margins(x=0.04)
     right.set_xlabel("GB per GPU")
     right.set_title(f"Memory at {plan.chunk:,} tokens per rank")
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=6, frameon=False, fontsize=9)

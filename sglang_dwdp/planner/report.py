@@ -10,8 +10,8 @@ from rich.console import Group as Stack
 from rich.table import Table
 
 from .cost import Estimate, Parts
+from .outcome import Result
 from .plan import Plan
-from .simulate import Result
 
 # Narrow enough for eight columns on a terminal of 80.
 STYLE: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 0, 0, 1), "pad_edge": False}

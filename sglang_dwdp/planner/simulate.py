@@ -7,9 +7,7 @@ the kernels by ``depth`` layers and shares each source GPU's port with its other
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,102 +16,11 @@ from simpy.events import Event
 
 from .cost import forward_parts, layer_fetch_bytes, pull_bandwidth
 from .dep import exchange_bandwidth, exchange_bytes, expert_wait
-from .fabric import Port, Slots
 from .kernels import elementwise
+from .outcome import TIMELINE_LIMIT, Result, Span
+from .rank import Rank, Request
 from .scenario import Scenario
-from .workload import Batch, batch_of
-
-TIMELINE_LIMIT = 4000
-
-
-@dataclass
-class Request:
-    """One prompt on its way: times in simulated seconds."""
-
-    length: int
-    arrival: float
-    done: int = 0
-    finished: float = -1.0
-
-
-@dataclass(frozen=True)
-class Span:
-    """A bar of the timeline: what a rank's kernels or copies did from ``start`` to ``end``."""
-
-    rank: int
-    kind: str
-    start: float
-    end: float
-
-
-@dataclass
-class Result:
-    """What a simulation measured.
-
-    Attributes:
-        ttft: seconds from arrival to the end of the last prefill chunk, per request.
-        seconds: from the first arrival to the last completion.
-        tokens: prompt tokens served.
-        exposed: seconds that each rank's kernels waited for copies.
-        copying: seconds that each rank's copy engine was busy.
-        pulled, served: bytes that each rank read from peers, and that peers read from it.
-        forwards: forwards of all ranks (a DEP forward counts once per rank).
-        waited: seconds that ranks of DEP groups waited for the slowest one, all ranks.
-    """
-
-    scenario: Scenario
-    ttft: np.ndarray[Any, np.dtype[np.float64]]
-    seconds: float
-    tokens: int
-    exposed: list[float]
-    copying: list[float]
-    pulled: list[float]
-    served: list[float]
-    forwards: int
-    waited: float
-    timeline: list[Span] = field(repr=False, default_factory=list)
-
-    @property
-    def tokens_per_second_per_gpu(self) -> float:
-        """Prompt tokens per second and GPU over the whole run."""
-        return self.tokens / self.seconds / self.scenario.ranks
-
-    def percentile(self, q: float) -> float:
-        """The q-th percentile of TTFT in seconds."""
-        return float(np.percentile(self.ttft, q))
-
-
-class _Rank:
-    def __init__(self, sim: _Simulation, index: int) -> None:
-        s = sim.scenario
-        self.index = index
-        self.queue: deque[Request] = deque()
-        self.backlog = 0
-        self.arrived: Event | None = None
-        self.slots = Slots(sim.env, s.depth)
-        self.port = Port(sim.env, s.gpu.copy_bandwidth)
-        self.step_started = sim.env.event()
-        self.exposed = self.copying = self.pulled = 0.0
-
-    def form(self, scenario: Scenario) -> tuple[Batch, list[Request]]:
-        """Take a forward's worth from the queue, first come, first served."""
-        room = scenario.token_budget
-        pieces: list[tuple[int, int]] = []
-        finished: list[Request] = []
-        while self.queue and room > 0:
-            request = self.queue[0]
-            rest = request.length - request.done
-            if not scenario.chunked and pieces and rest > room:
-                break
-            take = min(rest, room) if scenario.chunked else rest
-            pieces.append((take, request.done))
-            request.done += take
-            room -= take
-            self.backlog -= take
-            if request.done < request.length:
-                break
-            finished.append(self.queue.popleft())
-        return batch_of(pieces, scenario.model.window), finished
+from .workload import Batch
 
 
 class _Simulation:
@@ -121,7 +28,7 @@ class _Simulation:
         self.scenario = scenario
         self.env = simpy.Environment()
         self.rng = np.random.default_rng(scenario.seed)
-        self.ranks = [_Rank(self, i) for i in range(scenario.ranks)]
+        self.ranks = [Rank(self.env, scenario, i) for i in range(scenario.ranks)]
         self.requests = [Request(int(n), 0.0) for n in scenario.lengths.sample(scenario.requests, self.rng)]
         self.next_rank = self.next_request = self.completed = self.forwards = 0
         self.waited = 0.0
@@ -167,7 +74,7 @@ class _Simulation:
         if self.completed == len(self.requests) and not self.all_done.triggered:
             self.all_done.succeed()
 
-    def wait_for_work(self, ranks: list[_Rank]) -> Generator[Event, Any, None]:
+    def wait_for_work(self, ranks: list[Rank]) -> Generator[Event, Any, None]:
         while not any(rank.queue for rank in ranks):
             arrived = self.env.event()
             for rank in ranks:
@@ -206,7 +113,7 @@ class _Simulation:
         if len(self.timeline) < TIMELINE_LIMIT and stop > start:
             self.timeline.append(Span(rank, kind, start, stop))
 
-    def independent(self, rank: _Rank) -> Generator[Event, Any, None]:
+    def independent(self, rank: Rank) -> Generator[Event, Any, None]:
         s, env = self.scenario, self.env
         moe = s.model.moe_layers
         fetches = s.mode == "dwdp" and layer_fetch_bytes(s.model, s.precision, s.group) > 0
@@ -243,7 +150,7 @@ class _Simulation:
                 done += 1
             self.finish(finished)
 
-    def in_step(self, ranks: list[_Rank]) -> Generator[Event, Any, None]:
+    def in_step(self, ranks: list[Rank]) -> Generator[Event, Any, None]:
         """A group whose ranks meet in every layer: DEP, or replicas under a barrier."""
         s, env, n = self.scenario, self.env, len(ranks)
         moe = s.model.moe_layers
@@ -296,7 +203,7 @@ class _Simulation:
 
     # -- copies ----------------------------------------------------------------------------------
 
-    def copies(self, rank: _Rank, group: list[_Rank]) -> Generator[Event, Any, None]:
+    def copies(self, rank: Rank, group: list[Rank]) -> Generator[Event, Any, None]:
         """The copy engine of one rank: layer after layer, ``depth`` ahead, for ever."""
         s, env = self.scenario, self.env
         size = layer_fetch_bytes(s.model, s.precision, s.group)

@@ -52,6 +52,18 @@ def test_the_crossover_separates_loss_from_gain() -> None:
     assert plan.chunk > plan.crossover
 
 
+def test_local_experts_are_a_flag_only_where_asked_for() -> None:
+    model, gpu = load_model("deepseek-r1"), get_gpu("GB200")
+    precision = default_precision(FORMATS["nvfp4"])
+    plain = make_plan(model, gpu, precision, Group(4), LENGTHS)
+    more = make_plan(model, gpu, precision, Group(4, local_experts=80), LENGTHS)
+    assert not any("local-experts" in flag for flag in plain.flags)
+    assert "--dwdp-local-experts 80" in more.flags
+    assert more.memories["dwdp"].experts > plain.memories["dwdp"].experts
+    # SGLang's own DWDP stores equal shares whatever is asked of ours
+    assert more.memories["in-tree dwdp"].experts == plain.memories["in-tree dwdp"].experts
+
+
 def test_a_slow_link_gets_a_no() -> None:
     gpu = replace(get_gpu("H100"), copy_bandwidth=5e9, pair_bandwidth=5e9)
     plan = make_plan(
