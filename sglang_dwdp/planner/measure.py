@@ -21,7 +21,7 @@ def _known_gpu(device_name: str) -> str:
 
 
 def measure(model: ModelShape, quick: bool = False, device: str | None = None) -> Profile:
-    """Measure on this machine; takes about a minute on one GPU.
+    """Measure on this machine; takes seconds on one GPU.
 
     Raises:
         PlannerError: without torch or a GPU (``device="cpu"`` measures the CPU, for tests).

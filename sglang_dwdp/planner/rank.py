@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
 import simpy
 from simpy.events import Event
 
@@ -28,6 +29,9 @@ class Rank:
 
     def __init__(self, env: simpy.Environment, s: Scenario, index: int) -> None:
         self.index = index
+        # of its own, so that what one rank draws does not depend on when the others do
+        self.compute_rng = np.random.default_rng([s.seed, index, 0])
+        self.copy_rng = np.random.default_rng([s.seed, index, 1])
         self.queue: deque[Request] = deque()
         self.backlog = 0
         self.arrived: Event | None = None

@@ -104,9 +104,9 @@ class _Simulation:
         before = local * (1 - share) / moe + extra
         return local * share * scale, before * scale, base.grouped_gemm / moe * scale
 
-    def noise(self, *shape: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def noise(self, rank: Rank, *shape: int) -> np.ndarray[Any, np.dtype[np.float64]]:
         sigma = np.sqrt(np.log1p(self.scenario.jitter**2))
-        return self.rng.lognormal(-(sigma**2) / 2, sigma, shape)
+        return rank.compute_rng.lognormal(-(sigma**2) / 2, sigma, shape)
 
     def span(self, rank: int, kind: str, start: float, end: float | None = None) -> None:
         stop = float(self.env.now) if end is None else end
@@ -125,7 +125,7 @@ class _Simulation:
             self.forwards += 1
             started, rank.step_started = rank.step_started, env.event()
             started.succeed()
-            factors = self.noise(moe).tolist() if s.jitter else [1.0] * moe
+            factors = self.noise(rank, moe).tolist() if s.jitter else [1.0] * moe
             if not fetches:  # nothing to wait for: one event for the whole forward
                 start = float(env.now)
                 yield env.timeout(dense + (before + experts) * sum(factors))
@@ -162,19 +162,19 @@ class _Simulation:
             if s.mode == "replica":
                 times = np.array([sum(self.layer_seconds(b)[1:]) for b in batches])
                 heads = [self.layer_seconds(b)[0] for b in batches]
-                factors = self.noise(moe, n) if s.jitter else np.ones((moe, n))
+                factors = self.noise(ranks[0], moe, n) if s.jitter else np.ones((moe, n))
                 layers = times * factors
                 duration = max(heads) + float(layers.max(axis=1).sum())
                 self.waited += n * duration - float(layers.sum()) - sum(heads)
             else:
-                duration = self.dep_seconds(batches)
+                duration = self.dep_seconds(ranks[0], batches)
             start = float(env.now)
             yield env.timeout(duration)
             for rank in ranks:
                 self.span(rank.index, "compute", start)
             self.finish([request for _, finished in formed for request in finished])
 
-    def dep_seconds(self, batches: list[Batch]) -> float:
+    def dep_seconds(self, first: Rank, batches: list[Batch]) -> float:
         """One DEP forward: slowest rank's own kernels, the experts' products shared, the exchange."""
         s, n = self.scenario, len(batches)
         tokens = sum(b.tokens for b in batches) / n
@@ -192,7 +192,7 @@ class _Simulation:
         moved = sent / exchange_bandwidth(s.gpu) + 2 * s.gpu.kernel_gap
         moe = s.model.moe_layers
         if s.jitter:
-            factors = self.noise(moe, n)
+            factors = self.noise(first, moe, n)
             layers = (np.array(own) + grouped) / moe * factors
             compute = float(layers.max(axis=1).sum()) + skew
         else:
@@ -223,7 +223,7 @@ class _Simulation:
                 for peer in peers:
                     peer.port.served += share
             else:
-                order = self.rng.permutation(len(peers)) if s.order == "random" else range(len(peers))
+                order = rank.copy_rng.permutation(len(peers)) if s.order == "random" else range(len(peers))
                 for i in order:
                     yield peers[i].port.pull(share)
             rank.pulled += size
