@@ -1,13 +1,16 @@
 """Removes the shared-memory files that a server's processes leave when SGLang ends them.
 
-DWDP's own memory has no names, so nothing of it can be left. SGLang has two kinds of files in /dev/shm, and ends
-its processes with SIGKILL, which lets none of them tidy up. A small process outside the server's tree waits for
-the launcher to end, in whatever way, and removes the files that no process maps any more.
+DWDP's own memory has no names, so nothing of it can be left. SGLang has files in /dev/shm, and ends its
+processes with SIGKILL, which lets none of them tidy up. A small process outside the server's tree notes which
+such files the server's processes map, waits for the launcher to end, in whatever way, and removes those that no
+process maps any more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import subprocess
 import sys
 import time
@@ -16,9 +19,11 @@ from pathlib import Path
 from typing import IO
 
 SHM = Path("/dev/shm")
-PATTERNS = ("sgl_shm_mq_*", "sglang_loads_*.shm")  # SGLang's message queues, and its load snapshots
+# SGLang's message queues and load snapshots, and multiprocessing's semaphores. All of them stay mapped in some
+# process for as long as they are of use.
+PATTERNS = ("sgl_shm_mq_*", "sglang_loads_*.shm", "sem.mp-*")
 _DEADLINE_S = 30.0
-_SETTLE_S = 1.0
+_POLL_S = 1.0
 _pipes: list[IO[bytes] | None] = []  # open until this process ends
 
 
@@ -27,7 +32,7 @@ def watch() -> None:
     # The pipe's write end stays open in this process for as long as it lives (children started with spawn do not
     # inherit it). The cleaner detaches itself, so that it is not killed with the server's process tree.
     process = subprocess.Popen(
-        [sys.executable, "-S", __file__, str(time.time())],
+        [sys.executable, "-S", __file__, str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -38,53 +43,57 @@ def watch() -> None:
     process.wait()
 
 
-def leftovers(since: float, directory: Path = SHM) -> set[Path]:
-    """SGLang's files of this user that appeared after `since` (seconds since the epoch) and that no process maps."""
-    found = set()
-    for path in (path for pattern in PATTERNS for path in directory.glob(pattern)):
-        try:
-            status = path.stat()
-        except FileNotFoundError:
-            continue
-        if status.st_uid == os.getuid() and status.st_ctime >= since:
-            found.add(path)
-    if found:
-        found -= _mapped(found)
+def mapped(pids: Iterable[int], directory: Path = SHM) -> set[Path]:
+    """The files of `PATTERNS` in `directory` that any of these processes maps."""
+    names = {path for pattern in PATTERNS for path in directory.glob(pattern)}
+    found: set[Path] = set()
+    for pid in pids if names else ():
+        with contextlib.suppress(OSError):  # it ended, or is another user's
+            text = Path(f"/proc/{pid}/maps").read_text()
+            found |= {path for path in names if str(path) in text}
     return found
 
 
-def _mapped(paths: Iterable[Path]) -> set[Path]:
-    left = {str(path): path for path in paths}
-    mapped = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        try:
-            text = maps.read_text()
-        except OSError:  # it ended, or is another user's
-            continue
-        mapped |= {path for name, path in left.items() if name in text}
-    return mapped
+def descendants(root: int) -> set[int]:
+    """`root` and all processes that it started, directly or not."""
+    children: dict[int, list[int]] = {}
+    for pid in _all_pids():
+        with contextlib.suppress(OSError, ValueError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            children.setdefault(int(fields[1]), []).append(pid)
+    found, todo = set(), [root]
+    while todo:
+        pid = todo.pop()
+        found.add(pid)
+        todo += children.get(pid, [])
+    return found
 
 
-def clean(since: float) -> None:
-    """Remove what is left over twice in a row: a file may just have been made, and not be mapped yet."""
+def _all_pids() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
+
+
+def clean(files: set[Path]) -> None:
+    """Remove `files` as processes stop mapping them, for a while."""
     deadline = time.monotonic() + _DEADLINE_S
-    before: set[Path] = set()
-    quiet = 0
-    while quiet < 5 and time.monotonic() < deadline:
-        now = leftovers(since)
-        for path in now & before:
+    while files and time.monotonic() < deadline:
+        for path in files - mapped(_all_pids(), SHM):
             path.unlink(missing_ok=True)
-        quiet = 0 if now else quiet + 1
-        before = now
-        time.sleep(_SETTLE_S)
+            files.discard(path)
+        time.sleep(_POLL_S / 2)
 
 
 def main() -> None:
-    """Detach, wait for the launcher's end of the pipe to close, clean."""
+    """Detach; watch until the launcher's end of the pipe closes; clean."""
+    launcher = int(sys.argv[1])
     if os.fork():
         os._exit(0)
-    sys.stdin.buffer.read()
-    clean(float(sys.argv[1]))
+    files: set[Path] = set()
+    while True:
+        files |= mapped(descendants(launcher))
+        if select.select([sys.stdin], [], [], _POLL_S)[0]:
+            break
+    clean(files)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 from sglang_dwdp import __version__
@@ -30,15 +30,14 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def _at_least(least: int) -> type[int]:
+def _at_least(least: int) -> Callable[[str], int]:
     def number(text: str) -> int:
         value = int(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} is less than {least}")
         return value
 
-    number.__name__ = "int"
-    return number  # type: ignore[return-value]
+    return number
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from sglang_dwdp.errors import DwdpConfigError
 
 ViewMode = Literal["auto", "direct", "staged"]
-Transport = Literal["auto", "host-shm"]
+Transport = Literal["auto", "host-shm", "cuda-vmm"]
 
 ENABLE = "enable_dwdp"
 PREFIX = "dwdp_"
@@ -50,8 +50,8 @@ class DwdpConfig:
     )
     transport: Transport = _option(
         "auto",
-        "How ranks share memory. host-shm: memory files mapped by every rank (the CPU engine). "
-        "auto: what fits the device.",
+        "How ranks share memory. host-shm: memory files (the CPU engine). cuda-vmm: driver allocations that every "
+        "rank maps (GPUs of one host). auto: what fits the device.",
     )
     timeout_s: float = _option(
         300.0, "Longest wait in seconds for a peer during set-up, and for a copy during a forward."

@@ -136,6 +136,11 @@ CONFLICTS: tuple[Conflict, ...] = (
         "Drop --weight-cache-mode and --startup-weight-load-mode overlap.",
     ),
     Conflict(
+        _set("enable_pdmux"),
+        "--enable-pdmux runs layers of a prefill between decodes, out of the order that slots are filled for",
+        "Drop --enable-pdmux.",
+    ),
+    Conflict(
         _set("enable_prefill_delayer"),
         "the prefill delayer waits for all ranks in every scheduling round, and DWDP ranks do not wait for each other",
         "Drop --enable-prefill-delayer.",

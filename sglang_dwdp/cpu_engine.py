@@ -18,6 +18,7 @@ _USE_CPU_ENGINE = "SGLANG_USE_CPU_ENGINE"
 _THREADS_BIND = "SGLANG_CPU_OMP_THREADS_BIND"
 _NCCL_SO_PATH = "SGLANG_NCCL_SO_PATH"
 _NO_NCCL = "/nonexistent/libnccl.so.2"
+_arranged: dict[str, str] = {}
 
 
 def needed(device: str | None) -> bool:
@@ -80,8 +81,10 @@ def arrange(num_ranks: int) -> None:
 
     Call it before anything imports `sglang.srt`: SGLang reads the variables when it is imported.
     """
-    additions = environment(num_ranks)
+    # What an earlier call set is no wish of the user's: the next server may have another number of ranks.
+    additions = environment(num_ranks, {name: v for name, v in os.environ.items() if _arranged.get(name) != v})
     os.environ.update(additions)
+    _arranged.update({name: value for name, value in additions.items() if name != "PYTHONPATH"})
     # PYTHONPATH is read when an interpreter starts: for this one the directory goes on sys.path.
     if not has_cuda_driver() and str(STUBS) not in sys.path:
         sys.path.insert(0, str(STUBS))

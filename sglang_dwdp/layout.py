@@ -90,7 +90,8 @@ def copy_order(layouts: dict[str, TensorLayout], rank: int, slice_bytes: int) ->
 
     Peers take turns slice by slice, and every rank begins with the peer after itself, so that no source is
     read by all ranks at once (the contention fix of arXiv 2604.01621, section 4.3). Every byte that `rank`
-    does not own appears exactly once.
+    does not own appears exactly once. With one peer there is nobody to take turns with, so nothing is cut: a
+    large copy is faster than many small ones.
     """
     group_size = len(next(iter(layouts.values())).segments) if layouts else 0
     by_peer: list[list[Slice]] = []
@@ -100,7 +101,8 @@ def copy_order(layouts: dict[str, TensorLayout], rank: int, slice_bytes: int) ->
             [
                 Slice(name, peer, piece)
                 for name, layout in layouts.items()
-                for piece in cut(layout.segments[peer], slice_bytes)
+                for piece in (cut(layout.segments[peer], slice_bytes) if group_size > 2 else [layout.segments[peer]])
+                if piece.nbytes
             ]
         )
     return [piece for turn in zip_longest(*by_peer) for piece in turn if piece is not None]

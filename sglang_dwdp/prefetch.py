@@ -39,7 +39,7 @@ class Prefetcher:
 
     def __init__(self, engine: CopyEngine, plans: Sequence[CopyList], plan_bytes: Sequence[int], depth: int) -> None:
         self._engine = engine
-        self._plans = plans
+        self._plans = [engine.prepare(plan) for plan in plans]
         self._plan_bytes = plan_bytes
         self._slots = [_Slot(engine) for _ in range(min(depth, len(plans)))]
         self._next = [(i + depth) if i + depth < len(plans) else i % depth for i in range(len(plans))]

@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 class DwdpRuntime:
     """Shares the experts of a model with the group, and brings each forward the views that it reads.
 
-    `begin_forward … (prime) … wait/release per MoE layer … end_forward` is the life of a forward. Between
-    forwards layers are bound to direct views, whose addresses never change: what is captured into a CUDA
-    graph then reads those.
+    `begin_forward … (prime) … wait/release per MoE layer … end_forward` is the life of a forward. A layer that
+    runs with no forward announced, as in the capture of a CUDA graph, is bound to its direct view, whose
+    address never changes.
     """
 
     def __init__(self, config: DwdpConfig, memory: Memory, rank: int, size: int) -> None:

@@ -120,6 +120,7 @@ class _Sharing:
         if pairs:
             self._plan(shared, [spec for spec in specs if spec.name in pairs], pairs)
         layer.bind(shared.direct)
+        self.memory.trim()  # what the layer held, before the next one takes its blocks
         self.layers.append(shared)
 
     def _own(self, view: View) -> View:

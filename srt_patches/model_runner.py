@@ -6,11 +6,12 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_global_dwdp_manager, get_parallel, set_global_dwdp_manager
 
-from sglang_dwdp.memory.host_shm import HostMemory
+from sglang_dwdp.memory import memory_for
 from sglang_dwdp.runtime import DwdpRuntime
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.moe_layer import collect
@@ -45,7 +46,8 @@ def set_up(runner: Any) -> None:
     assert config is not None
     layers = collect(runner.model)
     parallel = get_parallel()
-    runtime = DwdpRuntime(config, HostMemory(), parallel.tp_rank, parallel.dwdp_size)
+    memory = memory_for(runner.device, torch.cuda.current_device() if runner.device == "cuda" else 0)
+    runtime = DwdpRuntime(config, memory, parallel.tp_rank, parallel.dwdp_size)
     runtime.setup(layers, _common_name(parallel.tp_group))
     set_global_dwdp_manager(Manager(runtime))
 

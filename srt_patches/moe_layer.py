@@ -32,7 +32,11 @@ class ShardCount:
     """
 
     def __get__(self, layer: Any, owner: type) -> Any:
-        return self if layer is None else layer.__dict__[_COUNT]
+        if layer is None:
+            return self
+        if _COUNT not in layer.__dict__:
+            raise AttributeError(_COUNT)
+        return layer.__dict__[_COUNT]
 
     def __set__(self, layer: Any, count: int) -> None:
         being_built = "_dwdp_bound" not in layer.__dict__  # the last thing that __init__ sets

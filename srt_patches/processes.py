@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from sglang.srt.environ import envs
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.srt_patches.hooks import Hook, install
@@ -26,10 +27,13 @@ def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_
     if config is None:
         return
     if role == "scheduler":
-        from sglang_dwdp.srt_patches import audit, model_runner, moe_layer, reports, weight_updates
+        from sglang_dwdp.srt_patches import audit, graphs, linear, model_runner, moe_layer, reports, weight_updates
 
+        # Set here and not in the launcher, where a later engine without DWDP would find it.
+        envs.SGLANG_SCHEDULER_SKIP_ALL_GATHER.set(True)
         moe_layer.install_shard_count()
-        install((*moe_layer.HOOKS, *model_runner.HOOKS, *reports.SCHEDULER_HOOKS, *weight_updates.SCHEDULER_HOOKS))
+        install((*graphs.HOOKS, *linear.HOOKS, *moe_layer.HOOKS, *model_runner.HOOKS))
+        install((*reports.SCHEDULER_HOOKS, *weight_updates.SCHEDULER_HOOKS))
         if config.audit:
             install(moe_layer.AUDIT_HOOKS)
             audit.count_collectives()

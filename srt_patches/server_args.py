@@ -10,7 +10,6 @@ from typing import Any
 from sglang.srt.arg_groups.model_override_base import model_config_of
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
-from sglang.srt.environ import envs
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp import config as options
@@ -24,6 +23,7 @@ from sglang_dwdp.srt_patches.hooks import Hook
 _SOURCE = "sglang_dwdp"
 _ATTRIBUTE = "_dwdp"  # not a field of ServerArgs; SGLang carries such attributes to child processes
 _FROM_COMMAND_LINE = "_dwdp_from_command_line"
+_TRANSPORTS = {"cpu": "host-shm", "cuda": "cuda-vmm"}  # by device
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 
 
@@ -53,7 +53,7 @@ def attach(server_args: Any, config: DwdpConfig | None) -> None:
     if config is None:
         return
     setattr(server_args, _ATTRIBUTE, config)
-    if server_args.device == "cpu":
+    if cpu_engine.needed(server_args.device):
         # Before SGLang imports anything that asks what the CPU engine may use.
         cpu_engine.arrange(server_args.tp_size)
 
@@ -114,9 +114,12 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         enable_dp_attention_local_control_broadcast=True,
         # A fused shared expert is one more row of the expert tensors, replicated on every rank.
         disable_shared_experts_fusion=True,
-        disable_cuda_graph=True,
     )
-    envs.SGLANG_SCHEDULER_SKIP_ALL_GATHER.set(True)
+    if view.device == "cpu":
+        declare_resolution(server_args, _SOURCE, disable_cuda_graph=True)
+    else:
+        # Decode graphs read direct views. A prefill's views change with its size, so it runs without graphs.
+        declare_resolution(server_args, _SOURCE, cuda_graph_backend_prefill="disabled")
 
 
 def _refuse_model(server_args: Any, view: Any) -> None:
@@ -132,10 +135,16 @@ def _refuse_model(server_args: Any, view: Any) -> None:
 
 
 def _refuse_device(config: DwdpConfig, view: Any) -> None:
-    if view.device != "cpu":
+    transport = _TRANSPORTS.get(view.device)
+    if transport is None:
         raise DwdpConfigError(
-            f"--enable-dwdp cannot be used here: --device {view.device}; this release of sglang-dwdp shares host "
-            "memory only. Use --device cpu with SGLANG_USE_CPU_ENGINE=1."
+            f"--enable-dwdp cannot be used here: --device {view.device} has no memory that ranks can share. "
+            f"Use one of {', '.join(_TRANSPORTS)}."
+        )
+    if config.transport not in ("auto", transport):
+        raise DwdpConfigError(
+            f"--enable-dwdp cannot be used here: --dwdp-transport {config.transport} on --device {view.device}. "
+            f"Use {transport}, or leave the option out."
         )
 
 

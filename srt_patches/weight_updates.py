@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
@@ -29,6 +30,13 @@ async def refuse_release(_manager: Any, *_args: Any, **_kwargs: Any) -> None:
     raise ValueError(f"Releasing and resuming memory is {_REASON}")
 
 
+async def refuse_reset(original: Callable[..., Any], manager: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around the tokenizer manager's `check_weights`, one action of which overwrites the weights."""
+    if obj.action == "reset_tensors":
+        return False, f"Resetting weights is {_REASON}", None, None
+    return await original(manager, obj, *args, **kwargs)
+
+
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 SCHEDULER_HOOKS = tuple(
@@ -44,6 +52,7 @@ TOKENIZER_HOOKS = (
     Hook(f"{_MANAGER}.begin_weight_update", HookType.REPLACE, refuse_request),
     Hook(f"{_MANAGER}.end_weight_update", HookType.REPLACE, refuse_request),
     Hook(f"{_MANAGER}.update_weights_from_distributed", HookType.REPLACE, refuse_request),
+    Hook(f"{_MANAGER}.check_weights", HookType.AROUND, refuse_reset),
     Hook(f"{_MANAGER}.release_memory_occupation", HookType.REPLACE, refuse_release),
     Hook(f"{_MANAGER}.resume_memory_occupation", HookType.REPLACE, refuse_release),
 )

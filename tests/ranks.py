@@ -6,9 +6,11 @@ import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from sglang_dwdp.config import DwdpConfig
@@ -23,7 +25,7 @@ Experts = Mapping[str, torch.Tensor]  # full tensors [num_experts, …] of one l
 class PlainLayer:
     """An `ExpertLayer` that holds its tensors in a dict."""
 
-    def __init__(self, layer_id: int, full: Experts, rank: int, size: int) -> None:
+    def __init__(self, layer_id: int, full: Experts, rank: int, size: int) -> None:  # on the device of `full`
         self.layer_id = layer_id
         num_experts = len(next(iter(full.values())))
         self.placement = balanced(num_experts, size)
@@ -45,12 +47,41 @@ class PlainLayer:
         self.tensors.update(tensors)
 
 
-def checkpoint(num_layers: int, num_experts: int, tails: Mapping[str, tuple[int, ...]], seed: int = 0) -> list[Experts]:
+def cuda_memory() -> Memory:
+    """Memory of GPU 0, for ranks that share it."""
+    from sglang_dwdp.memory.cuda_vmm import CudaMemory
+
+    return CudaMemory(0)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of memory that tests run with."""
+
+    memory: Callable[[], Memory]
+    device: str
+
+
+HOST = Kind(HostMemory, "cpu")
+CUDA = Kind(cuda_memory, "cuda:0")
+KINDS = [
+    pytest.param(HOST, id="host"),
+    pytest.param(
+        CUDA,
+        id="cuda",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: python -m pytest -k cuda"),
+    ),
+]
+
+
+def checkpoint(
+    num_layers: int, num_experts: int, tails: Mapping[str, tuple[int, ...]], device: str = "cpu"
+) -> list[Experts]:
     """Random full tensors: bf16 for weights ("w…"), float32 for the rest."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     return [
         {
-            name: torch.randn(num_experts, *tail, generator=generator).to(
+            name: torch.randn(num_experts, *tail, generator=generator, device=device).to(
                 torch.bfloat16 if name.startswith("w") else torch.float32
             )
             for name, tail in tails.items()
@@ -64,15 +95,19 @@ def run_ranks(
     full: Sequence[Experts],
     step: Callable[[DwdpRuntime, list[PlainLayer]], Any],
     config: DwdpConfig | None = None,
-    memory: Callable[[int], Memory] = lambda _rank: HostMemory(),
+    memory: Callable[[int], Memory] | None = None,
     layers_of: Callable[[int], list[PlainLayer]] | None = None,
 ) -> list[Any]:
-    """Set up a runtime on every rank, run `step` there, close; the results, or the exceptions, in rank order."""
+    """Set up a runtime on every rank, run `step` there, close; the results, or the exceptions, in rank order.
+
+    memory: of a rank; by default of the kind that `full` lies in.
+    """
     name = uuid.uuid4().hex
+    kind = CUDA if next(iter(full[0].values())).is_cuda else HOST
     config = config or DwdpConfig(timeout_s=20)
 
     def one(rank: int) -> Any:
-        runtime = DwdpRuntime(config, memory(rank), rank, size)
+        runtime = DwdpRuntime(config, memory(rank) if memory else kind.memory(), rank, size)
         layers = (
             layers_of(rank)
             if layers_of

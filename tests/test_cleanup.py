@@ -10,33 +10,48 @@ import pytest
 from sglang_dwdp import cleanup
 
 
-def test_only_unmapped_new_files_with_sglangs_names_are_left_over(tmp_path: Path) -> None:
-    old = tmp_path / "sgl_shm_mq_1_old"
-    old.write_bytes(b"x")
-    time.sleep(0.05)
-    since = time.time()
-    time.sleep(0.05)
-    paths = [tmp_path / name for name in ("sgl_shm_mq_2_a", "sglang_loads_b_c.shm", "sgl_shm_mq_3_mapped", "other.shm")]
+def test_only_files_with_known_names_that_a_process_maps(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("sgl_shm_mq_2_a", "sglang_loads_b_c.shm", "sem.mp-x", "other.shm")]
     for path in paths:
         path.write_bytes(b"x" * 4096)
-    fd = os.open(paths[2], os.O_RDWR)
-    with mmap.mmap(fd, 4096):
-        assert cleanup.leftovers(since, tmp_path) == set(paths[:2])
-    os.close(fd)
-    assert cleanup.leftovers(since, tmp_path) == set(paths[:3])
+    fds = [os.open(path, os.O_RDWR) for path in paths]
+    held = [mmap.mmap(fd, 4096) for fd in fds[1:]]
+    assert cleanup.mapped([os.getpid()], tmp_path) == set(paths[1:3])
+    assert cleanup.mapped([os.getppid()], tmp_path) == set()
+    for one in held:
+        one.close()
+    assert cleanup.mapped([os.getpid()], tmp_path) == set()
+    for fd in fds:
+        os.close(fd)
+
+
+def test_descendants() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert {os.getpid(), child.pid} <= cleanup.descendants(os.getpid())
+    assert cleanup.descendants(child.pid) == {child.pid}
+    child.communicate(b"\n")
 
 
 @pytest.mark.parametrize("how", ["exit", "kill"])
 def test_files_go_after_the_launcher_however_it_ends(how: str) -> None:
+    """One mapped by a child of the launcher goes; one that no process of the launcher maps stays."""
     name = cleanup.SHM / f"sgl_shm_mq_{os.getpid()}_{how}"
+    foreign = cleanup.SHM / f"sgl_shm_mq_{os.getpid()}_{how}_foreign"
+    foreign.write_bytes(b"x")
+    child = f"import mmap, time; f = open({str(name)!r}, 'r+b'); m = mmap.mmap(f.fileno(), 4096); time.sleep(4)"
     program = (
-        "import os, signal, time; from sglang_dwdp import cleanup; cleanup.watch(); time.sleep(0.1); "
-        f"open({str(name)!r}, 'w').write('x'); "
+        f"import os, signal, subprocess, sys, time; open({str(name)!r}, 'wb').write(bytes(4096)); "
+        f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(0.5); "
+        "from sglang_dwdp import cleanup; cleanup.watch(); time.sleep(2); "
         + ("os._exit(0)" if how == "exit" else "os.kill(os.getpid(), signal.SIGKILL)")
     )
-    subprocess.run([sys.executable, "-c", program], check=False)
-    assert name.exists()
-    deadline = time.monotonic() + 20
-    while name.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not name.exists()
+    try:
+        subprocess.run([sys.executable, "-c", program], check=False)
+        assert name.exists()
+        deadline = time.monotonic() + 20
+        while name.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not name.exists()
+        assert foreign.exists()
+    finally:
+        foreign.unlink()

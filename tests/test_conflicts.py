@@ -49,6 +49,7 @@ CASES = [
     ({"kt_weight_path": "w"}, "offloaded"),
     ({"weight_cache_mode": "daemon"}, "after start-up"),
     ({"startup_weight_load_mode": "overlap"}, "after start-up"),
+    ({"enable_pdmux": True}, "--enable-pdmux"),
     ({"enable_prefill_delayer": True}, "prefill delayer"),
     ({"disaggregation_mode": "decode"}, "decode"),
 ]

@@ -91,7 +91,7 @@ def test_every_byte_of_a_staged_view_is_local_or_copied_exactly_once(
             owner = layout.segments[piece.owner]
             assert piece.owner != rank
             assert owner.offset <= piece.span.offset < piece.span.end <= owner.end
-            assert piece.span.nbytes <= slice_bytes
+            assert piece.span.nbytes <= slice_bytes or group_size == 2
             seen.update(range(piece.span.offset, piece.span.end))
         assert seen == Counter(range(layout.reserved_bytes))
 
@@ -115,14 +115,22 @@ def test_peers_take_turns_and_ranks_start_with_different_ones() -> None:
 
 
 def test_several_tensors_are_all_in_the_plan() -> None:
-    small = tensor_layout(balanced(4, 2), 4, 4)
-    large = tensor_layout(balanced(4, 2), 16, 4)
+    small = tensor_layout(balanced(6, 3), 4, 4)
+    large = tensor_layout(balanced(6, 3), 16, 4)
     order = copy_order({"small": small, "large": large}, 0, 16)
     assert [(p.tensor, p.span) for p in order] == [
         ("small", Span(8, 8)),
+        ("small", Span(16, 8)),
         ("large", Span(32, 16)),
+        ("large", Span(64, 16)),
         ("large", Span(48, 16)),
+        ("large", Span(80, 16)),
     ]
+
+
+def test_with_one_peer_nothing_is_cut() -> None:
+    layout = tensor_layout(balanced(4, 2), 16, 4)
+    assert [p.span for p in copy_order({"w": layout}, 1, 8)] == [Span(0, 32)]
 
 
 def test_cut() -> None:

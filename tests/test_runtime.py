@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.errors import DwdpConfigError, DwdpRuntimeError, DwdpSetupError
-from sglang_dwdp.memory.base import Block
+from sglang_dwdp.memory.base import Block, Memory
 from sglang_dwdp.memory.host_shm import HostMemory
 from sglang_dwdp.runtime import DwdpRuntime
-from tests.ranks import PlainLayer, checkpoint, equal, forward, open_resources, run_ranks
+from tests.ranks import KINDS, Kind, PlainLayer, checkpoint, equal, forward, open_resources, run_ranks
 
 TAILS = {"w13_weight": (24, 40), "w2_weight": (40, 12), "scale": (3,)}
 
@@ -24,8 +24,9 @@ TAILS = {"w13_weight": (24, 40), "w2_weight": (40, 12), "scale": (3,)}
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("num_experts", [8, 9, 10])
 @pytest.mark.parametrize("view", ["auto", "direct", "staged"])
-def test_every_rank_sees_the_checkpoint(size: int, num_experts: int, view: Any) -> None:
-    full = checkpoint(5, num_experts, TAILS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_rank_sees_the_checkpoint(kind: Kind, size: int, num_experts: int, view: Any) -> None:
+    full = checkpoint(5, num_experts, TAILS, kind.device)
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> list[bool]:
         return [equal(forward(runtime, layers, tokens), full) for tokens in (1000, 1, 1000, 1000, 1)]
@@ -34,7 +35,8 @@ def test_every_rank_sees_the_checkpoint(size: int, num_experts: int, view: Any) 
     assert open_resources()[1] == 0
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=20, deadline=None)
 @given(
     size=st.integers(2, 4),
     num_experts=st.integers(4, 11),
@@ -44,20 +46,20 @@ def test_every_rank_sees_the_checkpoint(size: int, num_experts: int, view: Any) 
     slice_kib=st.sampled_from([4, 8, 2048]),
 )
 def test_any_shape(
-    size: int, num_experts: int, num_layers: int, depth: int, tail: tuple[int, int], slice_kib: int
+    kind: Kind, size: int, num_experts: int, num_layers: int, depth: int, tail: tuple[int, int], slice_kib: int
 ) -> None:
-    full = checkpoint(num_layers, num_experts, {"w13_weight": tail, "w2_weight": tail[::-1]})
+    if kind.device != "cpu":
+        tail = (tail[0] * 16, tail[1] * 16)  # pages are larger there
+    full = checkpoint(num_layers, num_experts, {"w13_weight": tail, "w2_weight": tail[::-1]}, kind.device)
     config = DwdpConfig(view="staged", depth=depth, slice_kib=slice_kib, timeout_s=20)
     results = run_ranks(size, full, lambda r, layers: [equal(forward(r, layers, 9), full) for _ in range(3)], config)
     assert results == [[True] * 3] * size
 
 
-def test_layers_of_different_shapes_do_not_share_a_slots_memory() -> None:
-    full = [
-        *checkpoint(2, 6, {"w1": (64, 64)}),
-        *checkpoint(2, 7, {"w1": (32, 96)}),
-        *checkpoint(1, 6, {"w1": (64, 64)}),
-    ]
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_different_shapes_do_not_share_a_slots_memory(kind: Kind) -> None:
+    shapes = ((2, 6, (640, 640)), (2, 7, (320, 960)), (1, 6, (640, 640)))
+    full = [layer for n, experts, tail in shapes for layer in checkpoint(n, experts, {"w1": tail}, kind.device)]
     config = DwdpConfig(view="staged", depth=2, timeout_s=20)
     assert run_ranks(3, full, lambda r, layers: equal(forward(r, layers, 9), full), config) == [True] * 3
 
@@ -107,9 +109,10 @@ def test_small_tensors_are_replicated_and_large_ones_shared() -> None:
     assert results[0][0] != results[1][0]
 
 
-def test_layers_are_bound_to_direct_views_between_forwards_with_fixed_addresses() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_outside_of_forwards_layers_are_bound_to_direct_views_with_fixed_addresses(kind: Kind) -> None:
     """What a CUDA graph captures outside a forward must read memory that stays."""
-    full = checkpoint(2, 8, {"w1": (32, 64)})
+    full = checkpoint(2, 8, {"w1": (32, 64)}, kind.device)
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> bool:
         before = [layer.tensors["w1"].data_ptr() for layer in layers]
@@ -140,8 +143,10 @@ def test_a_forward_that_goes_past_the_runtime_is_noticed() -> None:
         assert "a forward of 7 tokens visited 1 of 2 MoE layers" in str(error)
 
 
-def test_200_forwards_with_slow_copies_and_poisoned_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    full = checkpoint(5, 8, {"w1": (32, 64)})
+@pytest.mark.parametrize("kind", KINDS)
+def test_200_forwards_with_poisoned_slots(kind: Kind) -> None:
+    page = kind.memory().page_bytes
+    full = checkpoint(5, 8, {"w1": (32, page // 64)}, kind.device)  # an expert is one page
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> bool:
         release = runtime.release
@@ -160,27 +165,30 @@ def test_200_forwards_with_slow_copies_and_poisoned_slots(monkeypatch: pytest.Mo
     assert run_ranks(2, full, step, DwdpConfig(view="staged", timeout_s=20)) == [True, True]
 
 
-class FailingMemory(HostMemory):
-    """Host memory whose n-th call fails, whatever it is."""
+class FailingMemory:
+    """Memory whose n-th call fails, whatever it is."""
 
-    def __init__(self, fail_at: int) -> None:
+    def __init__(self, memory: Memory, fail_at: int) -> None:
+        self._memory = memory
         self.left = fail_at
+        self.page_bytes, self.transport = memory.page_bytes, memory.transport
+        self.create, self.export = self._failing(memory.create), self._failing(memory.export)
+        self.copy_engine, self.trim = memory.copy_engine, memory.trim
 
     def _step(self) -> None:
         self.left -= 1
         if self.left == 0:
             raise OSError(errno.ENOMEM, "injected")
 
-    def create(self, nbytes: int) -> Any:
-        self._step()
-        return super().create(nbytes)
+    def _failing(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def stepped(*args: Any) -> Any:
+            self._step()
+            return call(*args)
 
-    def export(self, block: Block) -> int:
-        self._step()
-        return super().export(block)
+        return stepped
 
-    def import_fd(self, fd: int, nbytes: int) -> Any:
-        block = super().import_fd(fd, nbytes)
+    def import_fd(self, fd: int, nbytes: int) -> Block:
+        block = self._memory.import_fd(fd, nbytes)  # takes the descriptor over, also where it fails
         try:
             self._step()
         except OSError:
@@ -190,36 +198,28 @@ class FailingMemory(HostMemory):
 
     def reserve(self, nbytes: int) -> Any:
         self._step()
-        pages = super().reserve(nbytes)
-        real_map, real_protect = pages.map, pages.protect
-
-        def failing(call: Callable[..., None]) -> Callable[..., None]:
-            def stepped(*args: Any) -> None:
-                self._step()
-                call(*args)
-
-            return stepped
-
-        pages.map, pages.protect = failing(real_map), failing(real_protect)  # type: ignore[method-assign]
+        pages: Any = self._memory.reserve(nbytes)
+        pages.map, pages.protect = self._failing(pages.map), self._failing(pages.protect)
         return pages
 
 
-def failing_runs(full: Any, config: DwdpConfig) -> Iterator[list[Any]]:
+def failing_runs(kind: Kind, full: Any, config: DwdpConfig) -> Iterator[list[Any]]:
     for fail_at in range(1, 1000):
-        memories = [HostMemory(), FailingMemory(fail_at)]
+        memories = [kind.memory(), FailingMemory(kind.memory(), fail_at)]
         yield run_ranks(2, full, lambda _r, _l: "ran", config, lambda rank, m=memories: m[rank])  # type: ignore[misc]
         if memories[1].left > 0:
             return
 
 
 @pytest.mark.parametrize("view", ["direct", "staged"])
-def test_an_injected_failure_at_every_call_of_set_up(view: Any) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_injected_failure_at_every_call_of_set_up(kind: Kind, view: Any) -> None:
     """Both ranks hear of it, with rank, layer, tensor and cause, and everything is as it was."""
-    full = checkpoint(2, 5, TAILS)
+    full = checkpoint(2, 5, TAILS, kind.device)
     config = DwdpConfig(view=view, timeout_s=20)
     run_ranks(2, full, lambda _r, _l: None, config)
     before = open_resources()
-    runs = list(failing_runs(full, config))
+    runs = list(failing_runs(kind, full, config))
     assert len(runs) > 20
     assert runs[-1] == ["ran", "ran"]
     for healthy, failed in runs[:-1]:
@@ -231,8 +231,9 @@ def test_an_injected_failure_at_every_call_of_set_up(view: Any) -> None:
     assert open_resources() == before
 
 
-def test_64_times_open_and_close() -> None:
-    full = checkpoint(1, 5, TAILS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_64_times_open_and_close(kind: Kind) -> None:
+    full = checkpoint(1, 5, TAILS, kind.device)
     run_ranks(2, full, lambda _r, _l: None)
     before = open_resources()
     for _ in range(64):

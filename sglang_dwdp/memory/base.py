@@ -8,7 +8,7 @@ the memory lives as long as any process maps it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -59,8 +59,11 @@ class CopyEngine(Protocol):
     def record(self, event: Event) -> None:
         """Let `event` happen when the compute stream reaches this point."""
 
-    def fill(self, copies: CopyList, after: Event, done: Event) -> None:
-        """Enqueue on the copy stream: wait for `after`, run `copies`, let `done` happen. Does not block."""
+    def prepare(self, copies: CopyList) -> Any:
+        """`copies` in the form that `fill` takes; made once, at set-up."""
+
+    def fill(self, prepared: Any, after: Event, done: Event) -> None:
+        """Enqueue on the copy stream: wait for `after`, run the copies, let `done` happen. Does not block."""
 
     def wait(self, done: Event) -> None:
         """Hold the compute stream until `done` has happened.
@@ -103,6 +106,9 @@ class Memory(Protocol):
 
     def reserve(self, nbytes: int) -> Range:
         """Address space for `nbytes` bytes, with nothing mapped."""
+
+    def trim(self) -> None:
+        """Give memory that this process has freed, but its allocator kept, back to the device."""
 
     def copy_engine(self, timeout_s: float) -> CopyEngine:
         """A copy stream whose waits end after `timeout_s` seconds."""

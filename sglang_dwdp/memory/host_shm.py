@@ -99,15 +99,30 @@ class HostRange:
 
 
 class HostEvent:
-    """A CUDA event's meaning on the host: recording it anew takes back that it has happened."""
+    """A CUDA event's meaning on the host: of several recordings, waits are for the last one."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pending = 0
         self.happened = threading.Event()
         self.happened.set()
 
+    def announce(self) -> None:
+        """It will happen once more."""
+        with self._lock:
+            self._pending += 1
+            self.happened.clear()
+
+    def happen(self) -> None:
+        """One announced time is over; it has happened when none is left."""
+        with self._lock:
+            self._pending -= 1
+            if self._pending == 0:
+                self.happened.set()
+
 
 class HostCopyEngine:
-    """One worker thread. The compute stream is the calling thread, so what it recorded has happened."""
+    """One worker thread. The compute stream is the calling thread, so what it records has happened."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -123,11 +138,14 @@ class HostCopyEngine:
         assert isinstance(event, HostEvent)
         event.happened.set()
 
-    def fill(self, copies: CopyList, after: Event, done: Event) -> None:
+    def prepare(self, copies: CopyList) -> CopyList:
+        return copies
+
+    def fill(self, prepared: CopyList, after: Event, done: Event) -> None:
         assert isinstance(after, HostEvent)
         assert isinstance(done, HostEvent)
-        done.happened.clear()
-        self._jobs.put((copies, after, done))
+        done.announce()
+        self._jobs.put((prepared, after, done))
 
     def wait(self, done: Event) -> None:
         assert isinstance(done, HostEvent)
@@ -152,7 +170,7 @@ class HostCopyEngine:
                     destination.copy_(source)
             except Exception as error:  # noqa: BLE001  (whatever it is, the waiting thread must hear of it)
                 self._error = error
-            done.happened.set()
+            done.happen()
 
 
 def _available_bytes() -> int:
@@ -193,6 +211,9 @@ class HostMemory:
 
     def reserve(self, nbytes: int) -> Range:
         return HostRange(nbytes)
+
+    def trim(self) -> None:
+        """The host's allocator returns large blocks by itself."""
 
     def copy_engine(self, timeout_s: float) -> HostCopyEngine:
         return HostCopyEngine(timeout_s)

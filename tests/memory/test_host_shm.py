@@ -143,6 +143,23 @@ def test_copies_run_in_order_after_their_event() -> None:
     engine.close()
 
 
+def test_a_wait_is_for_the_last_of_several_fills() -> None:
+    engine = HostCopyEngine(5.0)
+    first, second, slot = torch.full((4,), 1), torch.full((4,), 2), torch.zeros(4, dtype=torch.int64)
+    released, filled = engine.event(), engine.event()
+    go = engine.event()
+    go.happened.clear()
+    engine.fill([(slot, first)], released, filled)
+    engine.fill([(slot, second)], go, filled)
+    time.sleep(0.05)  # the first fill is over, the second waits
+    assert slot.eq(1).all()
+    assert not filled.happened.is_set()
+    engine.record(go)
+    engine.wait(filled)
+    assert slot.eq(2).all()
+    engine.close()
+
+
 def test_a_wait_ends_in_time_and_says_so() -> None:
     engine = HostCopyEngine(0.1)
     released, filled = engine.event(), engine.event()

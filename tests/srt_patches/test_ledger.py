@@ -6,13 +6,24 @@ from importlib.metadata import version
 
 import pytest
 
-from sglang_dwdp.srt_patches import model_runner, moe_layer, processes, reports, server_args, weight_updates
+from sglang_dwdp.srt_patches import (
+    graphs,
+    linear,
+    model_runner,
+    moe_layer,
+    processes,
+    reports,
+    server_args,
+    weight_updates,
+)
 from sglang_dwdp.srt_patches.ledger import Entry, entries, source_hash
 
 ENTRIES = entries()
 HOOKS = (
     *processes.HOOKS,
     *server_args.HOOKS,
+    *graphs.HOOKS,
+    *linear.HOOKS,
     *moe_layer.HOOKS,
     *moe_layer.AUDIT_HOOKS,
     *model_runner.HOOKS,

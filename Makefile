@@ -1,0 +1,30 @@
+# Everything runs in an environment of its own, .venv, made on first use (some minutes, 11 GB: SGLang brings torch).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-fast lint types clean
+
+demo: $(VENV)/.installed  ## serve a small MoE model with DWDP on this machine's CPU
+	$(BIN)/sglang-dwdp demo
+
+test: $(VENV)/.installed  ## all tests, with real servers on the CPU engine
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.installed  ## the tests that start no server
+	$(BIN)/python -m pytest -m "not e2e"
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

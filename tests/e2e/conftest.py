@@ -1,0 +1,157 @@
+"""Real servers on the CPU engine. Every server that a test stops is checked for what it left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_dwdp.demo.checkpoint import make_checkpoint
+from sglang_dwdp.demo.families import Family
+from sglang_dwdp.demo.server import Server
+from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
+
+# float32: in bf16 two tokens of a random model tie now and then.
+FLAGS = ("--dtype", "float32", "--skip-server-warmup", "--random-seed", "1")
+STOPS = cycle((signal.SIGTERM, signal.SIGINT))
+
+Running = Callable[..., AbstractContextManager[Server]]
+Answers = list[list[int]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.e2e)
+
+
+class Footprint:
+    """What a server could leave behind: processes, shared memory, socket files, abstract sockets.
+
+    directory: the server's TMPDIR, which also marks its processes.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.before = set(Path("/dev/shm").iterdir())
+
+    def left(self, within_s: float = 40.0) -> set[str]:
+        """What is there and does not go within some seconds."""
+        deadline = time.monotonic() + within_s
+        while (found := self._now()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return found
+
+    def _now(self) -> set[str]:
+        new = set(Path("/dev/shm").iterdir()) - self.before
+        files = {path for path in new if not _is_mapped(path)}  # other programs of the machine map theirs
+        sockets = {path for path in self.directory.rglob("*") if path.is_socket()}
+        names = re.findall(r"@sglang-dwdp\S*", Path("/proc/net/unix").read_text())
+        return {str(path) for path in files | sockets} | set(names) | self._processes()
+
+    def _processes(self) -> set[str]:
+        mark = f"TMPDIR={self.directory}".encode()
+        found = set()
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found.add(f"process {entry.name} " + (entry / "cmdline").read_text().replace("\0", " ")[:80])
+        return found
+
+
+def _is_mapped(path: Path) -> bool:
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            if str(path) in maps.read_text():
+                return True
+    return False
+
+
+@pytest.fixture(scope="session")
+def stopped() -> list[int]:
+    """The exit codes of all servers that were stopped and left nothing."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory, stopped: list[int]) -> Running:
+    """A server, ready; stopped in the end by SIGTERM and SIGINT in turn, after which nothing may be left."""
+
+    @contextmanager
+    def run(model: Path, ranks: int, *, dwdp: Sequence[str] | None = None, **how: Any) -> Iterator[Server]:
+        directory = tmp_path_factory.mktemp("server")
+        footprint = Footprint(directory)
+        flags = (*FLAGS, *how.pop("flags", ()))
+        environment = {"TMPDIR": str(directory), "OMP_NUM_THREADS": "1"} | how.pop("environment", {})
+        if dwdp is not None:
+            dwdp = ("--dwdp-audit", *dwdp)
+        server = Server(model, ranks, directory / "log", dwdp=dwdp, flags=flags, environment=environment, **how)
+        try:
+            server.wait()
+            yield server
+            if dwdp is not None:
+                assert [report["collectives"] for report in server.reports()] == [0] * ranks
+            code = server.stop(next(STOPS))
+            if dwdp is not None:
+                assert footprint.left() == set()
+                stopped.append(code)
+        finally:
+            server.kill()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family, int], Path]:
+    """A checkpoint of a family with a number of experts, made when first asked for."""
+    made: dict[tuple[Family, int], Path] = {}
+
+    def model(family: Family, num_experts: int) -> Path:
+        key = (family, num_experts)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(f"{family}-{num_experts}")
+            make_checkpoint(made[key], family, num_experts=num_experts, dtype=torch.float32)
+        return made[key]
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def reference(running: Running, models: Callable[[Family, int], Path]) -> Callable[..., Answers]:
+    """The tokens of PROMPTS by a single rank that holds all experts."""
+    known: dict[tuple[Family, int], Answers] = {}
+
+    def answers(family: Family, num_experts: int, **how: Any) -> Answers:
+        key = (family, num_experts)
+        if key not in known:
+            with running(models(family, num_experts), 1, **how) as server:
+                known[key] = [server.generate(prompt, MAX_NEW_TOKENS) for prompt in PROMPTS]
+            different = {tuple(tokens) for tokens in known[key]}
+            assert len(different) > len(PROMPTS) // 2, "degenerate answers compare nothing"
+        return known[key]
+
+    return answers
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Callable[[str, str], dict[str, str]]:
+    """Installs a plugin of SGLang's for one server; returns the environment in which it is found."""
+
+    def install(name: str, source: str) -> dict[str, str]:
+        (tmp_path / f"{name}.py").write_text(source)
+        info = tmp_path / f"{name}-0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+        (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {name}:register\n")
+        return {"PYTHONPATH": str(tmp_path)}
+
+    return install

@@ -1,0 +1,75 @@
+"""Every rank of a DWDP server gives the very tokens of a single rank that holds all experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_dwdp.demo.families import Family
+from tests.e2e.conftest import Answers, Running
+from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
+
+Models = Callable[[Family, int], Path]
+Reference = Callable[..., Answers]
+
+MLA_PLUGIN = """
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def allow(*_args, **_kwargs):
+        from sglang.srt.models.deepseek_common import attention_backend_handler as handler
+        handler.AttentionBackendRegistry.register("torch_native", handler._dispatch_mla_subtype)
+
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", allow, HookType.BEFORE)
+"""
+
+
+def check(running: Running, model: Path, ranks: int, expected: Answers, dwdp: tuple[str, ...], **how: Any) -> None:
+    with running(model, ranks, dwdp=dwdp, **how) as server:
+        for prompt, tokens in zip(PROMPTS, expected, strict=True):
+            # All ranks at the same time, which saves time: they share nothing but the experts.
+            with ThreadPoolExecutor(ranks) as pool:
+                answers = list(pool.map(partial(server.generate, prompt, MAX_NEW_TOKENS), range(ranks)))
+            assert answers == [tokens] * ranks, prompt[:60]
+        for report in server.reports():
+            copied, direct, staged = (report[k] for k in ("bytes_copied", "direct_forwards", "staged_forwards"))
+            if "direct" in dwdp:
+                assert (copied, staged) == (0, 0)
+                assert report["bytes_read_in_place"] > 0
+            elif "staged" in dwdp:
+                assert direct == 0
+                assert copied > 0
+            else:
+                assert min(copied, direct, staged) > 0
+
+
+@pytest.mark.parametrize("view", ["staged", "direct"])
+@pytest.mark.parametrize(("ranks", "num_experts"), [(2, 8), (2, 9), (3, 9), (3, 8)])
+def test_qwen3_moe(
+    running: Running, models: Models, reference: Reference, ranks: int, num_experts: int, view: str
+) -> None:
+    """8 experts for 2 ranks and 9 for 3 divide evenly, 9 for 2 and 8 for 3 do not."""
+    expected = reference("qwen3_moe", num_experts)
+    check(running, models("qwen3_moe", num_experts), ranks, expected, ("--dwdp-view", view))
+
+
+def test_qwen2_moe_with_its_gated_shared_expert(running: Running, models: Models, reference: Reference) -> None:
+    # SGLang's gate of the shared expert is a Triton kernel, which the CPU can only interpret.
+    how: Mapping[str, Any] = {"environment": {"TRITON_INTERPRET": "1"}}
+    expected = reference("qwen2_moe", 9, **how)
+    check(running, models("qwen2_moe", 9), 2, expected, ("--dwdp-direct-max-tokens", "64"), **how)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_deepseek_with_shared_experts_and_grouped_routing(
+    running: Running, models: Models, reference: Reference, plugin: Callable[[str, str], dict[str, str]], family: Family
+) -> None:
+    # SGLang has latent attention on the CPU for AMX only; with torch_native it has to be told to use it.
+    how: Mapping[str, Any] = {"environment": plugin("mla_on_cpu", MLA_PLUGIN)}
+    expected = reference(family, 8, **how)
+    check(running, models(family, 8), 2, expected, ("--dwdp-direct-max-tokens", "64"), **how)

@@ -1,0 +1,116 @@
+"""One server under loads that hang lock-step data parallelism, and under requests that it must refuse."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import requests
+
+from sglang_dwdp.demo.families import Family
+from sglang_dwdp.demo.server import Server
+from tests.e2e.conftest import Answers, Running
+from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
+
+BUSY_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def server(running: Running, models: Callable[[Family, int], Path]) -> Iterator[Server]:
+    with running(models("qwen3_moe", 9), 3, dwdp=("--dwdp-direct-max-tokens", "64")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def expected(reference: Callable[..., Answers]) -> Answers:
+    return reference("qwen3_moe", 9)
+
+
+def ask_all(server: Server, expected: Answers, requests_: list[tuple[int, int | None]], at_once: int) -> None:
+    """`requests_`: (prompt's number, rank). Sent `at_once` at a time; each must get its own answer."""
+
+    def one(request: tuple[int, int | None]) -> bool:
+        number, rank = request
+        return server.generate(PROMPTS[number], MAX_NEW_TOKENS, rank) == expected[number]
+
+    with ThreadPoolExecutor(at_once) as pool:
+        assert all(pool.map(one, requests_))
+
+
+def test_requests_that_arrive_on_all_ranks_at_once(server: Server, expected: Answers) -> None:
+    ask_all(server, expected, [(number, rank) for number in range(len(PROMPTS)) for rank in range(3)], 24)
+
+
+def test_200_short_requests(server: Server, expected: Answers) -> None:
+    ask_all(server, expected, [(number % 9, None) for number in range(200)], 16)
+
+
+def test_one_rank_busy_for_a_minute_while_the_others_idle(server: Server, expected: Answers) -> None:
+    before = server.reports()
+    deadline = time.monotonic() + BUSY_S
+    turns = 0
+    while time.monotonic() < deadline:
+        ask_all(server, expected, [(number, 0) for number in (3, 15, 8, 11)], 4)
+        turns += 1
+    after = server.reports()
+    assert turns > 3
+    assert after[0]["forward_tokens"] > before[0]["forward_tokens"]
+    for rank in (1, 2):  # no idle batch either
+        assert after[rank]["forward_tokens"] == before[rank]["forward_tokens"]
+        forwards = [sum(r[rank][k] for k in ("direct_forwards", "staged_forwards")) for r in (before, after)]
+        assert forwards[0] == forwards[1]
+    ask_all(server, expected, [(15, 1), (3, 2)], 2)
+
+
+def test_a_client_that_disconnects(server: Server, expected: Answers) -> None:
+    for rank in range(3):
+        body = {
+            "text": PROMPTS[12],
+            "sampling_params": {"temperature": 0, "max_new_tokens": 2000, "ignore_eos": True},
+            "stream": True,
+            "routed_dp_rank": rank,
+        }
+        with requests.post(f"{server.url}/generate", json=body, stream=True, timeout=60) as answer:
+            next(answer.iter_lines())
+    ask_all(server, expected, [(number, rank) for number in (0, 14) for rank in range(3)], 6)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/update_weights_from_disk", {"model_path": "elsewhere"}),
+        ("/update_weights_from_tensor", {"serialized_named_tensors": []}),
+        ("/update_weights_from_distributed", {"names": [], "dtypes": [], "shapes": []}),
+        ("/update_weights_from_ipc", {"zmq_handles": {}}),
+        (
+            "/init_weights_update_group",
+            {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 4},
+        ),
+        ("/begin_weight_update", {}),
+        ("/end_weight_update", {}),
+        ("/weights_checker", {"action": "reset_tensors"}),
+        ("/release_memory_occupation", {}),
+        ("/resume_memory_occupation", {}),
+    ],
+)
+def test_online_weight_updates_are_answered_with_an_error(
+    server: Server, expected: Answers, path: str, body: dict[str, object]
+) -> None:
+    answer = requests.post(server.url + path, json=body, timeout=60)
+    assert answer.status_code == 400
+    assert "not supported with --enable-dwdp" in answer.text
+    ask_all(server, expected, [(4, rank) for rank in range(3)], 3)
+
+
+def test_the_server_reports_what_it_does(server: Server) -> None:
+    info = requests.get(f"{server.url}/server_info", timeout=30).json()
+    assert info["dwdp_size"] == 3
+    assert [report["rank"] for report in server.reports()] == [0, 1, 2]
+    for report in server.reports():
+        assert report["transport"] == "host-shm"
+        assert report["late_fills"] == 0
+        assert report["bytes_copied"] > 0
+        assert report["bytes_read_in_place"] > 0

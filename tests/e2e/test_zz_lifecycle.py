@@ -1,0 +1,137 @@
+"""Starting in other ways, not starting, and the sum of all stops (so this module runs last)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sglang_dwdp.demo.families import Family
+from sglang_dwdp.demo.server import Server, ServerFailed
+from tests.e2e.conftest import Answers, Footprint, Running
+from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
+
+Models = Callable[[Family, int], Path]
+
+BREAKER = """
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def take_away(*args, role, **kwargs):
+        if role == "scheduler":
+            from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+            del FusedMoE._map_global_expert_id_to_local_expert_id
+
+    HookRegistry.register("sglang.srt.runtime_context.publish", take_away, HookType.BEFORE)
+"""
+
+ENGINE = """
+import json, sys
+import sglang
+
+if __name__ == "__main__":
+    engine = sglang.Engine(
+        model_path=sys.argv[1], device="cpu", tp_size=2, enable_dwdp=True, dwdp_view="staged", dwdp_depth=1,
+        dtype="float32", skip_server_warmup=True,
+    )
+    prompts = json.load(open(sys.argv[2]))
+    answers = engine.generate(prompts, {"temperature": 0, "max_new_tokens": int(sys.argv[3])})
+    reports = [state["dwdp"] for state in engine.get_server_info()["internal_states"]]
+    engine.shutdown()
+    print("RESULT " + json.dumps([[answer["output_ids"] for answer in answers], reports]))
+"""
+
+
+def test_sglang_serve_with_a_config_file(
+    models: Models, reference: Callable[..., Answers], tmp_path: Path, stopped: list[int]
+) -> None:
+    import signal
+
+    from sglang_dwdp.demo.server import _free_port
+
+    model, port = models("qwen3_moe", 8), _free_port()
+    config = tmp_path / "server.yaml"
+    config.write_text(
+        f"model-path: {model}\ndevice: cpu\ntp: 2\nport: {port}\ndtype: float32\nskip-server-warmup: true\n"
+        "enable-dwdp: true\ndwdp-view: staged\ndwdp-depth: 4\n"
+    )
+    footprint = Footprint(tmp_path)
+    server = Server.__new__(Server)
+    server.log, server.ranks, server.port, server.url = tmp_path / "log", 2, port, f"http://127.0.0.1:{port}"
+    with server.log.open("wb") as log:
+        server.process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "sglang"), "serve", "--config", str(config)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "TMPDIR": str(tmp_path)},
+            start_new_session=True,
+        )
+    try:
+        server.wait()
+        expected = reference("qwen3_moe", 8)
+        assert server.generate(PROMPTS[9], MAX_NEW_TOKENS, 1) == expected[9]
+        assert [report["view"] for report in server.reports()] == ["staged", "staged"]
+        assert [report["staged_forwards"] > 0 for report in server.reports()] == [False, True]
+        stopped.append(server.stop(signal.SIGINT))
+        assert footprint.left() == set()
+    finally:
+        server.kill()
+
+
+def test_engine_keywords(models: Models, reference: Callable[..., Answers], tmp_path: Path) -> None:
+    import json
+
+    program, prompts = tmp_path / "program.py", tmp_path / "prompts.json"
+    program.write_text(ENGINE)
+    prompts.write_text(json.dumps(PROMPTS[:6]))
+    result = subprocess.run(
+        [sys.executable, str(program), str(models("qwen3_moe", 8)), str(prompts), str(MAX_NEW_TOKENS)],
+        env={**os.environ, "SGLANG_USE_CPU_ENGINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, result.stderr[-3000:]
+    tokens, reports = json.loads(lines[0].removeprefix("RESULT "))
+    assert tokens == reference("qwen3_moe", 8)[:6]
+    assert all(report["view"] == "staged" and report["bytes_copied"] > 0 for report in reports)
+
+
+def test_a_hook_that_does_not_take_stops_the_server(
+    running: Running, models: Models, plugin: Callable[[str, str], dict[str, str]]
+) -> None:
+    broken = running(models("qwen3_moe", 8), 2, dwdp=(), environment=plugin("breaker", BREAKER))
+    with pytest.raises(ServerFailed) as failed, broken as server:
+        log = server.log
+    assert "the server ended with exit code" in str(failed.value)
+    del log
+
+
+def test_a_conflict_is_one_line_and_exit_code_2(models: Models) -> None:
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(models("qwen3_moe", 8))]
+    result = subprocess.run(
+        [*command, "--device", "cpu", "--tp", "2", "--enable-dwdp", "--enable-eplb"],
+        env={**os.environ, "SGLANG_USE_CPU_ENGINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("sglang-dwdp: error: --enable-dwdp cannot be used here: EPLB")
+    assert "Traceback" not in result.stderr
+
+
+def test_servers_stopped_in_a_row_left_nothing(stopped: list[int], request: pytest.FixtureRequest) -> None:
+    """The fixture checked after every stop; a whole run of this folder has at least ten of them."""
+    if len({item.path for item in request.session.items if item.path.parent == Path(__file__).parent}) < 3:
+        pytest.skip("counts only in a run of all of tests/e2e")
+    assert len(stopped) >= 10
+    assert set(stopped) == {0}
