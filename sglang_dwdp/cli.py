@@ -10,6 +10,7 @@ from typing import get_args
 from sglang_dwdp import __version__
 from sglang_dwdp.config import ViewMode
 from sglang_dwdp.errors import DwdpError
+from sglang_dwdp.planner.commands import add_commands
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--view", choices=get_args(ViewMode), default="auto", help="as --dwdp-view (default: auto)")
     demo.add_argument("--out", help="keep the model and the servers' logs in this folder")
     demo.set_defaults(run=_demo)
+    add_commands(commands)
     return result
 
 

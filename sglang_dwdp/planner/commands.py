@@ -1,0 +1,134 @@
+"""The subcommands ``plan``, ``profile`` and ``simulate`` of ``sglang-dwdp``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from .errors import PlannerError
+from .formats import FORMATS
+from .gpus import GPUS
+from .workload import KINDS, Lengths
+
+
+def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the subcommands; each sets ``run``: parsed arguments in, exit code out."""
+    _add_plan(subparsers)
+    _add_profile(subparsers)
+    _add_simulate(subparsers)
+
+
+def _add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = subparsers.add_parser("plan", help="will DWDP pay for this model on these GPUs?")
+    plan.add_argument("model", help="built-in name or path of a config.json")
+    plan.add_argument("--gpu", required=True, help=", ".join(g.name for g in GPUS.values()))
+    plan.add_argument("--num-gpus", type=int, default=8, help="GPUs of the node (default 8)")
+    plan.add_argument("--group-size", type=int, help="ranks that share one set of experts (default: all GPUs)")
+    plan.add_argument("--weight-format", choices=sorted(FORMATS), help="of the experts (default: as shipped)")
+    plan.add_argument("--local-experts", type=int, default=0, help="experts per rank (default: equal shares)")
+    plan.add_argument("--depth", type=int, default=2, help="layers fetched ahead (default 2)")
+    plan.add_argument("--length", type=int, default=8192, help="prompt length in tokens (default 8192)")
+    plan.add_argument("--length-kind", choices=KINDS, default="uniform")
+    plan.add_argument("--length-ratio", type=float, default=0.8, help="uniform: shortest over longest")
+    plan.add_argument("--length-std", type=float, default=0.0, help="normal, lognormal: deviation")
+    plan.add_argument(
+        "--exchange",
+        choices=("all-gather", "all-to-all"),
+        default="all-gather",
+        help="DEP's exchange: SGLang's default all-gather, or an all-to-all backend",
+    )
+    plan.add_argument("--profile", help="JSON written by `sglang-dwdp profile`")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    plan.add_argument("--plot", metavar="FILE", help="write a figure (PNG, PDF or SVG)")
+    plan.set_defaults(run=_run_plan)
+
+
+def _add_profile(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    profile = subparsers.add_parser("profile", help="measure what the cost model needs on this machine's GPUs")
+    profile.add_argument("--model", default="qwen3-30b-a3b", help="shape to measure with (bf16)")
+    profile.add_argument("--output", "-o", default="profile.json")
+    profile.add_argument("--quick", action="store_true", help="fewer sizes")
+    profile.set_defaults(run=_run_profile)
+
+
+def _add_simulate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    simulate = subparsers.add_parser("simulate", help="simulate prefill serving request by request")
+    simulate.add_argument("--scenario", required=True, metavar="FILE", help="YAML; see benchmarks/scenarios")
+    simulate.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    simulate.add_argument("--plot", metavar="FILE", help="write TTFT curves and a timeline")
+    simulate.set_defaults(run=_run_simulate)
+
+
+def _emit(data: object) -> None:
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def _run_plan(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .cost import Group
+    from .formats import default_precision, get_format
+    from .gpus import get_gpu
+    from .models import load_model
+    from .plan import make_plan
+    from .profile import load_profile
+    from .report import plan_json, plan_tables
+
+    model = load_model(args.model)
+    gpu = get_gpu(args.gpu)
+    if args.profile:
+        gpu = load_profile(args.profile).apply(gpu)
+    size = args.group_size or args.num_gpus
+    if args.num_gpus < 1 or args.num_gpus % size:
+        raise PlannerError(f"--num-gpus {args.num_gpus} is not a multiple of --group-size {size}")
+    precision = default_precision(get_format(args.weight_format or model.expert_format))
+    lengths = Lengths(args.length_kind, args.length, args.length_ratio, args.length_std)
+    group = Group(size, args.local_experts, depth=args.depth)
+    plan = make_plan(model, gpu, precision, group, lengths, args.exchange)
+    if args.json:
+        _emit(plan_json(plan))
+    else:
+        console = Console()
+        console.print(plan_tables(plan))
+        console.print("Set: " + " ".join(plan.flags), highlight=False)
+        console.print(f"[bold]{plan.verdict}[/bold]", highlight=False)
+    if args.plot:
+        from .plots import plot_plan
+
+        plot_plan(plan, args.plot)
+    return 0
+
+
+def _run_profile(args: argparse.Namespace) -> int:
+    from .measure import measure
+    from .models import load_model
+
+    profile = measure(load_model(args.model), quick=args.quick)
+    Path(args.output).write_text(json.dumps(profile.to_json(), indent=2) + "\n")
+    sys.stdout.write(f"{profile.gpu}: wrote {args.output}\n")
+    return 0
+
+
+def _run_simulate(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .report import result_json, result_table
+    from .scenario import load_scenarios
+    from .simulate import simulate
+
+    started = time.perf_counter()
+    results = [simulate(scenario) for scenario in load_scenarios(args.scenario)]
+    if args.json:
+        _emit([result_json(result) for result in results])
+    else:
+        console = Console()
+        console.print(result_table(results))
+        console.print(f"simulated in {time.perf_counter() - started:.1f} s")
+    if args.plot:
+        from .plots import plot_results
+
+        plot_results(results, args.plot)
+    return 0

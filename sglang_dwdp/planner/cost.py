@@ -1,0 +1,212 @@
+"""Time of one forward under DWDP, in-tree-style DWDP and plain replicas.
+
+All times are seconds per forward of one rank unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from . import kernels
+from .contention import serial_slowdown
+from .errors import PlannerError
+from .formats import Precision
+from .gpus import Gpu
+from .models import ModelShape
+from .workload import Batch
+
+COPY_POLICIES = ("serial", "sliced")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of one forward by part."""
+
+    attention: float = 0.0
+    grouped_gemm: float = 0.0
+    dense_gemm: float = 0.0
+    other: float = 0.0
+    interference: float = 0.0
+    merge: float = 0.0
+    communication: float = 0.0
+    synchronisation: float = 0.0
+    exposed_copy: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Sum of all parts."""
+        return float(sum(getattr(self, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One forward under one scheme.
+
+    Attributes:
+        scheme: ``dwdp``, ``dep``, ``replica`` or ``in-tree dwdp``.
+        tokens: tokens of the forward on one rank.
+        parts: seconds by part.
+        compute: seconds of the rank's own kernels, interference included.
+        fetch: seconds that the copies take while they run (0 without copies).
+        fetch_bytes: bytes that one rank pulls.
+    """
+
+    scheme: str
+    tokens: float
+    parts: Parts
+    compute: float
+    fetch: float = 0.0
+    fetch_bytes: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the forward."""
+        return self.parts.total
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second and GPU."""
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Group:
+    """How a group of GPUs shares the experts.
+
+    Attributes:
+        size: ranks.
+        local_experts: experts that each rank stores; 0 for the smallest equal share.
+        copies: ``serial`` whole-peer pulls in random order, or ``sliced``: slices of all peers in
+            turn, which keeps every source evenly loaded.
+        depth: layers that are fetched ahead.
+        ring_over_steps: the fetch of the next forward's first layers starts in this one.
+        merge_copy: local experts are copied beside the fetched ones before every product (the
+            paper's naive version, and any runtime without a contiguous view).
+    """
+
+    size: int
+    local_experts: int = 0
+    copies: str = "sliced"
+    depth: int = 2
+    ring_over_steps: bool = True
+    merge_copy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise PlannerError(f"a group has at least 1 rank, not {self.size}")
+        if self.copies not in COPY_POLICIES:
+            raise PlannerError(f"unknown copy policy {self.copies!r}; known: {', '.join(COPY_POLICIES)}")
+        if self.depth < 1:
+            raise PlannerError(f"prefetch depth must be at least 1 layer, not {self.depth}")
+
+    def stored(self, model: ModelShape) -> int:
+        """Experts that each rank stores.
+
+        Raises:
+            PlannerError: if the ranks together do not hold every expert.
+        """
+        share = -(-model.experts // self.size)
+        stored = self.local_experts or share
+        if not share <= stored <= model.experts:
+            raise PlannerError(
+                f"{stored} local experts on {self.size} ranks: {model.name} has {model.experts} experts, "
+                f"so a rank stores {share} to {model.experts}"
+            )
+        return stored
+
+
+def in_tree_group(size: int) -> Group:
+    """SGLang's own DWDP: serial whole-peer copies, two buffers, a cold start in every step."""
+    return Group(size, copies="serial", depth=2, ring_over_steps=False)
+
+
+def forward_parts(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch, experts: int | None = None) -> Parts:
+    """The kernels of one forward; ``experts`` of each layer share the batch's routed copies.
+
+    Under DEP a rank computes the copies of E/N experts for all ranks' tokens: as many copies as
+    its own tokens send out, over fewer experts.
+    """
+    count = model.experts if experts is None else experts
+    tokens = batch.tokens
+    dense = model.layers * kernels.projections(model, gpu, precision, tokens)
+    dense += model.dense_layers * kernels.dense_mlp(model, gpu, precision, tokens)
+    dense += model.moe_layers * kernels.shared_and_router(model, gpu, precision, tokens)
+    rows = tokens * model.top_k
+    grouped = model.moe_layers * kernels.grouped_gemm(model, gpu, precision.experts, rows, count)
+    other = model.moe_layers * kernels.elementwise(model, gpu, precision, tokens, moe=True)
+    other += model.dense_layers * kernels.elementwise(model, gpu, precision, tokens, moe=False)
+    return Parts(kernels.attention(model, gpu, precision, batch), grouped, dense, other)
+
+
+def layer_fetch_bytes(model: ModelShape, precision: Precision, group: Group) -> float:
+    """Bytes that a rank pulls per MoE layer: (E - local) experts."""
+    remote = model.experts - group.stored(model)
+    return remote * model.expert_params * precision.experts.bytes_per_param
+
+
+def pull_bandwidth(gpu: Gpu, group: Group) -> float:
+    """Bytes/s of a rank's copies when nobody else reads its sources.
+
+    Serial pulls use one peer at a time; sliced ones all of them together.
+    """
+    if group.copies == "serial":
+        return gpu.pair_bandwidth
+    return min(gpu.copy_bandwidth, gpu.pair_bandwidth * max(1, group.size - 1))
+
+
+def dwdp(
+    model: ModelShape,
+    gpu: Gpu,
+    precision: Precision,
+    batch: Batch,
+    group: Group,
+    scheme: str = "dwdp",
+) -> Estimate:
+    """One DWDP forward: max(compute, fetch) per layer, plus what cannot be hidden.
+
+    With compute C (interference included) and copies of F seconds over the MoE layers, the copy
+    engines run ahead by ``depth`` layers at most, so dense layers hide at most ``depth`` fetches:
+    T = max(C, F + max(0, D - depth f)), D the dense layers' time and f one layer's fetch. Without
+    the ring over steps the first fetch starts with the forward and is hidden by D and one
+    attention block only. Interference costs ``copy_interference`` seconds of compute per second
+    of copying at full rate: power and HBM bandwidth go to each byte copied (paper, appendix A).
+    """
+    base = forward_parts(model, gpu, precision, batch)
+    size = layer_fetch_bytes(model, precision, group)
+    total_bytes = size * model.moe_layers
+    if total_bytes == 0:
+        return Estimate(scheme, batch.tokens, base, base.total)
+    alone = total_bytes / pull_bandwidth(gpu, group)
+    merge = 0.0
+    if group.merge_copy:  # local experts are read, and written beside the fetched ones
+        local = group.stored(model) * model.expert_params * precision.experts.bytes_per_param
+        merge = 2 * local * model.moe_layers / (gpu.hbm_bandwidth * gpu.efficiency.elementwise)
+    interference = gpu.copy_interference * alone
+    compute = base.total + interference + merge
+    contended = group.copies == "serial" and gpu.switched and group.size > 2
+    slowdown = serial_slowdown(group.size, alone, compute) if contended else 1.0
+    fetch = alone * slowdown
+    per_layer = fetch / model.moe_layers
+    dense = compute * model.dense_layers / model.layers
+    bound = fetch + max(0.0, dense - group.depth * per_layer)
+    cold = 0.0
+    if not group.ring_over_steps:
+        first = dense + (compute - base.grouped_gemm) / model.layers
+        cold = max(0.0, per_layer - first)
+    exposed = max(0.0, bound - compute) + cold
+    parts = Parts(
+        base.attention,
+        base.grouped_gemm,
+        base.dense_gemm,
+        base.other,
+        interference=interference,
+        merge=merge,
+        exposed_copy=exposed,
+    )
+    return Estimate(scheme, batch.tokens, parts, compute, fetch, total_bytes)
+
+
+def replica(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch) -> Estimate:
+    """One forward of a whole model on one GPU."""
+    base = forward_parts(model, gpu, precision, batch)
+    return Estimate("replica", batch.tokens, base, base.total)

@@ -1,0 +1,131 @@
+"""Time of the kernels of one layer on one GPU: the roofline with efficiencies.
+
+Every function returns seconds. FLOP counts are 2 per multiply-add; bytes are those that have to
+cross HBM once.
+"""
+
+from __future__ import annotations
+
+from .formats import FORMATS, Precision, WeightFormat
+from .gpus import Gpu
+from .models import ModelShape
+from .workload import Batch
+
+# Dependent kernels of a decoder layer outside the big products: norms, rotary embedding, cache
+# write, router, top-k, permutation, activation, finalisation, quantisation.
+KERNELS_PER_LAYER = 20
+
+
+def distinct_experts(experts: int, rows: float) -> float:
+    """Expected number of distinct experts among ``rows`` uniform draws: E (1 - (1 - 1/E)^rows)."""
+    if experts <= 0 or rows <= 0:
+        return 0.0
+    return experts * float(1.0 - (1.0 - 1.0 / experts) ** rows)
+
+
+def overlapped(gpu: Gpu, compute: float, memory: float) -> float:
+    """Seconds of a kernel that computes and reads at once: (c^p + m^p)^(1/p), p the overlap power."""
+    power = gpu.efficiency.overlap_power
+    larger, smaller = max(compute, memory), min(compute, memory)
+    if power == float("inf") or larger == 0:
+        return larger
+    return larger * float((1 + (smaller / larger) ** power) ** (1 / power))
+
+
+def dense_gemm(gpu: Gpu, fmt: WeightFormat, rows: float, params: float) -> float:
+    """``rows`` activations times ``params`` weights.
+
+    The overlap of 2 rows params / (peak eff) with weight bytes / (HBM eff), plus the latency.
+    """
+    if rows <= 0 or params <= 0:
+        return 0.0
+    fraction = min(gpu.efficiency.dense_gemm, gpu.efficiency.gemm_cap)
+    compute = 2.0 * rows * params / (gpu.peak(fmt) * fraction)
+    read = params * fmt.bytes_per_param / (gpu.hbm_bandwidth * gpu.efficiency.weight_read)
+    return overlapped(gpu, compute, read) + gpu.efficiency.gemm_latency
+
+
+def grouped_product(gpu: Gpu, fmt: WeightFormat, rows: float, experts: int, depth: int, width: int) -> float:
+    """``rows`` rows spread evenly over ``experts`` matrices of [depth, width].
+
+    Rows are padded to the tile, which costs half a tile per expert that has any:
+    F = 2 depth width (rows + tile/2 active), at peak min(eff depth/(depth + half_depth), cap);
+    bytes are the active experts' weights.
+    """
+    active = distinct_experts(experts, rows)
+    if active == 0:
+        return 0.0
+    padded = rows + gpu.efficiency.tile_rows / 2 * active
+    fraction = gpu.efficiency.grouped_gemm * depth / (depth + gpu.efficiency.half_depth)
+    rate = gpu.peak(fmt) * min(fraction, gpu.efficiency.gemm_cap)
+    weights = active * depth * width * fmt.bytes_per_param
+    read = weights / (gpu.hbm_bandwidth * gpu.efficiency.weight_read)
+    return overlapped(gpu, 2.0 * padded * depth * width / rate, read) + gpu.efficiency.gemm_latency
+
+
+def grouped_gemm(model: ModelShape, gpu: Gpu, fmt: WeightFormat, rows: float, experts: int) -> float:
+    """One layer's routed experts for ``rows`` routed copies: gate and up in one product, then down."""
+    up = grouped_product(gpu, fmt, rows, experts, model.hidden, 2 * model.moe_intermediate)
+    return up + grouped_product(gpu, fmt, rows, experts, model.moe_intermediate, model.hidden)
+
+
+def attention(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch) -> float:
+    """Causal attention of all layers: 2 (d_qk + d_v) heads FLOP per pair; windowed layers see fewer.
+
+    Each pair and head also costs ``softmax_pair`` seconds. Short sequences run slower: time x
+    (1 + attention_half / L + attention_fill / (heads L)), L twice the mean context of a query.
+    """
+    if batch.tokens <= 0:
+        return 0.0
+    peak = gpu.peak(FORMATS[precision.attention]) * gpu.efficiency.attention
+
+    def one_layer(pairs: float) -> float:
+        length = 2.0 * pairs / batch.tokens
+        products = model.attention_flops(pairs) / peak
+        softmax = pairs * model.heads * gpu.efficiency.softmax_pair
+        short = gpu.efficiency.attention_half + gpu.efficiency.attention_fill / model.heads
+        return (products + softmax) * (1 + short / max(length, 1.0))
+
+    full = model.layers - model.window_layers
+    windowed = model.window_layers * one_layer(batch.window_pairs) if model.window_layers else 0.0
+    return full * one_layer(batch.pairs) + windowed
+
+
+def projections(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:
+    """Attention projections of one layer."""
+    return dense_gemm(gpu, precision.projections, tokens, model.projection_params)
+
+
+def dense_mlp(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:
+    """MLP of one dense layer."""
+    return dense_gemm(gpu, precision.experts, tokens, model.dense_mlp_params)
+
+
+def shared_and_router(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:
+    """Shared experts and router of one MoE layer."""
+    shared = dense_gemm(gpu, precision.experts, tokens, model.shared_params)
+    return shared + dense_gemm(gpu, FORMATS["bf16"], tokens, model.router_params)
+
+
+def elementwise_elements(model: ModelShape, moe: bool) -> float:
+    """Elements per token that the small kernels of one layer read and write.
+
+    Two fused norms (8 hidden), query, key and value in and out of the rotary embedding and cache
+    write (2 each), the routed copies' permutation and weighted sum (2 hidden per copy + hidden),
+    the activation (3 intermediate per copy).
+    """
+    if model.mla is None:
+        qkv = model.heads * model.qk_dim + model.kv_heads * (model.qk_dim + model.v_dim)
+    else:  # the latent key and value are expanded per head for prefill
+        qkv = model.heads * (2 * model.qk_dim + model.v_dim)
+    elements = 8.0 * model.hidden + 2.0 * qkv
+    if not moe:
+        return elements + 3.0 * model.dense_intermediate
+    routed = model.top_k * (2 * model.hidden + 3 * model.moe_intermediate) + model.hidden
+    return elements + routed + 3.0 * model.shared_intermediate
+
+
+def elementwise(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float, moe: bool) -> float:
+    """The small kernels of one layer: bytes / (HBM eff) plus the gaps between kernels."""
+    moved = tokens * elementwise_elements(model, moe) * precision.activation_bytes
+    return moved / (gpu.hbm_bandwidth * gpu.efficiency.elementwise) + KERNELS_PER_LAYER * gpu.kernel_gap

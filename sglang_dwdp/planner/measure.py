@@ -1,0 +1,131 @@
+"""Measure a profile on this machine's GPUs, with PyTorch.
+
+One GPU gives the compute part; with more than one, copies from every peer are measured too, alone
+and under compute.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import PlannerError
+from .models import ModelShape
+from .profile import AttentionPoint, CopyPoint, GemmPoint, Profile, SmallPoint
+
+
+def _known_gpu(device_name: str) -> str:
+    for name in ("GB200", "B200", "H200", "H100", "MI355X"):
+        if name in device_name.upper():
+            return name
+    return "unknown"
+
+
+def measure(model: ModelShape, quick: bool = False, device: str | None = None) -> Profile:
+    """Measure on this machine; takes seconds on one GPU.
+
+    Raises:
+        PlannerError: without torch or a GPU (``device="cpu"`` measures the CPU, for tests).
+    """
+    try:
+        import torch
+    except ImportError:
+        raise PlannerError("measuring needs PyTorch with a GPU; it is not installed") from None
+    if device is None and not torch.cuda.is_available():
+        raise PlannerError("no GPU is visible to PyTorch; run the profile on the machine that will serve")
+    device = device or "cuda"
+    from .torch_layer import SMALL_KERNELS, TorchLayer, median_seconds, small_elements
+
+    def timed(call: Any) -> float:
+        return median_seconds(torch, device, call)
+
+    layer = TorchLayer(model, device)
+    sizes = (64, 1024, 4096) if quick else (64, 256, 1024, 2048, 4096, 8192, 16384)
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    # First, because half a second of it also brings an idle GPU to its working clocks.
+    edge = 8192 if device == "cuda" else 256
+    a, b = (torch.randn((n, edge), device=device).bfloat16() for n in (2 * edge, edge))
+    seconds = median_seconds(torch, device, lambda: a @ b, repeats=200)
+    sustained = (GemmPoint(2 * edge, 1, edge, edge, seconds),)
+    grouped: list[GemmPoint] = []
+    dense: list[GemmPoint] = []
+    small: list[SmallPoint] = []
+    for count in sizes:
+        x = layer.tokens(count)
+        cos, sin = layer.angles(count)
+        scores = x @ layer.router
+        _, order, ends = layer.route(scores)
+        rows = x[order // model.top_k]
+        both = layer.grouped(rows, layer.up, ends)
+        middle = layer.activate(both)
+        for a, b in ((rows, layer.up), (middle, layer.down)):
+            seconds = timed(lambda a=a, b=b, ends=ends: layer.grouped(a, b, ends))
+            grouped.append(GemmPoint(a.shape[0], model.experts, b.shape[1], b.shape[2], seconds))
+        qkv = x @ layer.qkv
+        wide = layer.torch.randn(count, layer.out.shape[0], device=device).bfloat16()
+        for a, b in ((x, layer.qkv), (wide, layer.out)):
+            seconds = timed(lambda a=a, b=b: a @ b)
+            dense.append(GemmPoint(count, 1, b.shape[0], b.shape[1], seconds))
+        out = layer.grouped(middle, layer.down, ends)
+        inputs = (x, qkv, scores, both, out, cos, sin)
+        seconds = timed(lambda inputs=inputs: layer.small(*inputs))
+        small.append(SmallPoint(count, count * small_elements(model) * 2.0, SMALL_KERNELS, seconds))
+    attention: list[AttentionPoint] = []
+    shapes = [(h, d) for h in (max(1, model.heads // 2), model.heads, 2 * model.heads) for d in (64, 128)]
+    for heads, dim in shapes:
+        for length in (n for n in sizes if n >= 1024):
+            kv_heads = max(1, heads * model.kv_heads // model.heads)
+            q = torch.randn((1, heads, length, dim), device=device).bfloat16()
+            k = torch.randn((1, kv_heads, length, dim), device=device).bfloat16()
+            seconds = timed(lambda q=q, k=k: layer.attend(q, k, k))
+            attention.append(AttentionPoint(length, heads, kv_heads, dim, seconds))
+    copies = _measure_copies(torch) if device == "cuda" and torch.cuda.device_count() > 1 else ()
+    return Profile(
+        gpu=_known_gpu(name),
+        device=name,
+        torch=str(torch.__version__),
+        model=model.name,
+        grouped=tuple(grouped),
+        dense=tuple(dense),
+        sustained=sustained,
+        attention=tuple(attention),
+        small=tuple(small),
+        copies=tuple(copies),
+    )
+
+
+def _measure_copies(torch: Any) -> list[CopyPoint]:
+    """Pull 1 GiB from every peer to GPU 0, alone and while GPU 0 multiplies matrices."""
+    size = 1 << 30
+    target = torch.empty(size, dtype=torch.uint8, device="cuda:0")
+    a = torch.randn(8192, 8192, device="cuda:0").bfloat16()
+    stream = torch.cuda.Stream("cuda:0")
+
+    def run(source: Any, copies: int, products: int) -> tuple[float, float]:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            marks[0].record()
+            for _ in range(copies):
+                target.copy_(source, non_blocking=True)
+            marks[1].record()
+        marks[2].record()
+        for _ in range(products):
+            a @ a
+        marks[3].record()
+        torch.cuda.synchronize()
+        copying = marks[0].elapsed_time(marks[1]) / 1e3 if copies else 0.0
+        computing = marks[2].elapsed_time(marks[3]) / 1e3 if products else 0.0
+        return copying, computing
+
+    points = []
+    for peer in range(1, torch.cuda.device_count()):
+        source = torch.empty(size, dtype=torch.uint8, device=f"cuda:{peer}")
+        run(source, 2, 5)
+        alone = run(source, 10, 0)[0] / 10
+        product = run(source, 0, 40)[1] / 40
+        products = max(1, int(0.8 * 10 * alone / product))  # the copies outlast the products
+        slowed = run(source, 10, products)[1] / products
+        copies_needed = max(1, int(0.8 * 40 * product / alone))
+        under = run(source, copies_needed, 40)[0] / copies_needed
+        points.append(CopyPoint(peer, size / alone, size / under, slowed / product))
+    return points

@@ -1,0 +1,156 @@
+"""Sequence lengths, and the batches that a scheduler packs from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import PlannerError
+
+KINDS = ("fixed", "uniform", "normal", "lognormal")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A distribution of prompt lengths in tokens.
+
+    Attributes:
+        kind: ``fixed``; ``uniform`` over [ratio * length, length] (the "ratio" of the DWDP paper
+            and of InferenceX); ``normal`` with mean ``length`` and deviation ``std``;
+            ``lognormal`` likewise.
+        limit: longest prompt that is accepted; longer draws are cut to it. 0: no limit.
+    """
+
+    kind: str = "fixed"
+    length: int = 8192
+    ratio: float = 1.0
+    std: float = 0.0
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise PlannerError(f"unknown length distribution {self.kind!r}; known: {', '.join(KINDS)}")
+        if self.length < 1:
+            raise PlannerError(f"prompt length must be at least 1 token, not {self.length}")
+        if not 0 <= self.ratio <= 1:
+            raise PlannerError(f"length ratio must be within 0 and 1, not {self.ratio}")
+        if self.std < 0:
+            raise PlannerError(f"standard deviation of lengths must not be negative: {self.std}")
+
+    def sample(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """``count`` lengths, shape [count], in tokens."""
+        if self.kind == "uniform":
+            low = max(1, round(self.ratio * self.length))
+            drawn = rng.integers(low, self.length + 1, count).astype(float)
+        elif self.kind == "normal":
+            drawn = rng.normal(self.length, self.std, count)
+        elif self.kind == "lognormal":
+            variance = np.log1p((self.std / self.length) ** 2)
+            drawn = rng.lognormal(np.log(self.length) - variance / 2, np.sqrt(variance), count)
+        else:
+            drawn = np.full(count, float(self.length))
+        top = self.limit or np.inf
+        whole: NDArray[np.int64] = np.clip(np.rint(drawn), 1, top).astype(np.int64)
+        return whole
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one forward on one rank.
+
+    Attributes:
+        tokens: new tokens.
+        pairs: (query, key) pairs of full causal attention, over all sequences.
+        sequences: number of sequences.
+        window_pairs: pairs under the sliding window, where the model has one.
+    """
+
+    tokens: float
+    pairs: float
+    sequences: float = 1.0
+    window_pairs: float = 0.0
+
+
+def causal_pairs(new: int, prefix: int = 0) -> float:
+    """Pairs of ``new`` queries behind ``prefix`` cached tokens: each sees the past and itself."""
+    return new * prefix + new * (new + 1) / 2
+
+
+def windowed_pairs(new: int, prefix: int, window: int) -> float:
+    """As ``causal_pairs`` when a query sees at most ``window`` keys."""
+    if window <= 0:
+        return causal_pairs(new, prefix)
+    ramp = max(0, min(new, window - prefix))
+    return causal_pairs(ramp, prefix) + (new - ramp) * window
+
+
+def batch_of(pieces: Iterable[tuple[int, int]], window: int = 0) -> Batch:
+    """A batch from (new tokens, cached prefix) pieces."""
+    items = list(pieces)
+    return Batch(
+        tokens=float(sum(new for new, _ in items)),
+        pairs=sum(causal_pairs(new, prefix) for new, prefix in items),
+        sequences=float(len(items)),
+        window_pairs=sum(windowed_pairs(new, prefix, window) for new, prefix in items),
+    )
+
+
+def pack(lengths: Sequence[int], budget: int, chunked: bool, window: int = 0) -> list[Batch]:
+    """Pack prompts first come, first served, into forwards of at most ``budget`` tokens.
+
+    Args:
+        chunked: a prompt that does not fit is cut (SGLang's chunked prefill); otherwise it waits
+            for the next forward, and one longer than the budget has a forward of its own.
+    """
+    if budget < 1:
+        raise PlannerError(f"the token budget of a forward must be at least 1, not {budget}")
+    batches: list[Batch] = []
+    current: list[tuple[int, int]] = []
+    room = budget
+    for length in lengths:
+        done = 0
+        while done < length:
+            rest = length - done
+            if current and room < (1 if chunked else rest):
+                batches.append(batch_of(current, window))
+                current, room = [], budget
+            take = min(rest, room) if chunked else rest
+            current.append((take, done))
+            room -= take
+            done += take
+    if current:
+        batches.append(batch_of(current, window))
+    return batches
+
+
+@cache
+def typical_rounds(
+    lengths: Lengths, budget: int, chunked: bool, ranks: int, window: int = 0, rounds: int = 400
+) -> tuple[tuple[Batch, ...], ...]:
+    """Forwards of saturated ranks, ``[rounds][ranks]``; each rank packs its own queue (fixed seed)."""
+    rng = np.random.default_rng(20260402)
+    per_rank: list[list[Batch]] = []
+    for _ in range(ranks):
+        batches: list[Batch] = []
+        while len(batches) < rounds:
+            need = int((rounds - len(batches) + 2) * (budget / lengths.length + 1)) + 1
+            # the last forward is cut off by the end of the sample
+            batches += pack(lengths.sample(need, rng).tolist(), budget, chunked, window)[:-1]
+        per_rank.append(batches[:rounds])
+    return tuple(tuple(rank[i] for rank in per_rank) for i in range(rounds))
+
+
+def mean_batch(rounds: Iterable[Iterable[Batch]]) -> Batch:
+    """The average forward."""
+    flat = [batch for ranks in rounds for batch in ranks]
+    n = len(flat)
+    return Batch(
+        tokens=sum(b.tokens for b in flat) / n,
+        pairs=sum(b.pairs for b in flat) / n,
+        sequences=sum(b.sequences for b in flat) / n,
+        window_pairs=sum(b.window_pairs for b in flat) / n,
+    )

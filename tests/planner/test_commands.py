@@ -1,0 +1,97 @@
+"""The command line: tables, JSON, figures, exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sglang_dwdp.cli import main
+
+PLAN = ["plan", "gpt-oss-120b", "--gpu", "H200", "--num-gpus", "4"]
+SCENARIO = """
+defaults: {model: mixtral-8x7b, gpu: H100, group_size: 2, requests: 12, lengths: {length: 2000}}
+scenarios: {DEP2: {mode: dep}, DWDP2: {mode: dwdp, copies: serial}, replicas: {mode: replica}}
+"""
+
+
+def test_plan_prints_tables_and_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(PLAN) == 0
+    out = capsys.readouterr().out
+    for part in ("exposed", "Breakdown", "Memory per GPU", "--chunked-prefill-size", "DWDP4"):
+        assert part in out
+
+
+def test_plan_json_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PLAN, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["local_experts"] == 32
+    assert data["verdict"].endswith(".")
+    assert {"replica", "dep", "dwdp", "in-tree dwdp"} == set(data["memory_bytes"])
+    for point in data["points"]:
+        parts = point["dwdp"]["parts"]
+        assert sum(parts.values()) == pytest.approx(point["dwdp"]["seconds"])
+        assert point["dwdp"]["fetch_bytes"] > 0
+
+
+def test_plan_takes_a_profile_and_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    figure = tmp_path / "plan.png"
+    profile = "benchmarks/results/profile_h100.json"
+    command = ["plan", "qwen3-30b-a3b", "--gpu", "H100", "--num-gpus", "4", "--profile", profile]
+    assert main([*command, "--plot", str(figure)]) == 0
+    capsys.readouterr()
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "nothing", "--gpu", "H200"], "neither a config.json nor a built-in"),
+        (["plan", "mixtral", "--gpu", "Z80"], "unknown GPU"),
+        (["plan", "mixtral", "--gpu", "H100", "--num-gpus", "8", "--group-size", "3"], "not a multiple"),
+        (["plan", "mixtral", "--gpu", "H100", "--profile", "none.json"], "does not exist"),
+        (["simulate", "--scenario", "none.yaml"], "does not exist"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_1(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_simulate_prints_and_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(SCENARIO)
+    figure = tmp_path / "s.png"
+    assert main(["simulate", "--scenario", str(file), "--plot", str(figure)]) == 0
+    out = capsys.readouterr().out
+    assert "DWDP2" in out
+    assert "TTFT" in out
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert main(["simulate", "--scenario", str(file), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [d["scenario"] for d in data] == ["DEP2", "DWDP2", "replicas"]
+    assert all(d["tokens"] == 12 * 2000 for d in data)
+
+
+def test_profile_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert main(["profile", "-o", str(tmp_path / "p.json")]) == 1
+    assert "no GPU is visible" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["direct", "plan", "cost", "commands", "profile", "scenario"])
+def test_imports_are_light(module: str) -> None:
+    """The runtime asks for direct_max_tokens: no torch, no matplotlib, no simulator behind it."""
+    code = (
+        f"import sys, sglang_dwdp.planner.{module}\n"
+        "heavy = {'torch', 'matplotlib', 'simpy', 'sglang', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

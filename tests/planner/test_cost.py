@@ -1,0 +1,240 @@
+"""The cost model: calibration, the roofline table, and what must hold for any input."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_dwdp.planner import kernels
+from sglang_dwdp.planner.calibrate import (
+    PAPER_PRECISION,
+    TABLE_1_DEP,
+    TABLE_1_DWDP,
+    calibrate,
+    table_1_length_wait,
+    table_1_rounds,
+)
+from sglang_dwdp.planner.cost import Group, dwdp, forward_parts, in_tree_group, layer_fetch_bytes, replica
+from sglang_dwdp.planner.dep import dep, exchange_bytes, expert_wait
+from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.formats import FORMATS, default_precision, get_format
+from sglang_dwdp.planner.gpus import GPUS, Gpu, get_gpu, roofline_gpu
+from sglang_dwdp.planner.models import ModelShape, load_model
+from sglang_dwdp.planner.workload import Batch, batch_of, mean_batch
+
+NAMES = ("deepseek-r1", "qwen3-30b-a3b", "gpt-oss-120b", "mixtral-8x7b", "glm-4.5")
+models = st.sampled_from([load_model(name) for name in NAMES])
+gpus = st.sampled_from(list(GPUS.values()))
+groups = st.builds(
+    Group,
+    size=st.integers(2, 8),
+    copies=st.sampled_from(("serial", "sliced")),
+    depth=st.integers(1, 4),
+    ring_over_steps=st.booleans(),
+)
+lengths = st.lists(st.integers(1, 20_000), min_size=1, max_size=6)
+BF16 = default_precision(FORMATS["bf16"])
+
+
+def _batch(items: list[int], window: int = 0) -> Batch:
+    return batch_of([(n, 0) for n in items], window)
+
+
+@given(models, gpus, groups, lengths, st.floats(1.0, 8.0))
+def test_more_link_bandwidth_never_hurts(
+    model: ModelShape, gpu: Gpu, group: Group, items: list[int], factor: float
+) -> None:
+    faster = replace(
+        gpu,
+        link_bandwidth=gpu.link_bandwidth * factor,
+        copy_bandwidth=gpu.copy_bandwidth * factor,
+        pair_bandwidth=gpu.pair_bandwidth * factor,
+    )
+    batch = _batch(items, model.window)
+    before = dwdp(model, gpu, BF16, batch, group).seconds
+    assert dwdp(model, faster, BF16, batch, group).seconds <= before * (1 + 1e-9)
+    ranks = [[batch] * group.size]
+    assert dep(model, faster, BF16, ranks).seconds <= dep(model, gpu, BF16, ranks).seconds * (1 + 1e-9)
+
+
+@given(models, gpus, groups, lengths)
+def test_dwdp_takes_at_least_compute_and_at_least_fetch(
+    model: ModelShape, gpu: Gpu, group: Group, items: list[int]
+) -> None:
+    estimate = dwdp(model, gpu, BF16, _batch(items, model.window), group)
+    assert estimate.seconds >= estimate.compute * (1 - 1e-9)
+    assert estimate.seconds >= estimate.fetch * (1 - 1e-9)
+    assert estimate.seconds == pytest.approx(estimate.compute + estimate.parts.exposed_copy)
+
+
+@given(models, gpus, lengths, st.integers(1, 500))
+def test_a_larger_batch_takes_longer(model: ModelShape, gpu: Gpu, items: list[int], extra: int) -> None:
+    small, large = _batch(items, model.window), _batch([*items, extra], model.window)
+    assert replica(model, gpu, BF16, small).seconds <= replica(model, gpu, BF16, large).seconds
+
+
+@given(models, gpus, st.integers(2, 8), lengths)
+def test_dep_with_uneven_ranks_is_no_faster_than_with_even_ones(
+    model: ModelShape, gpu: Gpu, ranks: int, items: list[int]
+) -> None:
+    even = _batch(items, model.window)
+    double = Batch(2 * even.tokens, 2 * even.pairs, 1, 2 * even.window_pairs)
+    nothing = Batch(0.0, 0.0, 0)
+    level = dep(model, gpu, BF16, [[even] * (2 * (ranks // 2))])
+    uneven = dep(model, gpu, BF16, [[double, nothing] * (ranks // 2)])
+    assert uneven.tokens == pytest.approx(level.tokens)
+    assert uneven.seconds >= level.seconds * (1 - 1e-9)
+
+
+@given(models, st.integers(2, 16), st.integers(0, 64))
+def test_bytes_are_conserved(model: ModelShape, size: int, extra: int) -> None:
+    """What a rank stores and what it fetches make up one layer, per layer and expert."""
+    share = -(-model.experts // size)
+    group = Group(size, local_experts=min(model.experts, share + extra))
+    one = model.expert_params * BF16.experts.bytes_per_param
+    assert layer_fetch_bytes(model, BF16, group) + group.stored(model) * one == model.experts * one
+    batch = _batch([1024], model.window)
+    fetched = dwdp(model, get_gpu("H100"), BF16, batch, group).fetch_bytes
+    assert fetched == pytest.approx(layer_fetch_bytes(model, BF16, group) * model.moe_layers)
+
+
+@given(st.floats(0, 1e5), st.integers(1, 512))
+def test_distinct_experts_are_bounded(rows: float, experts: int) -> None:
+    count = kernels.distinct_experts(experts, rows)
+    assert 0 <= count <= experts + 1e-9
+    assert count <= max(rows, 1.0) + 1e-9
+
+
+@given(
+    st.integers(2, 6).flatmap(
+        lambda ranks: st.lists(st.lists(st.floats(0, 10), min_size=ranks, max_size=ranks), min_size=1, max_size=30)
+    )
+)
+def test_lockstep_never_beats_independent_ranks(times: list[list[float]]) -> None:
+    """Meeting in every layer takes the sum of maxima, going alone at most the maximum of sums."""
+    layers = np.array(times)
+    assert layers.max(axis=1).sum() >= layers.sum(axis=0).max() - 1e-9
+
+
+def test_redundant_experts_reduce_the_fetch() -> None:
+    model, gpu = load_model("deepseek-r1"), get_gpu("GB200")
+    batch = _batch([4096])
+    plain = dwdp(model, gpu, PAPER_PRECISION, batch, Group(3))
+    more = dwdp(model, gpu, PAPER_PRECISION, batch, Group(3, local_experts=128))
+    assert more.fetch_bytes < plain.fetch_bytes
+    assert more.seconds < plain.seconds
+
+
+def test_in_tree_style_is_never_faster() -> None:
+    model, gpu = load_model("gpt-oss-120b"), get_gpu("H200")
+    precision = default_precision(FORMATS["mxfp4"])
+    for tokens in (512, 2048, 4096, 8192, 32768):
+        batch = _batch([tokens], model.window)
+        ours = dwdp(model, gpu, precision, batch, Group(4)).seconds
+        theirs = dwdp(model, gpu, precision, batch, in_tree_group(4)).seconds
+        assert ours <= theirs * (1 + 1e-9)
+
+
+def test_gpu_constants_are_what_table_1_gives() -> None:
+    """The figures written in gpus.py are the calibration's, to the digits written."""
+    found, gpu = calibrate(), get_gpu("GB200")
+    for name in ("attention", "grouped_gemm", "dense_gemm", "elementwise", "collective"):
+        assert getattr(gpu.efficiency, name) == pytest.approx(getattr(found.efficiency, name), abs=6e-5)
+    assert gpu.copy_bandwidth == pytest.approx(found.copy_bandwidth, rel=1e-3)
+    assert gpu.copy_interference == pytest.approx(found.copy_interference, abs=6e-5)
+    assert gpu.expert_skew == pytest.approx(found.expert_skew, abs=6e-5)
+
+
+def test_table_1_comes_back() -> None:
+    model, gpu, rounds = load_model("deepseek-r1"), get_gpu("GB200"), table_1_rounds()
+    parts = dep(model, gpu, PAPER_PRECISION, rounds).parts
+    wait = table_1_length_wait(parts) + expert_wait(model, gpu, 4, parts.grouped_gemm)
+    assert wait == pytest.approx(TABLE_1_DEP.synchronisation, rel=2e-3)
+    profiled = parts.total - parts.synchronisation + wait
+    assert profiled == pytest.approx(TABLE_1_DEP.total, rel=2e-3)
+    naive = dwdp(model, gpu, PAPER_PRECISION, mean_batch(rounds), Group(4, copies="serial", merge_copy=True))
+    assert naive.fetch == pytest.approx(TABLE_1_DWDP.copy, rel=2e-3)
+    # not calibrated: 34 ms of merge copies in the paper
+    assert naive.parts.merge == pytest.approx(0.034, rel=0.05)
+    assert naive.seconds == pytest.approx(TABLE_1_DWDP.total, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("length", "ratio", "speedup"),
+    [(1024, 0.19, 0.10), (8192, 0.62, 0.73), (16384, 1.52, 1.27), (32768, 4.77, 1.17)],
+)
+def test_roofline_table_within_ten_percent(length: int, ratio: float, speedup: float) -> None:
+    model = replace(load_model("deepseek-r1"), layers=58, dense_layers=0)
+    gpu = roofline_gpu(get_gpu("GB200"))
+    precision = replace(default_precision(FORMATS["nvfp4"]), dispatch_bytes=0.5625)
+    batch = batch_of([(length, 0)])
+    local = dwdp(model, gpu, precision, batch, Group(4))
+    remote = dep(model, gpu, precision, [[batch] * 4], "all-copies")
+    compute = local.compute - local.parts.other
+    assert compute / local.fetch == pytest.approx(ratio, rel=0.1)
+    exchanged = remote.seconds - remote.parts.other
+    assert exchanged / max(compute, local.fetch) == pytest.approx(speedup, rel=0.1)
+
+
+def test_lengths_that_vary_by_a_fifth_cost_dep_about_a_tenth() -> None:
+    """The paper's figure 1 reports 12 %, TensorRT-LLM's blog 19 about 10 %, for variation of 20 %.
+
+    Not calibrated: Table 1's wait only sets what experts add to it.
+    """
+    model, gpu = load_model("deepseek-r1"), get_gpu("GB200")
+    parts = dep(model, gpu, PAPER_PRECISION, table_1_rounds()).parts
+    wait = table_1_length_wait(parts)
+    share = wait / (parts.total - parts.synchronisation + wait)
+    assert 0.09 < share < 0.13
+
+
+def test_exchange_bytes_by_hand() -> None:
+    model = load_model("deepseek-r1")
+    precision = replace(BF16, dispatch_bytes=0.5625)
+    copies = 3 * (1 - 0.75**8)
+    assert exchange_bytes(model, precision, 10, 4, "all-to-all") == pytest.approx(10 * copies * 7168 * 2.5625)
+    assert exchange_bytes(model, precision, 10, 4, "all-gather") == 10 * 3 * 7168 * 4
+    with pytest.raises(PlannerError, match="unknown exchange"):
+        exchange_bytes(model, precision, 10, 4, "carrier pigeon")
+
+
+def test_four_bit_weights_run_at_the_bf16_rate_on_hopper() -> None:
+    hopper = get_gpu("H100")
+    assert hopper.peak(get_format("mxfp4")) == hopper.peak_flops["bf16"]
+    assert get_gpu("B200").peak(get_format("mxfp4")) == get_gpu("B200").peak_flops["fp4"]
+
+
+def test_attention_of_windowed_layers_is_cheaper() -> None:
+    model = load_model("gpt-oss-20b")
+    batch = _batch([16384], model.window)
+    full = replace(model, window=0, window_layers=0)
+    gpu = get_gpu("H100")
+    assert forward_parts(model, gpu, BF16, batch).attention < forward_parts(full, gpu, BF16, batch).attention
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"size": 0}, "at least 1 rank"),
+        ({"size": 4, "copies": "telepathy"}, "serial, sliced"),
+        ({"size": 4, "depth": 0}, "at least 1 layer"),
+    ],
+)
+def test_bad_groups_are_refused(settings_: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlannerError, match=message):
+        Group(**settings_)
+
+
+def test_too_few_local_experts_are_refused() -> None:
+    with pytest.raises(PlannerError, match="stores 64 to 256"):
+        Group(4, local_experts=32).stored(load_model("deepseek-r1"))
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    with pytest.raises(PlannerError, match="H100, H200"):
+        get_gpu("TPU")
+    with pytest.raises(PlannerError, match="mxfp4"):
+        get_format("fp3")

@@ -1,0 +1,102 @@
+"""Model shapes: parameter counts against the published ones, and clear errors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_dwdp.planner.builtin_models import ALIASES, BUILTIN_CONFIGS
+from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.models import load_model, model_from_config
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("deepseek-ai/DeepSeek-R1", 671),
+        ("moonshotai/Kimi-K2-Instruct", 1026),
+        ("Qwen/Qwen3-30B-A3B", 30.5),
+        ("Qwen/Qwen3-235B-A22B", 235),
+        ("openai/gpt-oss-20b", 20.9),
+        ("openai/gpt-oss-120b", 116.8),
+        ("zai-org/GLM-4.5", 355),
+        ("mistralai/Mixtral-8x7B", 46.7),
+        ("mistralai/Mixtral-8x22B", 140.6),
+    ],
+)
+def test_parameters_match_the_published_count(name: str, billions: float) -> None:
+    assert load_model(name).total_params / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+def test_deepseek_expert_bytes_are_those_of_the_paper() -> None:
+    model = load_model("deepseek-r1")
+    assert model.moe_layers == 58
+    assert model.expert_params == 44_040_192
+    assert model.kv_elements_per_token == 576
+
+
+def test_every_alias_leads_to_a_model() -> None:
+    assert set(ALIASES.values()) <= set(BUILTIN_CONFIGS)
+    for name in [*BUILTIN_CONFIGS, *ALIASES]:
+        assert load_model(name).experts > load_model(name).top_k
+
+
+def test_a_config_file_and_its_directory_read_alike(tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(BUILTIN_CONFIGS["gpt-oss-20b"]))
+    from_dir = load_model(str(folder))
+    assert from_dir == load_model(str(folder / "config.json"))
+    assert from_dir.window_layers == 12
+    assert from_dir.expert_format == "mxfp4"
+
+
+def test_nested_text_config_and_dense_layers() -> None:
+    text = {
+        "hidden_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "intermediate_size": 128,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [1],
+    }
+    model = model_from_config({"text_config": text}, "nested")
+    # layers 0, 2, 4 by the step, layer 1 by the list
+    assert model.dense_layers == 4
+    assert model.expert_format == "bf16"
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(PlannerError, match="qwen3-30b-a3b"):
+        load_model("no-such-model")
+
+
+def test_a_dense_model_is_refused() -> None:
+    config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(PlannerError, match="mixture-of-experts"):
+        model_from_config(config, "dense")
+
+
+def test_broken_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(PlannerError, match="not valid JSON"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "expected"),
+    [
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
+        ({"quant_method": "awq", "bits": 4}, "int4"),
+        (None, "bf16"),
+    ],
+)
+def test_expert_format_is_read_from_the_config(quantization: dict[str, Any] | None, expected: str) -> None:
+    config = {**BUILTIN_CONFIGS["qwen3-30b-a3b"], "quantization_config": quantization}
+    assert model_from_config(config, "m").expert_format == expected
