@@ -44,7 +44,7 @@ def set_up(runner: Any) -> None:
         return
     config = config_of(runner.server_args)
     assert config is not None
-    layers = collect(runner.model)
+    layers = collect(runner.model, runner.device)
     parallel = get_parallel()
     memory = memory_for(runner.device, torch.cuda.current_device() if runner.device == "cuda" else 0)
     runtime = DwdpRuntime(config, memory, parallel.tp_rank, parallel.dwdp_size)

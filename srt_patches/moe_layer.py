@@ -95,8 +95,23 @@ class SglangLayer:
             replace(name, tensor)
 
 
-def collect(model: torch.nn.Module) -> list[SglangLayer]:
-    """The MoE layers of a model, in the order in which it runs them.
+def refuse_unverified(layer: Any) -> None:
+    """
+    Raises:
+        DwdpConfigError: on GPUs nothing but this has been compared with a single rank yet, and another format or
+            kernel may have sized something by the experts that a rank loaded, which gives wrong tokens silently.
+    """
+    method, backend = type(layer.quant_method).__name__, layer.runner_backend
+    if method != "UnquantizedFusedMoEMethod" or backend is None or not backend.is_triton():
+        raise DwdpConfigError(
+            f"layer {layer.layer_id}: {method} with MoE runner backend {getattr(backend, 'value', backend)} has not "
+            "been verified with DWDP on GPUs. Use an unquantized checkpoint and --moe-runner-backend triton, or serve "
+            "without --enable-dwdp."
+        )
+
+
+def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:
+    """The MoE layers of a model on `device`, in the order in which it runs them.
 
     Raises:
         DwdpConfigError: there is none, or one that cannot be shared.
@@ -108,6 +123,8 @@ def collect(model: torch.nn.Module) -> list[SglangLayer]:
             "Serve it without --enable-dwdp."
         )
     for layer in found:
+        if device == "cuda":
+            refuse_unverified(layer)
         if layer.num_fused_shared_experts:
             raise DwdpConfigError(
                 f"layer {layer.layer_id} fuses shared experts into the routed ones. "
