@@ -51,7 +51,10 @@ SCHEDULER_HOOKS = tuple(
 TOKENIZER_HOOKS = (
     Hook(f"{_MANAGER}.begin_weight_update", HookType.REPLACE, refuse_request),
     Hook(f"{_MANAGER}.end_weight_update", HookType.REPLACE, refuse_request),
-    Hook(f"{_MANAGER}.update_weights_from_distributed", HookType.REPLACE, refuse_request),
+    *(
+        Hook(f"{_MANAGER}.update_weights_from_{source}", HookType.REPLACE, refuse_request)
+        for source in ("distributed", "ipc", "tensor")
+    ),
     Hook(f"{_MANAGER}.check_weights", HookType.AROUND, refuse_reset),
     Hook(f"{_MANAGER}.release_memory_occupation", HookType.REPLACE, refuse_release),
     Hook(f"{_MANAGER}.resume_memory_occupation", HookType.REPLACE, refuse_release),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import random
 import signal
@@ -29,6 +30,9 @@ MILESTONES = (
     ("Uvicorn running", "first request"),
 )
 
+# SGLang's modules for the families in families.py (DeepSeek-V3's class is in V2's module).
+MODEL_MODULES = ("deepseek_v2", "qwen2_moe", "qwen3_moe")
+
 
 class ServerFailed(DwdpError):
     """A server ended, or did not come up in time; the message has the end of its log."""
@@ -54,11 +58,11 @@ class Server:
     ) -> None:
         self.log = log
         self.ranks = ranks
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu"]
         command += ["--tp", str(ranks), "--host", "127.0.0.1", "--port", str(self.port), *flags]
-        variables = dict(os.environ) | dict(environment or {})
+        variables = {**fewer_models(), **os.environ, **(environment or {})}
         if dwdp is None:
             # What the plugin arranges by itself where DWDP is on.
             variables |= cpu_engine.environment(ranks, variables)
@@ -152,7 +156,18 @@ class Server:
             self.kill()
 
 
-def _free_port() -> int:
+def fewer_models() -> dict[str, str]:
+    """The variable that keeps SGLang from importing models that the demo has no checkpoints of.
+
+    Each process of a server imports all of them otherwise, which takes longer than everything else at its start.
+    """
+    spec = importlib.util.find_spec("sglang")
+    (package,) = spec.submodule_search_locations if spec and spec.submodule_search_locations else ("",)
+    names = {path.stem for path in (Path(package) / "srt" / "models").glob("*.py")}
+    return {"SGLANG_DISABLED_MODEL_ARCHS": ",".join(sorted(names - {"__init__", *MODEL_MODULES}))}
+
+
+def free_port() -> int:
     """A port that is free now, below the range from which the system hands out ports by itself.
 
     With attention data parallelism SGLang takes ports some hundreds above as well.
