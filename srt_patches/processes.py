@@ -5,16 +5,16 @@ SGLang publishes the server arguments first thing in every process, under the pr
 
 from __future__ import annotations
 
-import logging
+import sys
 from typing import Any
 
 from sglang.srt.environ import envs
 from sglang.srt.plugins.hook_registry import HookType
 
+from sglang_dwdp.config import DwdpConfig
+from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.srt_patches.hooks import Hook, install
 from sglang_dwdp.srt_patches.server_args import config_of
-
-logger = logging.getLogger(__name__)
 
 
 def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_kwargs: Any) -> None:
@@ -26,6 +26,16 @@ def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_
     config = config_of(server_args)
     if config is None:
         return
+    try:
+        _install(role, config)
+    except DwdpRuntimeError as error:
+        # At once: SGLang ends the server as soon as this process closes its pipe, before a traceback is out.
+        sys.stderr.write(f"sglang-dwdp: error: {error}\n")
+        sys.stderr.flush()
+        raise
+
+
+def _install(role: str, config: DwdpConfig) -> None:
     if role == "scheduler":
         from sglang_dwdp.srt_patches import audit, graphs, linear, model_runner, moe_layer, reports, weight_updates
 
