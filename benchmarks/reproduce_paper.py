@@ -1,6 +1,6 @@
 """Set the planner and the simulator beside what others have published, with the errors.
 
-    python benchmarks/reproduce_paper.py [--json FILE] [--requests N]
+    python benchmarks/reproduce_paper.py [--json FILE] [--requests N] [--sensitivity]
 
 Constants come from Table 1 of the DWDP paper (arXiv 2604.01621) alone, through
 ``sglang_dwdp.planner.calibrate``; every other figure is predicted. Published figures: the paper,
@@ -28,7 +28,7 @@ from sglang_dwdp.planner.calibrate import (
 )
 from sglang_dwdp.planner.contention import contention_probabilities, simulated_contention
 from sglang_dwdp.planner.cost import Group, dwdp
-from sglang_dwdp.planner.dep import dep, expert_wait
+from sglang_dwdp.planner.dep import dep, expected_maximum, expert_wait, length_wait
 from sglang_dwdp.planner.formats import FORMATS, Precision
 from sglang_dwdp.planner.gpus import get_gpu, roofline_gpu
 from sglang_dwdp.planner.models import load_model
@@ -71,8 +71,8 @@ class Row:
 def table_1() -> list[Row]:
     """The calibration itself: DEP must come back, the naive DWDP is half predicted.
 
-    DEP's wait is the one of an iteration whose ranks' lengths vary by 20 %, as calibrated; the
-    forward of ranks that pack evenly (variation 3 %) is shown beside it.
+    DEP's wait is the one of an iteration whose prompts' lengths vary by 20 %, as calibrated; the
+    forward of ranks that pack prompts of ratio 0.8 (variation 6 %) is shown beside it.
     """
     rounds = table_1_rounds()
     theirs_dep, theirs_dwdp = TABLE_1_DEP, TABLE_1_DWDP
@@ -92,7 +92,7 @@ def table_1() -> list[Row]:
         ("DEP4 communication", theirs_dep.communication, parts.communication),
         ("DEP4 synchronisation at 20 % length CV", theirs_dep.synchronisation, wait),
         ("DEP4 forward at 20 % length CV", theirs_dep.total, as_profiled),
-        ("DEP4 forward, packed (3 % CV)", theirs_dep.total, ours_dep.seconds),
+        ("DEP4 forward, packed (6 % CV)", theirs_dep.total, ours_dep.seconds),
         ("DWDP4 P2P copy, contended", theirs_dwdp.copy, ours.fetch),
         ("DWDP4 merge copy (predicted)", 0.034, ours.parts.merge),
         ("naive DWDP4 forward", theirs_dwdp.total, ours.seconds),
@@ -184,23 +184,35 @@ def ablation(requests: int) -> list[Row]:
     return rows
 
 
+EVEN = {length: Lengths("uniform", length, ratio=0.8) for length in (1024, 8192, 16384, 32768)}
+
+
+def _normal(std: int) -> Lengths:
+    return Lengths("normal", 16384, std=std, limit=16384)
+
+
+# case, lengths, token budget, DWDP's GPUs, experts stored on each, published TTFT and TPS/GPU over DEP4
+TABLE_3 = (
+    ("ISL 1024", EVEN[1024], 32768, 4, 0, 1.27, 1.11),
+    ("ISL 8192", EVEN[8192], 32768, 4, 0, 1.16, 1.10),
+    ("ISL 16384", EVEN[16384], 32768, 4, 0, 1.12, 1.09),
+    ("ISL 32768", EVEN[32768], 32768, 4, 0, 1.11, 1.09),
+    ("ISL 8192, MNT 16K", EVEN[8192], 16384, 4, 0, 1.07, 1.01),
+    ("ISL 16384 std 0", _normal(0), 32768, 4, 0, 1.12, 1.09),
+    ("ISL 16384 std 1024", _normal(1024), 32768, 4, 0, 1.11, 1.08),
+    ("ISL 16384 std 2048", _normal(2048), 32768, 4, 0, 1.13, 1.11),
+    ("ISL 16384 std 4096", _normal(4096), 32768, 4, 0, 1.18, 1.15),
+    # TensorRT-LLM's reproduction script stores 256 - 2 x 64 experts on each of three ranks
+    ("ISL 16384, DWDP3", EVEN[16384], 32768, 3, 128, 0.86, 1.093),
+    ("ISL 16384, DWDP4", EVEN[16384], 32768, 4, 0, 1.15, 1.091),
+)
+TABLE_3_PAIRS = tuple((case, ttft, tps, gpus) for case, _, _, gpus, _, ttft, tps in TABLE_3)
+
+
 def context_server(requests: int) -> list[Row]:
     """Table 3: no slices. Lengths with a deviation are normal, cut at the maximum input length."""
-    even = [(n, Lengths("uniform", n, ratio=0.8)) for n in (1024, 8192, 16384, 32768)]
-    cases = [
-        (f"ISL {n}", lengths, 32768, 4, 0, ttft, tps)
-        for (n, lengths), (ttft, tps) in zip(
-            even, ((1.27, 1.11), (1.16, 1.10), (1.12, 1.09), (1.11, 1.09)), strict=True
-        )
-    ]
-    cases.append(("ISL 8192, MNT 16K", even[1][1], 16384, 4, 0, 1.07, 1.01))
-    for std, ttft, tps in ((0, 1.12, 1.09), (1024, 1.11, 1.08), (2048, 1.13, 1.11), (4096, 1.18, 1.15)):
-        cases.append((f"ISL 16384 std {std}", Lengths("normal", 16384, std=std, limit=16384), 32768, 4, 0, ttft, tps))
-    # TensorRT-LLM's reproduction script stores 256 - 2 x 64 experts on each of three ranks
-    cases.append(("ISL 16384, DWDP3", even[2][1], 32768, 3, 128, 0.86, 1.093))
-    cases.append(("ISL 16384, DWDP4", even[2][1], 32768, 4, 0, 1.15, 1.091))
     rows = []
-    for case, lengths, budget, size, local, ttft, tps in cases:
+    for case, lengths, budget, size, local, ttft, tps in TABLE_3:
         base = simulate(_serve(lengths, budget, requests, "dep"))
         ours = simulate(
             _serve(lengths, budget, requests, "dwdp", copies="serial", group_size=size, local_experts=local)
@@ -211,21 +223,45 @@ def context_server(requests: int) -> list[Row]:
     return rows
 
 
-def mi355x() -> list[Row]:
-    """AMD: DeepSeek-R1 MXFP4, DWDP8 against DEP8 with SGLang's all-gather, one-token answers."""
+def share_outside(ttft: float, tps: float, gpus: int) -> tuple[float, float]:
+    """Share z of the in-flight time that must lie outside TTFT for a published pair to agree.
+
+    With the same requests in flight on DEP4 and on DWDP of ``gpus`` GPUs, N = X (TTFT + Z), so the
+    TTFT ratio is (1 - z) / (1/r - z), r the ratio of throughputs and z = Z X / N of DEP4.
+
+    Returns:
+        The least and the largest z when the published figures are rounded to two digits.
+    """
+    found = []
+    for first in (ttft - 0.005, ttft + 0.005):
+        for second in (tps - 0.005, tps + 0.005):
+            found.append((first / (second * gpus / 4) - 1) / (first - 1))
+    return min(found), max(found)
+
+
+# budget of a rank, requests, in flight, length, published ratio, limit, published seconds of DEP and DWDP
+MI355X_RUNS = (
+    (4096, 256, 128, 4096, 0.340, 25.0, 19.96, 58.78),
+    (4096, 256, 128, 8192, 0.320, 25.0, 35.97, 112.42),
+    (4096, 256, 128, 16384, 0.385, 25.0, 84.78, 220.41),
+    (32768, 64, 32, 4096, 0.579, 25.0, 7.84, 13.55),
+    (32768, 64, 32, 8192, 0.529, 25.0, 9.39, 17.73),
+    (32768, 64, 32, 16384, 1.209, None, 20.07, 16.60),
+    (32768, 64, 32, 32768, 1.637, None, 59.48, 36.34),
+)
+
+
+def mi355x(max_prefill_tokens: int = 16384, frontend: float = 0.01) -> list[Row]:
+    """AMD: DeepSeek-R1 MXFP4, DWDP8 against DEP8 with SGLang's all-gather, one-token answers.
+
+    Their script leaves SGLang's ``--max-prefill-tokens`` at its default, 16,384. Prompts pass HTTP
+    and the tokenizer one after another, so a rank's first forward has one prompt; any gap from 2 to
+    50 ms gives the same ratios to a few percent.
+    """
     gpu = get_gpu("MI355X")
     precision = Precision(FORMATS["mxfp4"], FORMATS["bf16"])
-    runs = (
-        (4096, 256, 128, 4096, 0.340, 25.0),
-        (4096, 256, 128, 8192, 0.320, 25.0),
-        (4096, 256, 128, 16384, 0.385, 25.0),
-        (32768, 64, 32, 4096, 0.579, 25.0),
-        (32768, 64, 32, 8192, 0.529, 25.0),
-        (32768, 64, 32, 16384, 1.209, None),
-        (32768, 64, 32, 32768, 1.637, None),
-    )
-    rows = []
-    for budget, requests, concurrency, length, theirs, limit in runs:
+    rows, times = [], []
+    for budget, requests, concurrency, length, theirs, limit, dep_seconds, dwdp_seconds in MI355X_RUNS:
         common = Scenario(
             model=MODEL,
             gpu=gpu,
@@ -235,31 +271,90 @@ def mi355x() -> list[Row]:
             exchange="all-gather",
             group_size=8,
             token_budget=budget,
+            max_prefill_tokens=max_prefill_tokens,
+            frontend=frontend,
             requests=requests,
             concurrency=concurrency,
         )
-        base = simulate(common).tokens_per_second_per_gpu
-        ours = simulate(replace(common, mode="dwdp")).tokens_per_second_per_gpu
-        rows.append(
-            Row(
-                "AMD, tok/s over DEP",
-                f"{budget} tok/rank, ISL {length}",
-                theirs,
-                ours / base,
-                "percent",
-                limit,
-            )
-        )
-    return rows
+        base, ours = simulate(common).seconds, simulate(replace(common, mode="dwdp")).seconds
+        case = f"{budget} tok/rank, ISL {length}"
+        rows.append(Row("AMD, tok/s over DEP", case, theirs, base / ours, "percent", limit))
+        times.append(Row("AMD, seconds of the run", case + ", DEP8", dep_seconds, base, "percent", None))
+        times.append(Row("AMD, seconds of the run", case + ", DWDP8", dwdp_seconds, ours, "percent", None))
+    return rows + times
+
+
+def readings(requests: int) -> dict[str, dict[str, str]]:
+    """How many rows hold when Table 1's wait is read otherwise; each reading is one constant for all."""
+    global GB200
+    model_gpu, parts = GB200, dep(MODEL, GB200, PAPER_PRECISION, table_1_rounds()).parts
+    own = parts.attention + parts.dense_gemm + parts.other
+    packed = length_wait(parts, mean_batch(table_1_rounds()), table_1_rounds())
+    choices = {
+        "lengths as packed (6 %), the rest hot experts": packed,
+        "prompts vary by 20 % (used)": table_1_length_wait(parts),
+        "half of the wait is lengths": TABLE_1_DEP.synchronisation / 2,
+        "ranks' totals vary by 20 %": own * 0.20 * expected_maximum(4),
+        "all of it lengths": TABLE_1_DEP.synchronisation,
+    }
+    found: dict[str, dict[str, str]] = {}
+    for name, by_lengths in choices.items():
+        skew = calibrate(by_lengths).expert_skew
+        GB200 = replace(model_gpu, expert_skew=skew)
+        rows = [*ablation(requests), *context_server(requests)]
+        found[name] = {"ms by lengths": f"{1e3 * by_lengths:.0f}", "expert skew": f"{skew:.2f}"}
+        for table in dict.fromkeys(row.table for row in rows):
+            members = [row for row in rows if row.table == table]
+            errors = [row.error for row in members]
+            held = f"{sum(bool(row.holds) for row in members)} of {len(members)}"
+            found[name][table] = f"{held} ({min(errors):+.1f} to {max(errors):+.1f} pt)"
+    GB200 = model_gpu
+    return found
 
 
 NOTES = (
-    "P Tables 3 and 4: TTFT and TPS/GPU of one closed loop cannot differ by as much as the paper's do (8K: 1.16 and "
-    "1.10). Its iteration ratio (Table 1: 1.166) agrees with the TTFT, ours here with the TPS/GPU: the profiled "
-    "iteration waited for lengths that vary by 20 %, saturated ranks that pack ratio 0.8 vary by 3 %.",
-    "AMD at 32,768 tokens per rank: 64 prompts, 32 in flight. The published times equal about one fetch-bound "
-    "forward per prompt and rank; the simulated ranks batch the waiting prompts. Lengths are taken as fixed.",
+    "P Table 3: with 256 requests in flight TTFT and TPS/GPU are tied (Little's law), and the published pairs are "
+    "not: a share z of the time outside TTFT would have to differ from row to row (--sensitivity).",
+    "AMD, 32,768 tokens per rank, 8K: the published 17.7 s of DWDP exceed the 16.6 s that the same server took for "
+    "twice the tokens. They equal one prompt per forward; SGLang's rule for 16,384 tokens packs two.",
 )
+
+
+def _print_sensitivity(console: Console, requests: int) -> dict[str, object]:
+    table = Table(title="Readings of Table 1's wait", title_justify="left")
+    table.add_column("reading")
+    found = readings(requests)
+    for label in next(iter(found.values())):
+        table.add_column(label, justify="right")
+    for name, values in found.items():
+        table.add_row(name, *values.values())
+    console.print(table)
+    outside = Table(title="Share of time outside TTFT that P Table 3's pairs need", title_justify="left")
+    for label in ("case", "least", "most"):
+        outside.add_column(label, justify="left" if label == "case" else "right")
+    shares = {case: share_outside(ttft, tps, gpus) for case, ttft, tps, gpus in TABLE_3_PAIRS}
+    for case, (least, most) in shares.items():
+        outside.add_row(case, f"{least:.2f}", f"{most:.2f}")
+    console.print(outside)
+    packing = Table(title="AMD, 32,768 tokens per rank: ratio by what joins a forward", title_justify="left")
+    limits = {"no limit": 0, "16,384 (SGLang's default)": 16384, "one prompt": 1}
+    packing.add_column("case")
+    for label in ("theirs", *limits):
+        packing.add_column(label, justify="right")
+    columns = [
+        [row for row in mi355x(limit) if row.case.startswith("32768") and "over" in row.table]
+        for limit in limits.values()
+    ]
+    joined: dict[str, list[float]] = {}
+    for row, *others in zip(*columns, strict=True):
+        joined[row.case] = [row.theirs, row.ours, *(other.ours for other in others)]
+        packing.add_row(row.case, *(f"{value:.3f}" for value in joined[row.case]))
+    console.print(packing)
+    return {
+        "readings": found,
+        "share_outside_ttft": shares,
+        "mi355x_packing": {"limits": list(limits), "ratios": joined},
+    }
 
 
 def main() -> int:
@@ -267,6 +362,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", default="benchmarks/results/reproduce_paper.json", metavar="FILE")
     parser.add_argument("--requests", type=int, default=4096, help="per simulated server (theirs: 4,096)")
+    parser.add_argument("--sensitivity", action="store_true", help="also print what other assumptions would give")
     args = parser.parse_args()
     console = Console(width=120)
     rows = [
@@ -303,6 +399,7 @@ def main() -> int:
     console.print(f"{sum(bool(row.holds) for row in judged)} of {len(judged)} figures within their limits")
     for note in NOTES:
         console.print("- " + note)
+    sensitivity = _print_sensitivity(console, args.requests) if args.sensitivity else None
     target = Path(args.json)
     target.parent.mkdir(parents=True, exist_ok=True)
     data = {
@@ -310,6 +407,7 @@ def main() -> int:
         | {"efficiency": vars(calibrate().efficiency)},
         "rows": [{**vars(row), "error": row.error, "holds": row.holds} for row in rows],
         "notes": NOTES,
+        **({"sensitivity": sensitivity} if sensitivity else {}),
     }
     target.write_text(json.dumps(data, indent=1) + "\n")
     return 0

@@ -58,10 +58,13 @@ def expected_maximum(ranks: int) -> float:
 def expert_wait(model: ModelShape, gpu: Gpu, ranks: int, grouped: float) -> float:
     """Wait for the rank with the hottest experts: (max/mean - 1) of the grouped products.
 
-    A rank's load sums E/N experts whose loads vary by ``expert_skew``, so it varies by
-    skew sqrt(N/E), and the hottest of N lies ``expected_maximum`` deviations above the mean.
+    One expert's load varies by v = skew sqrt(E/k - 1): if the same k experts got every token, it
+    would vary by sqrt(E/k - 1), the most that top-k routing permits. A rank's load sums E/N of
+    them, so it varies by v sqrt(N/E), and the hottest of N lies ``expected_maximum`` deviations
+    above the mean.
     """
-    return grouped * gpu.expert_skew * sqrt(ranks / model.experts) * expected_maximum(ranks)
+    variation = gpu.expert_skew * sqrt(model.experts / model.top_k - 1)
+    return grouped * variation * sqrt(ranks / model.experts) * expected_maximum(ranks)
 
 
 def length_wait(base: Parts, mean: Batch, rounds: Sequence[Sequence[Batch]]) -> float:

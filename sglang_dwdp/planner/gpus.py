@@ -66,8 +66,10 @@ class Gpu:
         switched: peers share each GPU's port through a switch (a busy source slows its
             readers); otherwise every pair has its own wire.
         copy_interference: seconds of compute lost per second of copying under it.
-        expert_skew: coefficient of variation of one expert's load; under DEP it explains the wait
-            for the slowest rank that sequence lengths do not.
+        expert_skew: how much experts' loads vary, as a fraction of the most that top-k routing
+            permits (0: evenly loaded, as EPLB strives for); under DEP it explains the wait for the
+            slowest rank that sequence lengths do not. A property of model and traffic more than of
+            the GPU; it stands here because Table 1 is its one source.
         kernel_gap: seconds between dependent kernels.
         sources: where each figure comes from.
     """
@@ -111,7 +113,7 @@ class Gpu:
 # Interference on Hopper and MI355X was not published. What is known is Table 1 of the paper on
 # GB200: about 80 ms of compute lost to copies that would take 345 ms alone (see calibrate.py).
 _INTERFERENCE = 0.2404
-_SKEW = 0.3855
+_SKEW = 0.3939
 _TABLE_1 = "paper Table 1 (arXiv 2604.01621), by calibrate.py"
 # Products and small kernels: fitted to benchmarks/results/profile_h100.json (PyTorch 2.11, bf16).
 # Attention: FlashAttention-3, SGLang's default on Hopper, which PyTorch does not have.
@@ -247,6 +249,18 @@ def get_gpu(name: str) -> Gpu:
             "`sglang-dwdp profile` and pass it with --profile."
         )
     return GPUS[key]
+
+
+def gpu_of_device(device_name: str) -> Gpu | None:
+    """The GPU that a driver calls ``device_name`` ("NVIDIA H100 80GB HBM3"), None where it is not known.
+
+    Boards with another link (H100 PCIe, H100 NVL), parts of a GPU (MIG), and chips that merely have
+    a known one's letters in their name (GH200) are other GPUs.
+    """
+    words = set(device_name.upper().replace("-", " ").split())
+    if words & {"PCIE", "NVL", "MIG"}:
+        return None
+    return next((gpu for gpu in GPUS.values() if gpu.name in words), None)
 
 
 def roofline_gpu(gpu: Gpu) -> Gpu:

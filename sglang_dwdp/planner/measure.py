@@ -9,15 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import PlannerError
+from .gpus import gpu_of_device
 from .models import ModelShape
 from .profile import AttentionPoint, CopyPoint, GemmPoint, Profile, SmallPoint
-
-
-def _known_gpu(device_name: str) -> str:
-    for name in ("GB200", "B200", "H200", "H100", "MI355X"):
-        if name in device_name.upper():
-            return name
-    return "unknown"
 
 
 def measure(model: ModelShape, quick: bool = False, device: str | None = None) -> Profile:
@@ -41,6 +35,7 @@ def measure(model: ModelShape, quick: bool = False, device: str | None = None) -
     layer = TorchLayer(model, device)
     sizes = (64, 1024, 4096) if quick else (64, 256, 1024, 2048, 4096, 8192, 16384)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    known = gpu_of_device(name)
     # First, because half a second of it also brings an idle GPU to its working clocks.
     edge = 8192 if device == "cuda" else 256
     a, b = (torch.randn((n, edge), device=device).bfloat16() for n in (2 * edge, edge))
@@ -80,7 +75,7 @@ def measure(model: ModelShape, quick: bool = False, device: str | None = None) -
             attention.append(AttentionPoint(length, heads, kv_heads, dim, seconds))
     copies = _measure_copies(torch) if device == "cuda" and torch.cuda.device_count() > 1 else ()
     return Profile(
-        gpu=_known_gpu(name),
+        gpu=known.name if known else "unknown",
         device=name,
         torch=str(torch.__version__),
         model=model.name,

@@ -125,18 +125,33 @@ def _first(config: Mapping[str, Any], *keys: str, default: int | None = None) ->
     )
 
 
-def _expert_format(config: Mapping[str, Any]) -> str:
-    quant = config.get("quantization_config") or {}
-    method = str(quant.get("quant_method", "")).lower()
-    algorithm = str(quant.get("quant_algo", "") or quant.get("fmt", "") or quant.get("format", "")).lower()
+def format_of_quantization(method: str, algorithm: str = "", bits: int | None = None) -> str:
+    """The weight format behind a quantisation's names, as checkpoints and SGLang's ``--quantization`` write them.
+
+    Returns:
+        A name of ``formats.FORMATS``, or ``method`` itself where none fits: ``get_format`` refuses it by name.
+    """
+    method, algorithm = method.lower(), algorithm.lower()
     for name in ("nvfp4", "mxfp4", "mxfp8"):
         if name in method or name in algorithm:
             return name
-    if "fp8" in method or "fp8" in algorithm or "e4m3" in algorithm:
+    if method == "modelopt_fp4":
+        return "nvfp4"
+    if "fp8" in method or "fp8" in algorithm or "e4m3" in algorithm or algorithm == "float-quantized":
         return "fp8"
-    if method in {"awq", "gptq", "compressed-tensors", "auto-round"} and int(quant.get("bits", 4)) == 4:
+    if method.split("_")[0] in {"awq", "gptq", "compressed-tensors", "auto-round", "moe"} and bits in (None, 4):
         return "int4"
-    return "bf16"
+    return method or "bf16"
+
+
+def _expert_format(config: Mapping[str, Any]) -> str:
+    quant = config.get("quantization_config") or {}
+    method = str(quant.get("quant_method", ""))
+    algorithm = str(quant.get("quant_algo", "") or quant.get("fmt", "") or quant.get("format", ""))
+    bits = quant.get("bits")
+    for group in (quant.get("config_groups") or {}).values():  # compressed-tensors
+        bits = (group.get("weights") or {}).get("num_bits", bits)
+    return format_of_quantization(method, algorithm, None if bits is None else int(bits))
 
 
 def _dense_layers(config: Mapping[str, Any], layers: int) -> int:
@@ -153,11 +168,17 @@ def model_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
     Raises:
         PlannerError: if a needed field is missing; the message names its known spellings.
     """
+    quantization = config.get("quantization_config")
     config = config.get("text_config") or config
+    if quantization and not config.get("quantization_config"):
+        config = {**config, "quantization_config": quantization}
     layers = _first(config, "num_hidden_layers")
     hidden = _first(config, "hidden_size")
     heads = _first(config, "num_attention_heads")
     experts = _first(config, "n_routed_experts", "num_experts", "num_local_experts")
+    top_k = _first(config, "num_experts_per_tok", "experts_per_token", "num_experts_per_token")
+    if experts < 2 or not 1 <= top_k <= experts:
+        raise PlannerError(f"the model config says {top_k} of {experts} experts per token: no mixture of experts")
     intermediate = _first(config, "moe_intermediate_size", "intermediate_size")
     shared = int(config.get("n_shared_experts") or 0) * intermediate
     shared = int(config.get("shared_expert_intermediate_size") or shared)
@@ -175,7 +196,7 @@ def model_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
         layers=layers,
         dense_layers=_dense_layers(config, layers),
         experts=experts,
-        top_k=_first(config, "num_experts_per_tok", "experts_per_token", "num_experts_per_token"),
+        top_k=top_k,
         moe_intermediate=intermediate,
         dense_intermediate=_first(config, "intermediate_size", default=intermediate),
         shared_intermediate=shared,

@@ -58,4 +58,6 @@ class Rank:
             if request.done < request.length:
                 break
             finished.append(self.queue.popleft())
+            if scenario.max_prefill_tokens and sum(new for new, _ in pieces) >= scenario.max_prefill_tokens:
+                break
         return batch_of(pieces, scenario.model.window), finished

@@ -28,10 +28,14 @@ class Scenario:
         mode: ``dwdp``, ``dep`` (ranks of a group in step) or ``replica``.
         group_size, groups: ranks per group and number of groups behind the router.
         token_budget: tokens per forward and rank (``--chunked-prefill-size``).
+        max_prefill_tokens: no further prompt joins a forward that has so many tokens
+            (``--max-prefill-tokens``, by default 16,384 in SGLang); 0 for no such limit.
         chunked: cut prompts that do not fit (else they wait for the next forward).
         requests: number of requests.
         rate: Poisson arrivals per second; 0 for closed loop or all at once.
         concurrency: closed loop: so many requests in the system at any time; 0 for none.
+        frontend: seconds that each request spends, one after another, between its client and a
+            rank's queue (HTTP, tokenizer); what is not there yet cannot join a forward.
         order: peer order of serial copies: ``rotation`` from the next rank on, or ``random``.
         jitter: coefficient of variation of each layer's compute time (clocks, contention).
         slowdown: factor on all compute, for a throttled GPU.
@@ -54,11 +58,13 @@ class Scenario:
     merge_copy: bool = False
     exchange: str = "all-to-all"
     token_budget: int = 32768
+    max_prefill_tokens: int = 0
     chunked: bool = True
     requests: int = 256
     rate: float = 0.0
     concurrency: int = 0
     router: str = "round_robin"
+    frontend: float = 0.0
     jitter: float = 0.0
     slowdown: float = 1.0
     lockstep: bool = False
@@ -74,7 +80,7 @@ class Scenario:
         for name in ("group_size", "groups", "token_budget", "requests", "depth"):
             if getattr(self, name) < 1:
                 raise PlannerError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("rate", "concurrency", "jitter"):
+        for name in ("rate", "concurrency", "jitter", "max_prefill_tokens", "frontend"):
             if getattr(self, name) < 0:
                 raise PlannerError(f"{name} must not be negative, is {getattr(self, name)}")
         if self.rate and self.concurrency:

@@ -33,6 +33,7 @@ class _Simulation:
         self.next_rank = self.next_request = self.completed = self.forwards = 0
         self.waited = 0.0
         self.timeline: list[Span] = []
+        self.incoming = simpy.Store(self.env)
         self.all_done = self.env.event()
 
     # -- load ------------------------------------------------------------------------------------
@@ -43,6 +44,19 @@ class _Simulation:
         request = self.requests[self.next_request]
         self.next_request += 1
         request.arrival = float(self.env.now)
+        if self.scenario.frontend:
+            self.incoming.put(request)
+        else:
+            self.deliver(request)
+
+    def tokenize(self) -> Generator[Event, Any, None]:
+        """The frontend: passes requests on one after another."""
+        while True:
+            request = yield self.incoming.get()
+            yield self.env.timeout(self.scenario.frontend)
+            self.deliver(request)
+
+    def deliver(self, request: Request) -> None:
         if self.scenario.router == "least_tokens":
             rank = min(self.ranks, key=lambda r: r.backlog)
         else:
@@ -244,6 +258,8 @@ class _Simulation:
                 if s.mode == "dwdp":
                     env.process(self.copies(rank, group))
         env.process(self.arrivals())
+        if s.frontend:
+            env.process(self.tokenize())
         env.run(self.all_done)
         first_arrival = min(r.arrival for r in self.requests)
         return Result(

@@ -8,7 +8,7 @@ import pytest
 
 from sglang_dwdp.planner.builtin_models import ALIASES, BUILTIN_CONFIGS
 from sglang_dwdp.planner.errors import PlannerError
-from sglang_dwdp.planner.models import load_model, model_from_config
+from sglang_dwdp.planner.models import format_of_quantization, load_model, model_from_config
 
 
 @pytest.mark.parametrize(
@@ -94,9 +94,42 @@ def test_broken_json_is_named(tmp_path: Path) -> None:
         ({"quant_method": "mxfp4"}, "mxfp4"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
         ({"quant_method": "awq", "bits": 4}, "int4"),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "fp8"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {"group_0": {"weights": {"num_bits": 4}}},
+            },
+            "int4",
+        ),
+        ({"quant_method": "w8a8_int8"}, "w8a8_int8"),
+        ({"quant_method": "gptq", "bits": 8}, "gptq"),
         (None, "bf16"),
     ],
 )
 def test_expert_format_is_read_from_the_config(quantization: dict[str, Any] | None, expected: str) -> None:
     config = {**BUILTIN_CONFIGS["qwen3-30b-a3b"], "quantization_config": quantization}
-    assert model_from_config(config, "m").expert_format == expected
+    model = model_from_config(config, "m")
+    assert model.expert_format == expected
+    nested = {"text_config": BUILTIN_CONFIGS["qwen3-30b-a3b"], "quantization_config": quantization}
+    assert model_from_config(nested, "m") == model
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("fp8", "fp8"),
+        ("w8a8_fp8", "fp8"),
+        ("modelopt_fp8", "fp8"),
+        ("modelopt_fp4", "nvfp4"),
+        ("petit_nvfp4", "nvfp4"),
+        ("mxfp4", "mxfp4"),
+        ("awq_marlin", "int4"),
+        ("moe_wna16", "int4"),
+        ("w8a8_int8", "w8a8_int8"),
+    ],
+)
+def test_formats_by_sglangs_names(flag: str, expected: str) -> None:
+    assert format_of_quantization(flag) == expected

@@ -16,10 +16,17 @@ def test_calibration_and_roofline() -> None:
 
 
 def test_the_ablation_stays_as_close_as_documented() -> None:
-    """docs/planner.md: below the published ratios, by up to 8 points."""
     rows = paper.ablation(requests=1024)
     assert len(rows) == 8
-    assert all(-8.5 < row.error < 1 for row in rows)
+    assert all(row.holds for row in rows)
+
+
+def test_no_share_of_time_outside_ttft_fits_the_published_pairs() -> None:
+    """docs/planner.md: what Little's law asks of Table 3's own figures differs from row to row."""
+    shares = {case: paper.share_outside(ttft, tps, gpus) for case, ttft, tps, gpus in paper.TABLE_3_PAIRS}
+    assert shares["ISL 8192"][0] < 0.34 < shares["ISL 8192"][1]
+    assert shares["ISL 1024"][0] > shares["ISL 32768"][1]
+    assert shares["ISL 16384, DWDP3"][1] < 0
 
 
 def test_slices_help_most_where_the_window_is_short() -> None:
@@ -30,11 +37,12 @@ def test_slices_help_most_where_the_window_is_short() -> None:
     assert all(abs(gain) < 0.01 for gain in gains[1:])
 
 
-def test_losses_on_mi355x_with_full_chunks() -> None:
-    rows = [row for row in paper.mi355x() if row.case.startswith("4096")]
-    assert len(rows) == 3
-    assert all(row.ours < 1 for row in rows)
-    assert all(row.holds for row in rows)
+def test_losses_on_mi355x_below_the_crossover() -> None:
+    """All but one row: docs/planner.md says what is known of 8K at 32,768 tokens per rank."""
+    judged = [row for row in paper.mi355x() if row.limit is not None and row.case != "32768 tok/rank, ISL 8192"]
+    assert len(judged) == 4
+    assert all(row.ours < 1 for row in judged)
+    assert all(row.holds for row in judged)
 
 
 def test_a_row_knows_whether_it_holds() -> None:
