@@ -16,10 +16,12 @@ ENABLE = "enable_dwdp"
 PREFIX = "dwdp_"
 KIB = 1024
 MIB = 1024 * KIB
+UNPLANNED_DIRECT_MAX_TOKENS = 256  # --dwdp-direct-max-tokens where the planner cannot choose it
 
 
-def _option(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
+def _option(default: Any, text: str, kind: type | None = None) -> Any:
+    """An option whose value is a `kind`; by default what its default is."""
+    return dataclasses.field(default=default, metadata={"help": text, "kind": kind or type(default)})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,7 +40,12 @@ class DwdpConfig:
         "How remote experts are read. direct: in place, in the peers' memory. staged: copied ahead into slots. "
         "auto: direct for forwards of up to --dwdp-direct-max-tokens tokens, staged above.",
     )
-    direct_max_tokens: int = _option(256, "Largest forward, in tokens, that --dwdp-view auto runs on direct views.")
+    direct_max_tokens: int | None = _option(
+        None,
+        "Largest forward, in tokens, that --dwdp-view auto runs on direct views. Default: what the planner finds "
+        f"best for the model and the GPU; {UNPLANNED_DIRECT_MAX_TOKENS} where it knows neither.",
+        int,
+    )
     depth: int = _option(2, "Slots for staged experts, each with room for the remote experts of one MoE layer.")
     slice_kib: int = _option(
         2048, "Size in KiB of the slices that a layer's copies are cut into; peers take turns slice by slice."
@@ -73,6 +80,8 @@ class DwdpConfig:
             ("replicate_below_kib", 0),
         ):
             value = getattr(self, name)
+            if value is None and _field(name).default is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 self._refuse(name, f"must be a whole number of at least {least}")
         if isinstance(self.timeout_s, bool) or not isinstance(self.timeout_s, int | float) or self.timeout_s <= 0:
@@ -91,11 +100,20 @@ class DwdpConfig:
     def replicate_below_bytes(self) -> int:
         return self.replicate_below_kib * KIB
 
+    @property
+    def direct_limit(self) -> int:
+        """--dwdp-direct-max-tokens, which is settled when a server resolves its arguments."""
+        return UNPLANNED_DIRECT_MAX_TOKENS if self.direct_max_tokens is None else self.direct_max_tokens
+
     def wants_direct(self, num_tokens: int) -> bool:
         """Whether a forward of `num_tokens` tokens runs on direct views."""
         if self.view == "auto":
-            return num_tokens <= self.direct_max_tokens
+            return num_tokens <= self.direct_limit
         return self.view == "direct"
+
+
+def _field(name: str) -> dataclasses.Field[Any]:
+    return next(field for field in dataclasses.fields(DwdpConfig) if field.name == name)
 
 
 def flag_of(name: str) -> str:
@@ -122,13 +140,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(DwdpConfig):
         # None marks a flag that was not given, so that one given without --enable-dwdp can be refused.
         how: dict[str, Any] = {"default": None}
-        if isinstance(field.default, bool):
+        kind = field.metadata["kind"]
+        if kind is bool:
             how["action"] = "store_true"
-        elif isinstance(field.default, str):
+        elif kind is str:
             how["choices"] = get_args(ViewMode if field.name == "view" else Transport)
         else:
-            how["type"] = type(field.default)
-        text = f"{field.metadata['help']} Default: {field.default}."
+            how["type"] = kind
+        text = field.metadata["help"]
+        if field.default is not None:
+            text += f" Default: {field.default}."
         group.add_argument(flag_of(field.name), help=text.replace("%", "%%"), **how)
 
 

@@ -157,6 +157,7 @@ class DwdpRuntime:
             "group_size": self.size,
             "transport": self._memory.transport,
             "view": self.config.view,
+            "direct_max_tokens": self.config.direct_limit,
             "moe_layers": len(self._position),
             "stored_bytes": self._shared.stored_bytes if self._shared else 0,
             "slot_bytes": self._shared.slot_bytes if self._shared else 0,

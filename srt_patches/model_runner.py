@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,10 @@ from sglang_dwdp.memory import memory_for
 from sglang_dwdp.runtime import DwdpRuntime
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.moe_layer import collect
+from sglang_dwdp.srt_patches.planned import why_direct_limit
 from sglang_dwdp.srt_patches.server_args import config_of
+
+logger = logging.getLogger(__name__)
 
 
 class Manager:
@@ -50,6 +54,9 @@ def set_up(runner: Any) -> None:
     runtime = DwdpRuntime(config, memory, parallel.tp_rank, parallel.dwdp_size)
     runtime.setup(layers, _common_name(parallel.tp_group))
     set_global_dwdp_manager(Manager(runtime))
+    if config.view == "auto":
+        why = why_direct_limit(runner.server_args)
+        logger.info("DWDP reads experts in place in forwards of up to %d tokens (%s).", config.direct_limit, why)
 
 
 def _common_name(group: Any) -> str:

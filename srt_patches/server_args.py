@@ -19,6 +19,7 @@ from sglang_dwdp.conflicts import refuse_conflicts
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.placement import balanced
 from sglang_dwdp.srt_patches.hooks import Hook
+from sglang_dwdp.srt_patches.planned import with_direct_limit
 
 _SOURCE = "sglang_dwdp"
 _ATTRIBUTE = "_dwdp"  # not a field of ServerArgs; SGLang carries such attributes to child processes
@@ -98,6 +99,7 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         if getattr(server_args, _FROM_COMMAND_LINE, False):
             _exit(error)
         raise
+    setattr(server_args, _ATTRIBUTE, with_direct_limit(server_args, view, config, view.tp_size))
     declare_resolution(
         server_args,
         _SOURCE,

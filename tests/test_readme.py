@@ -15,6 +15,9 @@ def test_every_flag_and_default() -> None:
     expected = {flag_of(field.name): field.default for field in dataclasses.fields(DwdpConfig)}
     assert rows.keys() == expected.keys()
     for flag, default in expected.items():
+        if default is None:  # settled when a server starts: a word, and the text says how
+            assert rows[flag] != "None", flag
+            continue
         shown = "off" if default is False else str(default)
         assert rows[flag] in (shown, str(default)), flag
 

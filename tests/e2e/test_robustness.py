@@ -112,6 +112,7 @@ def test_the_server_reports_what_it_does(server: Server) -> None:
     assert [report["rank"] for report in server.reports()] == [0, 1, 2]
     for report in server.reports():
         assert report["transport"] == "host-shm"
+        assert report["direct_max_tokens"] == 64
         assert report["late_fills"] == 0
         assert report["bytes_copied"] > 0
         assert report["bytes_read_in_place"] > 0

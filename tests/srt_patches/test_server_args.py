@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_dwdp.config import UNPLANNED_DIRECT_MAX_TOKENS
 from sglang_dwdp.demo.checkpoint import make_checkpoint
 from tests.test_conflicts import CASES
 
@@ -84,6 +85,7 @@ def test_with_the_flag(model: str) -> None:
     argv = ("--model-path", model, "--device", "cpu", "--tp", "3", "--chunked-prefill-size", "6000")
     result = resolve(*argv, "--enable-dwdp", "--dwdp-view", "direct", "--dwdp-depth", "5")
     assert (result["config"]["view"], result["config"]["depth"]) == ("direct", 5)
+    assert result["config"]["direct_max_tokens"] == UNPLANNED_DIRECT_MAX_TOKENS  # settled: this is the CPU engine
     resolved = result["resolved"]
     expected = {
         "dwdp_size": 3,
@@ -106,9 +108,11 @@ def test_a_config_file(model: str, tmp_path: Path) -> None:
     file = tmp_path / "server.yaml"
     file.write_text(
         f"model-path: {model}\ndevice: cpu\ntp: 2\nenable-dwdp: true\ndwdp-slice-kib: 64\ndwdp-audit: true\n"
+        "dwdp-direct-max-tokens: 12\n"
     )
     result = resolve("--config", str(file))
     assert (result["config"]["slice_kib"], result["config"]["audit"]) == (64, True)
+    assert result["config"]["direct_max_tokens"] == 12
     assert result["resolved"]["dwdp_size"] == 2
 
 
