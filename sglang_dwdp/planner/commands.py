@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from .errors import PlannerError
@@ -40,6 +41,7 @@ def _add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
         default="all-gather",
         help="DEP's exchange: SGLang's default all-gather, or an all-to-all backend",
     )
+    plan.add_argument("--eplb", action="store_true", help="DEP balances its experts: no wait for hot ones")
     plan.add_argument("--profile", help="JSON written by `sglang-dwdp profile`")
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
     plan.add_argument("--plot", metavar="FILE", help="write a figure (PNG, PDF or SVG)")
@@ -81,19 +83,21 @@ def _run_plan(args: argparse.Namespace) -> int:
     gpu = get_gpu(args.gpu)
     if args.profile:
         gpu = load_profile(args.profile).apply(gpu)
+    if args.eplb:
+        gpu = replace(gpu, expert_skew=0.0)
     size = args.group_size or args.num_gpus
     if args.num_gpus < 1 or args.num_gpus % size:
         raise PlannerError(f"--num-gpus {args.num_gpus} is not a multiple of --group-size {size}")
     precision = default_precision(get_format(args.weight_format or model.expert_format))
     lengths = Lengths(args.length_kind, args.length, args.length_ratio, args.length_std)
     group = Group(size, args.local_experts, depth=args.depth)
-    plan = make_plan(model, gpu, precision, group, lengths, args.exchange)
+    plan = make_plan(model, gpu, precision, group, lengths, args.exchange, args.num_gpus)
     if args.json:
         _emit(plan_json(plan))
     else:
         console = Console()
         console.print(plan_tables(plan))
-        console.print("Set: " + " ".join(plan.flags), highlight=False)
+        console.print("Set: " + " ".join(plan.flags), highlight=False, soft_wrap=True)
         console.print(f"[bold]{plan.verdict}[/bold]", highlight=False)
     if args.plot:
         from .plots import plot_plan
@@ -105,10 +109,14 @@ def _run_plan(args: argparse.Namespace) -> int:
 def _run_profile(args: argparse.Namespace) -> int:
     from .measure import measure
     from .models import load_model
+    from .report import profile_lines
 
+    output = Path(args.output)
+    if not output.parent.is_dir():  # before minutes of measuring
+        raise PlannerError(f"cannot write {output}: {output.parent} is not a directory")
     profile = measure(load_model(args.model), quick=args.quick)
-    Path(args.output).write_text(json.dumps(profile.to_json(), indent=2) + "\n")
-    sys.stdout.write(f"{profile.gpu}: wrote {args.output}\n")
+    output.write_text(json.dumps(profile.to_json(), indent=2) + "\n")
+    sys.stdout.write("\n".join([*profile_lines(profile), f"wrote {output}"]) + "\n")
     return 0
 
 

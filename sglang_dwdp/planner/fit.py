@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from . import kernels
 from .formats import FORMATS
 from .gpus import Gpu
-from .profile import AttentionPoint, GemmPoint, Profile, SmallPoint
+from .profile import ALL_PEERS, AttentionPoint, CopyPoint, GemmPoint, Profile, SmallPoint
 
 Array = NDArray[np.float64]
 
@@ -111,6 +111,19 @@ def _fit_small(gpu: Gpu, points: Sequence[SmallPoint]) -> tuple[float, float]:
     return float(fraction[i, 0, 0]), float(gap[0, k, 0])
 
 
+def _fit_copies(gpu: Gpu, link: Sequence[CopyPoint]) -> Gpu:
+    """Copy rates under compute, and the compute lost per second of copying, 1 - 1/slowdown."""
+    pairs = [point for point in link if point.peer != ALL_PEERS]
+    together = [point for point in link if point.peer == ALL_PEERS]
+    pair = float(np.mean([point.under_compute for point in pairs or together]))
+    if together:
+        several = float(np.mean([point.under_compute for point in together]))
+    else:  # two GPUs: one peer is all, and what several wires would do is not known
+        several = pair if gpu.switched else max(pair, gpu.copy_bandwidth)
+    lost = float(np.mean([max(0.0, 1 - 1 / point.compute_slowdown) for point in link]))
+    return replace(gpu, pair_bandwidth=pair, copy_bandwidth=several, copy_interference=lost)
+
+
 def fit(profile: Profile, gpu: Gpu) -> Gpu:
     """``gpu`` with the profile's constants."""
     fitted = gpu
@@ -132,14 +145,10 @@ def fit(profile: Profile, gpu: Gpu) -> Gpu:
         elementwise, gap = _fit_small(gpu, profile.small)
         improve(elementwise=elementwise)
         fitted = replace(fitted, kernel_gap=gap)
-    if profile.copies:
-        pair = float(np.mean([c.under_compute for c in profile.copies]))
-        slow = float(np.mean([max(0.0, c.compute_slowdown - 1) for c in profile.copies]))
-        fitted = replace(
-            fitted,
-            pair_bandwidth=pair,
-            copy_bandwidth=max(pair, gpu.copy_bandwidth if not gpu.switched else 0),
-        )
-        fitted = replace(fitted, copy_interference=slow)
+    link = [point for point in profile.copies if point.crosses_link]
+    if link:
+        fitted = _fit_copies(fitted, link)
     sources = {**gpu.sources, "efficiency": f"measured on {profile.device}, torch {profile.torch}"}
+    if link:
+        sources["copy_bandwidth"] = sources["copy_interference"] = f"measured on {profile.device}"
     return replace(fitted, sources=sources)

@@ -1,32 +1,47 @@
 """Measure a profile on this machine's GPUs, with PyTorch.
 
-One GPU gives the compute part; with more than one, copies from every peer are measured too, alone
-and under compute.
+One GPU gives the compute part, and copies within it; with more, every GPU copies from every peer, and from
+all at once, alone and under compute.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from .copies import TorchCopyBench, measure_copies
 from .errors import PlannerError
 from .gpus import gpu_of_device
 from .models import ModelShape
-from .profile import AttentionPoint, CopyPoint, GemmPoint, Profile, SmallPoint
+from .profile import AttentionPoint, GemmPoint, Profile, SmallPoint
 
 
 def measure(model: ModelShape, quick: bool = False, device: str | None = None) -> Profile:
-    """Measure on this machine; takes seconds on one GPU.
+    """Measure on this machine; takes seconds on one GPU, about a minute on eight.
 
     Raises:
-        PlannerError: without torch or a GPU (``device="cpu"`` measures the CPU, for tests).
+        PlannerError: without torch or a GPU (``device="cpu"`` measures the CPU, for tests), on a GPU
+            that lacks a kernel, or without the memory for it.
     """
     try:
         import torch
     except ImportError:
         raise PlannerError("measuring needs PyTorch with a GPU; it is not installed") from None
     if device is None and not torch.cuda.is_available():
-        raise PlannerError("no GPU is visible to PyTorch; run the profile on the machine that will serve")
-    device = device or "cuda"
+        built = torch.version.cuda or torch.version.hip
+        why = "" if built else " (this PyTorch is built for the CPU only)"
+        raise PlannerError(f"no GPU is visible to PyTorch{why}; run the profile on the machine that will serve")
+    try:
+        return _measure(torch, model, quick, device or "cuda")
+    except torch.OutOfMemoryError as error:
+        raise PlannerError(
+            f"not enough free GPU memory to measure with {model.name}: {str(error).splitlines()[0]} "
+            "Stop what else runs there, or profile with a smaller --model."
+        ) from None
+    except (RuntimeError, NotImplementedError) as error:
+        raise PlannerError(f"the measurement failed: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+
+
+def _measure(torch: Any, model: ModelShape, quick: bool, device: str) -> Profile:
     from .torch_layer import SMALL_KERNELS, TorchLayer, median_seconds, small_elements
 
     def timed(call: Any) -> float:
@@ -73,7 +88,7 @@ def measure(model: ModelShape, quick: bool = False, device: str | None = None) -
             k = torch.randn((1, kv_heads, length, dim), device=device).bfloat16()
             seconds = timed(lambda q=q, k=k: layer.attend(q, k, k))
             attention.append(AttentionPoint(length, heads, kv_heads, dim, seconds))
-    copies = _measure_copies(torch) if device == "cuda" and torch.cuda.device_count() > 1 else ()
+    copies = measure_copies(TorchCopyBench(torch)) if device == "cuda" else ()
     return Profile(
         gpu=known.name if known else "unknown",
         device=name,
@@ -86,41 +101,3 @@ def measure(model: ModelShape, quick: bool = False, device: str | None = None) -
         small=tuple(small),
         copies=tuple(copies),
     )
-
-
-def _measure_copies(torch: Any) -> list[CopyPoint]:
-    """Pull 1 GiB from every peer to GPU 0, alone and while GPU 0 multiplies matrices."""
-    size = 1 << 30
-    target = torch.empty(size, dtype=torch.uint8, device="cuda:0")
-    a = torch.randn(8192, 8192, device="cuda:0").bfloat16()
-    stream = torch.cuda.Stream("cuda:0")
-
-    def run(source: Any, copies: int, products: int) -> tuple[float, float]:
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
-        torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
-            marks[0].record()
-            for _ in range(copies):
-                target.copy_(source, non_blocking=True)
-            marks[1].record()
-        marks[2].record()
-        for _ in range(products):
-            a @ a
-        marks[3].record()
-        torch.cuda.synchronize()
-        copying = marks[0].elapsed_time(marks[1]) / 1e3 if copies else 0.0
-        computing = marks[2].elapsed_time(marks[3]) / 1e3 if products else 0.0
-        return copying, computing
-
-    points = []
-    for peer in range(1, torch.cuda.device_count()):
-        source = torch.empty(size, dtype=torch.uint8, device=f"cuda:{peer}")
-        run(source, 2, 5)
-        alone = run(source, 10, 0)[0] / 10
-        product = run(source, 0, 40)[1] / 40
-        products = max(1, int(0.8 * 10 * alone / product))  # the copies outlast the products
-        slowed = run(source, 10, products)[1] / products
-        copies_needed = max(1, int(0.8 * 40 * product / alone))
-        under = run(source, copies_needed, 40)[0] / copies_needed
-        points.append(CopyPoint(peer, size / alone, size / under, slowed / product))
-    return points

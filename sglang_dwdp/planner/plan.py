@@ -20,6 +20,8 @@ SWEEP = (512, 1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49
 TIE = 0.03
 MEMORY_FOR_KV = 4e9
 FINE_CHUNK = 256
+# SGLang adds no further prompt to a forward that has --max-prefill-tokens, so a larger chunk needs more of them.
+MAX_PREFILL_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,7 @@ class Plan:
         direct_tokens: recommended ``--dwdp-direct-max-tokens``.
         memories: bytes by scheme at the recommended chunk.
         verdict: one sentence.
-        flags: recommended flags; the number of local experts only where it was asked for, since
-            equal shares are the runtime's default.
+        flags: what to start the server with.
     """
 
     model: ModelShape
@@ -155,6 +156,19 @@ def verdict(plan: Plan) -> str:
     return "; ".join(clauses) + "."
 
 
+def _flags(group: Group, local_experts: int, gpus: int, chunk: int, direct_tokens: int) -> tuple[str, ...]:
+    return (
+        "--enable-dwdp",
+        f"--tp-size {gpus}",
+        *([f"--dwdp-group-size {group.size}"] if gpus > group.size else []),
+        f"--chunked-prefill-size {chunk}",
+        *([f"--max-prefill-tokens {chunk}"] if chunk > MAX_PREFILL_TOKENS else []),
+        f"--dwdp-local-experts {local_experts}",
+        f"--dwdp-depth {group.depth}",
+        f"--dwdp-direct-max-tokens {direct_tokens}",
+    )
+
+
 def make_plan(
     model: ModelShape,
     gpu: Gpu,
@@ -162,8 +176,12 @@ def make_plan(
     group: Group,
     lengths: Lengths,
     exchange: str = "all-gather",
+    gpus: int = 0,
 ) -> Plan:
     """Sweep tokens per rank, find the crossover, choose settings.
+
+    Args:
+        gpus: of the node, a multiple of the group's size; 0 for one group.
 
     Raises:
         PlannerError: if the group is larger than the GPU's link domain, or no scheme fits.
@@ -212,12 +230,6 @@ def make_plan(
         direct_tokens=direct_tokens,
         memories=memories,
         verdict="",
-        flags=(
-            "--enable-dwdp",
-            f"--chunked-prefill-size {chunk}",
-            *([f"--dwdp-local-experts {group.local_experts}"] if group.local_experts else []),
-            f"--dwdp-depth {group.depth}",
-            f"--dwdp-direct-max-tokens {direct_tokens}",
-        ),
+        flags=_flags(group, group.stored(model), gpus or group.size, chunk, direct_tokens),
     )
     return replace(plan, verdict=verdict(plan))

@@ -45,14 +45,30 @@ class SmallPoint:
     seconds: float
 
 
+ALL_PEERS = -1
+
+
 @dataclass(frozen=True)
 class CopyPoint:
-    """A copy from ``peer``: bytes/s alone and under compute, and the compute's slowdown meanwhile."""
+    """What GPU ``device`` copies from ``peer``: bytes/s, alone and while it computes.
+
+    Attributes:
+        peer: the source; ``ALL_PEERS`` for all others at once; ``device`` itself for a copy within
+            the GPU, which says nothing of the link.
+        alone, under_compute: bytes/s.
+        compute_slowdown: by which factor the copy slows products down meanwhile.
+    """
 
     peer: int
     alone: float
     under_compute: float
     compute_slowdown: float
+    device: int = 0
+
+    @property
+    def crosses_link(self) -> bool:
+        """Whether the bytes come from another GPU."""
+        return self.peer != self.device
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from rich.table import Table
 from .cost import Estimate, Parts
 from .outcome import Result
 from .plan import Plan
+from .profile import ALL_PEERS, Profile
 
 # Narrow enough for eight columns on a terminal of 80.
 STYLE: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 0, 0, 1), "pad_edge": False}
@@ -129,6 +130,26 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+def profile_lines(profile: Profile) -> list[str]:
+    """What was measured and what it will replace, a line each."""
+    known = profile.gpu if profile.gpu != "unknown" else "not one that the planner knows; name the closest with --gpu"
+    lines = [
+        f"{profile.device}: {known}",
+        f"compute: measured with the shape of {profile.model}, bf16, torch {profile.torch}",
+    ]
+    for point in profile.copies:
+        source = f"GPU {point.peer}" if point.peer != ALL_PEERS else "all peers at once"
+        if not point.crosses_link:
+            source = "itself (no link is crossed: planning keeps the data sheet's link)"
+        lines.append(
+            f"GPU {point.device} copies from {source}: {point.alone / 1e9:.0f} GB/s alone, "
+            f"{point.under_compute / 1e9:.0f} GB/s under compute, which it slows by {point.compute_slowdown - 1:.1%}"
+        )
+    if not profile.copies:
+        lines.append("copies: none measured: no GPU reaches another's memory")
+    return lines
+
+
 def result_json(result: Result) -> dict[str, Any]:
     """A simulation's outcome as plain data; times in seconds."""
     s = result.scenario
@@ -153,7 +174,7 @@ def result_json(result: Result) -> dict[str, Any]:
 def result_table(results: list[Result]) -> Table:
     """Outcomes of several scenarios side by side."""
     table = Table(**STYLE, title="Simulated prefill serving")
-    columns = ("GPUs", "tok/s/GPU", "TTFT p50 s", "p90 s", "p99 s", "exposed copy", "copying", "in-step wait")
+    columns = ("GPUs", "tok/s per GPU", "TTFT p50 s", "p90 s", "p99 s", "exposed copy", "copying", "in-step wait")
     table.add_column("scenario")
     for label in columns:
         table.add_column(label, justify="right")

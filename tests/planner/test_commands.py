@@ -23,6 +23,22 @@ def test_plan_prints_tables_and_a_verdict(capsys: pytest.CaptureFixture[str]) ->
         assert part in out
 
 
+def test_a_plan_for_several_groups_names_their_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PLAN, "--group-size", "2"]) == 0
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("Set: "))  # whole, to be copied
+    assert "--enable-dwdp --tp-size 4 --dwdp-group-size 2 --chunked-prefill-size" in line
+    assert "--dwdp-local-experts 64 --dwdp-depth 2 --dwdp-direct-max-tokens" in line
+
+
+def test_balanced_experts_make_dep_wait_less(capsys: pytest.CaptureFixture[str]) -> None:
+    speedups = []
+    for extra in ([], ["--eplb"]):
+        assert main([*PLAN, "--json", *extra]) == 0
+        speedups.append([p["speedup_over_dep"] for p in json.loads(capsys.readouterr().out)["points"]])
+    assert all(even < hot for hot, even in zip(*speedups, strict=True))
+
+
 def test_plan_json_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*PLAN, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
@@ -84,6 +100,9 @@ def test_profile_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str], tmp_p
         pytest.skip("this machine has a GPU")
     assert main(["profile", "-o", str(tmp_path / "p.json")]) == 1
     assert "no GPU is visible" in capsys.readouterr().err
+    assert main(["profile", "-o", str(tmp_path / "missing" / "p.json")]) == 1
+    assert "is not a directory" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("module", ["direct", "plan", "cost", "commands", "profile", "scenario"])

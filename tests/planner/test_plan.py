@@ -52,16 +52,29 @@ def test_the_crossover_separates_loss_from_gain() -> None:
     assert plan.chunk > plan.crossover
 
 
-def test_local_experts_are_a_flag_only_where_asked_for() -> None:
+def test_the_flags_say_everything_that_was_planned_with() -> None:
     model, gpu = load_model("deepseek-r1"), get_gpu("GB200")
     precision = default_precision(FORMATS["nvfp4"])
     plain = make_plan(model, gpu, precision, Group(4), LENGTHS)
-    more = make_plan(model, gpu, precision, Group(4, local_experts=80), LENGTHS)
-    assert not any("local-experts" in flag for flag in plain.flags)
-    assert "--dwdp-local-experts 80" in more.flags
+    assert plain.flags == (
+        "--enable-dwdp",
+        "--tp-size 4",
+        f"--chunked-prefill-size {plain.chunk}",
+        f"--max-prefill-tokens {plain.chunk}",  # SGLang's default would end forwards at 16,384
+        "--dwdp-local-experts 64",
+        "--dwdp-depth 2",
+        f"--dwdp-direct-max-tokens {plain.direct_tokens}",
+    )
+    assert plain.chunk > 16384
+    more = make_plan(model, gpu, precision, Group(4, local_experts=80, depth=3), LENGTHS, gpus=8)
+    assert {"--tp-size 8", "--dwdp-group-size 4", "--dwdp-local-experts 80", "--dwdp-depth 3"} <= set(more.flags)
     assert more.memories["dwdp"].experts > plain.memories["dwdp"].experts
     # SGLang's own DWDP stores equal shares whatever is asked of ours
     assert more.memories["in-tree dwdp"].experts == plain.memories["in-tree dwdp"].experts
+    small = make_plan(
+        load_model("qwen3-30b-a3b"), get_gpu("H100"), default_precision(FORMATS["bf16"]), Group(2), LENGTHS
+    )
+    assert any("--max-prefill-tokens" in flag for flag in small.flags) == (small.chunk > 16384)
 
 
 def test_a_slow_link_gets_a_no() -> None:

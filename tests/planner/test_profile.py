@@ -1,6 +1,7 @@
 """Profiles: fitting finds the constants that made the points; the torch layer is right."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from sglang_dwdp.planner import kernels
+from sglang_dwdp.planner.copies import BLOCK, COPIES, PRODUCTS, jobs, measure_copies
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.fit import fit
 from sglang_dwdp.planner.formats import FORMATS
@@ -15,6 +17,7 @@ from sglang_dwdp.planner.gpus import Gpu, get_gpu
 from sglang_dwdp.planner.measure import measure
 from sglang_dwdp.planner.models import ModelShape, load_model
 from sglang_dwdp.planner.profile import (
+    ALL_PEERS,
     AttentionPoint,
     CopyPoint,
     GemmPoint,
@@ -22,6 +25,7 @@ from sglang_dwdp.planner.profile import (
     SmallPoint,
     load_profile,
 )
+from sglang_dwdp.planner.report import profile_lines
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "profile_h100.json"
 COMPARED = MEASURED.with_name("planner_vs_gpu_h100.json")
@@ -88,11 +92,85 @@ def test_fit_recovers_the_constants_behind_the_points() -> None:
 
 
 def test_copies_replace_bandwidth_and_interference() -> None:
-    copies = (CopyPoint(1, 400e9, 300e9, 1.1), CopyPoint(2, 400e9, 320e9, 1.3))
+    copies = (CopyPoint(1, 400e9, 300e9, 1.25), CopyPoint(0, 400e9, 320e9, 2.0, device=1))
     found = fit(Profile("H100", "test", "0", "m", copies=copies), get_gpu("H100"))
     assert found.pair_bandwidth == pytest.approx(310e9)
     assert found.copy_bandwidth == pytest.approx(310e9)
-    assert found.copy_interference == pytest.approx(0.2)
+    # slowed to 1.25 and 2 times: of each second of copying 0.2 and 0.5 of compute are lost
+    assert found.copy_interference == pytest.approx(0.35)
+    assert found.sources["copy_bandwidth"] == "measured on test"
+    together = CopyPoint(ALL_PEERS, 420e9, 350e9, 1.25)
+    found = fit(Profile("H100", "test", "0", "m", copies=(*copies, together)), get_gpu("H100"))
+    assert (found.pair_bandwidth, found.copy_bandwidth) == (pytest.approx(310e9), pytest.approx(350e9))
+
+
+def test_copies_within_a_gpu_say_nothing_of_the_link() -> None:
+    gpu = get_gpu("H100")
+    found = fit(Profile("H100", "test", "0", "m", copies=(CopyPoint(0, 1.5e12, 1.2e12, 1.5),)), gpu)
+    for name in ("pair_bandwidth", "copy_bandwidth", "copy_interference"):
+        assert getattr(found, name) == getattr(gpu, name)
+    assert found.sources["copy_bandwidth"] == gpu.sources["copy_bandwidth"]
+
+
+class FakeBench:
+    """GPUs whose port gives 400 GB/s, 300 under compute, and whose 1 ms products copies slow by a quarter."""
+
+    def __init__(self, devices: int, unreachable: tuple[tuple[int, int], ...] = ()) -> None:
+        self.devices = devices
+        self.unreachable = unreachable
+        self.runs: list[tuple[int, tuple[int, ...], int, int]] = []
+
+    def reaches(self, reader: int, source: int) -> bool:
+        return (reader, source) not in self.unreachable
+
+    def run(self, reader: int, sources: Sequence[int], copies: int, products: int) -> tuple[float, float]:
+        self.runs.append((reader, tuple(sources), copies, products))
+        seconds = copies * len(sources) * BLOCK / (300e9 if products else 400e9)
+        return seconds, products * (1.25e-3 if copies else 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [
+        (1, [(0, 0)]),
+        (2, [(0, 1), (1, 0)]),
+        (3, [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (0, -1), (1, -1), (2, -1)]),
+    ],
+)
+def test_every_pair_is_measured_alone_and_under_compute(devices: int, expected: list[tuple[int, int]]) -> None:
+    bench = FakeBench(devices)
+    points = measure_copies(bench)
+    assert [(point.device, point.peer) for point in points] == expected
+    for point in points:
+        assert point.alone == pytest.approx(400e9)
+        assert point.under_compute == pytest.approx(300e9)
+        assert point.compute_slowdown == pytest.approx(1.25)
+        assert point.crosses_link == (devices > 1)
+    # whichever is judged has company to its end: what it is judged by lasts less
+    for _, sources, copies, products in bench.runs:
+        if copies == COPIES and products:
+            assert products * 1e-3 < copies * len(sources) * BLOCK / 400e9
+        elif products == PRODUCTS and copies > 1:
+            assert copies * len(sources) * BLOCK / 400e9 < products * 1e-3
+
+
+def test_pairs_without_peer_access_are_left_out() -> None:
+    bench = FakeBench(3, unreachable=((0, 1), (1, 0)))
+    assert jobs(bench) == [(0, (2,)), (1, (2,)), (2, (0,)), (2, (1,)), (2, (0, 1))]
+    assert measure_copies(FakeBench(2, unreachable=((0, 1), (1, 0)))) == []
+
+
+def test_a_profile_tells_what_it_replaces() -> None:
+    one, many, none = (
+        Profile("H100", "NVIDIA H100", "2.14", "m", copies=tuple(copies))
+        for copies in (measure_copies(FakeBench(1)), measure_copies(FakeBench(3)), ())
+    )
+    assert "GPU 0 copies from itself (no link is crossed" in "\n".join(profile_lines(one))
+    lines = profile_lines(many)
+    assert "GPU 2 copies from GPU 1: 400 GB/s alone, 300 GB/s under compute, which it slows by 25.0%" in lines
+    assert any("GPU 2 copies from all peers at once" in line for line in lines)
+    assert "no GPU reaches another's memory" in profile_lines(none)[-1]
+    assert "not one that the planner knows" in profile_lines(replace(none, gpu="unknown"))[0]
 
 
 def test_the_shipped_profile_loads_and_applies() -> None:
@@ -183,6 +261,28 @@ def test_measuring_works_end_to_end_on_a_cpu(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     path.write_text(json.dumps(profile.to_json()))
     assert load_profile(str(path)) == profile
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        ("OutOfMemoryError", "not enough free GPU memory to measure with tiny: 40 GiB. Stop what else runs there"),
+        ("RuntimeError", "the measurement failed: 40 GiB."),
+    ],
+)
+def test_failures_of_a_measurement_are_one_line(monkeypatch: pytest.MonkeyPatch, failure: str, message: str) -> None:
+    torch = pytest.importorskip("torch")
+    from sglang_dwdp.planner import torch_layer
+
+    def fail(*_: object) -> None:
+        kind = torch.OutOfMemoryError if failure == "OutOfMemoryError" else RuntimeError
+        raise kind("40 GiB.\nCUDA kernel errors might be reported elsewhere")
+
+    monkeypatch.setattr(torch_layer, "TorchLayer", fail)
+    with pytest.raises(PlannerError) as caught:
+        measure(_tiny(), device="cpu")
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
 
 
 def test_latent_attention_cannot_be_profiled_with() -> None:
