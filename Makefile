@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast lint types clean
+.PHONY: demo test test-fast test-gpu lint types clean
 
 demo: $(VENV)/.installed  ## serve a small MoE model with DWDP on this machine's CPU
 	$(BIN)/sglang-dwdp demo
@@ -13,6 +13,9 @@ test: $(VENV)/.installed  ## all tests, with real servers on the CPU engine
 
 test-fast: $(VENV)/.installed  ## the tests that start no server
 	$(BIN)/python -m pytest -m "not e2e"
+
+test-gpu: $(VENV)/.installed  ## the tests that need a GPU; one is enough, its ranks share it
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -21,8 +21,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from one_gpu import one_gpu_environment
 from rich.console import Console
 from rich.table import Table
+from setup_memory import probe_environment, readings
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "resident": {"tp_size": 1},
@@ -36,32 +38,6 @@ DECODES = (1, 8, 32)
 STEPS = 128
 LENGTHS = (1, 7, 33, 130, 300, 513, 1025, 4097)
 REPEATS = 5
-
-# A plugin of SGLang's for these servers only: NCCL refuses two ranks on one GPU.
-ONE_GPU = """
-import contextlib
-
-def register():
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    @contextlib.contextmanager
-    def first_gpu(_gpu_id):
-        yield 0
-
-    HookRegistry.register("sglang.srt.distributed.bootstrap._resolve_backend", lambda *a, **k: "gloo", HookType.REPLACE)
-    HookRegistry.register("sglang.srt.utils.common.maybe_reindex_device_id", first_gpu, HookType.REPLACE)
-"""
-
-
-def one_gpu_environment(directory: Path) -> dict[str, str]:
-    """Variables under which all ranks of a server take GPU 0 and talk through gloo."""
-    (directory / "one_gpu.py").write_text(ONE_GPU)
-    info = directory / "one_gpu-0.dist-info"
-    info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: one_gpu\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\none_gpu = one_gpu:register\n")
-    path = os.pathsep.join(filter(None, (str(directory), os.environ.get("PYTHONPATH"))))
-    return {"PYTHONPATH": path, "SGLANG_NCCL_SO_PATH": str(directory / "no-nccl")}
 
 
 def measure(name: str, model: str) -> dict[str, Any]:
@@ -143,7 +119,7 @@ def run_variant(name: str, model: str, log: Path, timeout_s: float) -> dict[str,
         result = Path(directory) / "result.json"
         environment = dict(os.environ)
         if VARIANTS[name]["tp_size"] > 1:
-            environment |= one_gpu_environment(Path(directory))
+            environment |= one_gpu_environment(Path(directory)) | probe_environment(Path(directory))
         command = [sys.executable, __file__, model, "--measure", name, "--out", str(result)]
         process = subprocess.Popen(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -156,7 +132,7 @@ def run_variant(name: str, model: str, log: Path, timeout_s: float) -> dict[str,
             subprocess.run(["pkill", "-9", "-s", str(process.pid)], check=False)  # its session, whatever is left
         if result.exists():
             done: dict[str, Any] = json.loads(result.read_text())
-            return done
+            return done | {"setup_memory": readings(Path(directory))}
     return {"error": f"exit code {code}", "log": log.read_text().splitlines()[-30:]}
 
 
@@ -178,6 +154,9 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
         for label, key in (("same tokens, rank 0", "tokens"), ("same tokens, rank 1", "tokens_rank_1")):
             same = [sum(a == b for a, b in zip(r[key], base["tokens"], strict=True)) for r in done.values()]
             table.add_row(label, *(f"{count} of {len(LENGTHS)}" for count in same))
+        for label, key in (("held by a rank after loading, MiB", "before"), ("… at most while sharing", "peak")):
+            found = [max((rank[key] for rank in r.get("setup_memory", ())), default=0) for r in done.values()]
+            table.add_row(label, *(f"{nbytes / 2**20:,.0f}" if nbytes else "" for nbytes in found))
     console.print(table)
     for name, result in results.items():
         if "error" in result:

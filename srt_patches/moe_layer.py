@@ -18,6 +18,11 @@ _WEIGHTS = ("w13_weight", "w2_weight")
 _COUNT = "_num_local_routed"
 
 
+def rank_in_group() -> int:
+    """This rank's place among the `dwdp_size` neighbouring ranks that share one set of experts."""
+    return int(get_parallel().tp_rank) % int(get_parallel().dwdp_size)
+
+
 def placement_of(layer: Any) -> Placement:
     """Which rank stores which routed experts of a FusedMoE layer."""
     return balanced(layer.num_global_routed_experts, get_parallel().dwdp_size)
@@ -40,7 +45,7 @@ class ShardCount:
 
     def __set__(self, layer: Any, count: int) -> None:
         being_built = "_dwdp_bound" not in layer.__dict__  # the last thing that __init__ sets
-        layer.__dict__[_COUNT] = len(placement_of(layer).shard(get_parallel().tp_rank)) if being_built else count
+        layer.__dict__[_COUNT] = len(placement_of(layer).shard(rank_in_group())) if being_built else count
 
 
 def build(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
@@ -57,7 +62,7 @@ def build(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) 
 
 def local_index(layer: Any, expert_id: int) -> int:
     """In place of `FusedMoE._map_global_expert_id_to_local_expert_id`: -1 for an expert of another rank."""
-    return placement_of(layer).local_index(get_parallel().tp_rank, expert_id)
+    return placement_of(layer).local_index(rank_in_group(), expert_id)
 
 
 def count_reads(original: Callable[..., Any], layer: Any, hidden_states: Any, topk_output: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,8 @@ _WHY = "_dwdp_direct_limit"  # travels to the ranks with the server arguments
 def with_direct_limit(server_args: Any, view: Any, config: DwdpConfig, group_size: int) -> DwdpConfig:
     """`config` with the limit settled; a limit of the user's stays.
 
+    What --dwdp-memory-gib allows is not known before the weights are loaded, so it is planned with a rank's shard.
+
     view: the server arguments as far as they are resolved, the device among them.
     """
     if config.direct_max_tokens is not None:
@@ -28,6 +30,7 @@ def with_direct_limit(server_args: Any, view: Any, config: DwdpConfig, group_siz
             _device_name(view),
             group_size,
             quantization=view.quantization,
+            local_experts=config.local_experts or 0,
             depth=config.depth,
         )
     setattr(server_args, _WHY, limit.why)

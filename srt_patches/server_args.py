@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp import config as options
 from sglang_dwdp import cpu_engine
+from sglang_dwdp.budget import refuse_local_experts
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.conflicts import refuse_conflicts
 from sglang_dwdp.errors import DwdpConfigError
@@ -21,10 +23,12 @@ from sglang_dwdp.placement import balanced
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.planned import with_direct_limit
 
+logger = logging.getLogger(__name__)
+
 _SOURCE = "sglang_dwdp"
 _ATTRIBUTE = "_dwdp"  # not a field of ServerArgs; SGLang carries such attributes to child processes
 _FROM_COMMAND_LINE = "_dwdp_from_command_line"
-_TRANSPORTS = {"cpu": "host-shm", "cuda": "cuda-vmm"}  # by device
+_TRANSPORTS = {"cpu": ("host-shm",), "cuda": ("cuda-vmm", "cuda-ipc")}  # by device
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 
 
@@ -93,17 +97,18 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
     view = resolving_view(server_args)
     try:
         refuse_conflicts(view)
-        _refuse_model(server_args, view)
+        group_size = _group_size(config, view)
+        _refuse_model(config, server_args, view, group_size)
         _refuse_device(config, view)
     except DwdpConfigError as error:
         if getattr(server_args, _FROM_COMMAND_LINE, False):
             _exit(error)
         raise
-    setattr(server_args, _ATTRIBUTE, with_direct_limit(server_args, view, config, view.tp_size))
+    setattr(server_args, _ATTRIBUTE, with_direct_limit(server_args, view, config, group_size))
     declare_resolution(
         server_args,
         _SOURCE,
-        dwdp_size=view.tp_size,
+        dwdp_size=group_size,
         attn_dp_size=view.tp_size,
         dp_size=1,
         # Every rank runs all experts of its tokens, so no rank is one of several in expert parallelism. Which
@@ -117,14 +122,32 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         # A fused shared expert is one more row of the expert tensors, replicated on every rank.
         disable_shared_experts_fusion=True,
     )
-    if view.device == "cpu":
+    if view.device == "cpu" or not config.has_direct:
+        # A graph holds addresses, and what a slot holds changes from layer to layer.
         declare_resolution(server_args, _SOURCE, disable_cuda_graph=True)
-    else:
+    elif config.view == "auto":
         # Decode graphs read direct views. A prefill's views change with its size, so it runs without graphs.
         declare_resolution(server_args, _SOURCE, cuda_graph_backend_prefill="disabled")
+    if view.device != "cpu" and config.view != "direct":
+        logger.info(
+            "DWDP: CUDA graphs of prefill are off, because staged forwards change their views (--dwdp-view %s). "
+            "Decode graphs are %s.",
+            config.view,
+            "on, over direct views" if config.has_direct else "off for the same reason",
+        )
 
 
-def _refuse_model(server_args: Any, view: Any) -> None:
+def _group_size(config: DwdpConfig, view: Any) -> int:
+    size = config.group_size or view.tp_size
+    if view.tp_size % size:
+        raise DwdpConfigError(
+            f"--enable-dwdp cannot be used here: --tp-size {view.tp_size} is not a multiple of --dwdp-group-size "
+            f"{size}. Every rank belongs to one group: choose a group size that divides the number of ranks."
+        )
+    return int(size)
+
+
+def _refuse_model(config: DwdpConfig, server_args: Any, view: Any, group_size: int) -> None:
     text_config = model_config_of(server_args).hf_text_config
     counts = [getattr(text_config, name, None) for name in _EXPERT_COUNTS]
     num_experts = next((count for count in counts if isinstance(count, int) and count > 1), None)
@@ -133,20 +156,21 @@ def _refuse_model(server_args: Any, view: Any) -> None:
             f"--enable-dwdp cannot be used here: {view.model_path} has no routed experts (its config has none of "
             f"{', '.join(_EXPERT_COUNTS)}), so there is nothing to share. Use --dp-size for a dense model."
         )
-    balanced(num_experts, view.tp_size)
+    balanced(num_experts, group_size)
+    refuse_local_experts(config.local_experts, num_experts, group_size)
 
 
 def _refuse_device(config: DwdpConfig, view: Any) -> None:
-    transport = _TRANSPORTS.get(view.device)
-    if transport is None:
+    transports = _TRANSPORTS.get(view.device)
+    if transports is None:
         raise DwdpConfigError(
             f"--enable-dwdp cannot be used here: --device {view.device} has no memory that ranks can share. "
             f"Use one of {', '.join(_TRANSPORTS)}."
         )
-    if config.transport not in ("auto", transport):
+    if config.transport not in ("auto", *transports):
         raise DwdpConfigError(
             f"--enable-dwdp cannot be used here: --dwdp-transport {config.transport} on --device {view.device}. "
-            f"Use {transport}, or leave the option out."
+            f"Use {' or '.join(transports)}, or leave the option out."
         )
 
 

@@ -10,6 +10,7 @@ import math
 import pydoc_data.topics
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -86,7 +87,10 @@ def make_checkpoint(
     _write_json(directory / "config.json", config(family, sizes, name, VOCAB_SIZE))
     _write_json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 0})
 
-    weights = {spec[0]: _draw(spec, seed, dtype) for spec in tensors(family, sizes, VOCAB_SIZE)}
+    specs = list(tensors(family, sizes, VOCAB_SIZE))
+    with ThreadPoolExecutor() as pool:  # drawing leaves other threads the interpreter
+        drawn = pool.map(lambda spec: _draw(spec, seed, dtype), specs)
+        weights = {spec[0]: tensor for spec, tensor in zip(specs, drawn, strict=True)}
     _write_weights(directory, weights, num_files)
 
 

@@ -68,7 +68,7 @@ def test_wrong_sizes() -> None:
         with pytest.raises(ValueError, match="are not pages of a range"):
             pages.map(offset, block)
     with pytest.raises(OSError, match=f"a block of {PAGE} bytes where {2 * PAGE} were agreed on"):
-        memory.import_fd(os.dup(block.fd), 2 * PAGE)
+        memory.import_handle(os.dup(block.fd), 2 * PAGE)
     pages.close()
     with pytest.raises(ValueError, match="closed"):
         pages.tensor(PAGE)
@@ -108,7 +108,7 @@ def test_a_peers_memory_outlives_its_killed_process() -> None:
     exporter.start()
     _, fds, _, _ = socket.recv_fds(here, 1, 1)
     memory = HostMemory()
-    block = memory.import_fd(fds[0], PAGE)
+    block = memory.import_handle(fds[0], PAGE)
     pages = memory.reserve(PAGE)
     pages.map(0, block)
     block.close()
