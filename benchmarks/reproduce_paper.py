@@ -316,7 +316,7 @@ NOTES = (
     "P Table 3: with 256 requests in flight TTFT and TPS/GPU are tied (Little's law), and the published pairs are "
     "not: a share z of the time outside TTFT would have to differ from row to row (--sensitivity).",
     "AMD, 32,768 tokens per rank, 8K: the published 17.7 s of DWDP exceed the 16.6 s that the same server took for "
-    "twice the tokens. They equal one prompt per forward; SGLang's rule for 16,384 tokens packs two.",
+    "twice the tokens. They equal one prompt per forward and more; SGLang's rule for 16,384 tokens packs two.",
 )
 
 
