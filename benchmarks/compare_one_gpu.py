@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from one_gpu import one_gpu_environment
 from rich.console import Console
 from rich.table import Table
 
@@ -36,32 +37,6 @@ DECODES = (1, 8, 32)
 STEPS = 128
 LENGTHS = (1, 7, 33, 130, 300, 513, 1025, 4097)
 REPEATS = 5
-
-# A plugin of SGLang's for these servers only: NCCL refuses two ranks on one GPU.
-ONE_GPU = """
-import contextlib
-
-def register():
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    @contextlib.contextmanager
-    def first_gpu(_gpu_id):
-        yield 0
-
-    HookRegistry.register("sglang.srt.distributed.bootstrap._resolve_backend", lambda *a, **k: "gloo", HookType.REPLACE)
-    HookRegistry.register("sglang.srt.utils.common.maybe_reindex_device_id", first_gpu, HookType.REPLACE)
-"""
-
-
-def one_gpu_environment(directory: Path) -> dict[str, str]:
-    """Variables under which all ranks of a server take GPU 0 and talk through gloo."""
-    (directory / "one_gpu.py").write_text(ONE_GPU)
-    info = directory / "one_gpu-0.dist-info"
-    info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: one_gpu\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\none_gpu = one_gpu:register\n")
-    path = os.pathsep.join(filter(None, (str(directory), os.environ.get("PYTHONPATH"))))
-    return {"PYTHONPATH": path, "SGLANG_NCCL_SO_PATH": str(directory / "no-nccl")}
 
 
 def measure(name: str, model: str) -> dict[str, Any]:

@@ -121,6 +121,7 @@ class CudaCopyEngine:
         self._device = device
         self._stream: torch.cuda.Stream | None = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._submit = _batch_function()
+        self._stopwatch = _Stopwatch()
 
     def event(self) -> Event:
         event: Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -153,12 +154,66 @@ class CudaCopyEngine:
 
     def wait(self, done: Event) -> None:
         assert isinstance(done, torch.cuda.Event)
-        torch.cuda.current_stream(self._device).wait_event(done)
+        stream = torch.cuda.current_stream(self._device)
+        finish = self._stopwatch.start(stream)
+        stream.wait_event(done)
+        if finish is not None:
+            finish.record(stream)
+
+    def exposed_s(self) -> float:
+        return self._stopwatch.seconds()
 
     def close(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
             self._stream = None
+
+
+class _Stopwatch:
+    """How long the compute stream stood at its waits, by pairs of events around each of them.
+
+    The pairs are used in turn and read when their turn comes again, or when someone asks, so nothing ever waits
+    for the GPU. A wait that finds its pair still on the way, many waits later, is not timed.
+    """
+
+    PAIRS = 512
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[Any, Any]] = []
+        self._running: list[bool] = []
+        self._turn = 0
+        self._ms = 0.0
+
+    def start(self, stream: Any) -> Any:
+        """Note that `stream` is about to wait; the event to record after the wait, or None where it is not timed."""
+        index = self._turn
+        self._turn = (index + 1) % self.PAIRS
+        if index == len(self._pairs):
+            timed = torch.cuda.Event
+            self._pairs.append((timed(enable_timing=True), timed(enable_timing=True)))  # type: ignore[no-untyped-call]
+            self._running.append(False)
+        if not self._read(index):
+            return None
+        first, last = self._pairs[index]
+        first.record(stream)
+        self._running[index] = True
+        return last
+
+    def seconds(self) -> float:
+        """All waits that the GPU has passed."""
+        for index in range(len(self._pairs)):
+            self._read(index)
+        return self._ms / 1000
+
+    def _read(self, index: int) -> bool:
+        """Add what a pair measured; False while the GPU is still on its way there."""
+        if self._running[index]:
+            first, last = self._pairs[index]
+            if not last.query():
+                return False
+            self._ms += first.elapsed_time(last)
+            self._running[index] = False
+        return True
 
 
 class _Batch:

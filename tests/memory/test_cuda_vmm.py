@@ -209,6 +209,31 @@ def test_set_up_and_close_give_all_memory_back(gpu_memory: None) -> None:
         assert run_ranks(3, full, lambda r, layers: equal(forward(r, layers, 1000), full)) == [True] * 3
 
 
+def test_what_the_compute_stream_waits_is_exposed(memory: Any) -> None:
+    engine = memory.copy_engine(30.0)
+    released, filled = engine.event(), engine.event()
+
+    def wait_for_a_fill(delay: int) -> float:
+        before = engine.exposed_s()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(engine._stream):
+            torch.cuda._sleep(delay)
+        engine.fill(engine.prepare([]), released, filled)
+        engine.wait(filled)
+        torch.cuda.synchronize()
+        exposed: float = engine.exposed_s() - before
+        return exposed
+
+    wait_for_a_fill(1)
+    assert wait_for_a_fill(1) < 0.005
+    assert 0.01 < wait_for_a_fill(100_000_000) < 1  # about 60 ms
+    for _ in range(2 * engine._stopwatch.PAIRS):
+        engine.wait(filled)
+    torch.cuda.synchronize()
+    assert engine.exposed_s() < 1.5
+    engine.close()
+
+
 def test_the_copy_plan_is_as_fast_as_one_large_copy() -> None:
     """Qwen3-30B-A3B's expert shapes, two ranks: one fill of a slot against one copy of as many bytes."""
     full = checkpoint(1, 128, {"w13_weight": (1536, 2048), "w2_weight": (2048, 768)}, "cuda")
