@@ -153,7 +153,7 @@ class DwdpRuntime:
             routed = set(expert_ids.reshape(-1).tolist())
             self.counters.bytes_read_in_place += sum(remote[e] for e in routed if 0 <= e < len(remote))
 
-    def report(self) -> Mapping[str, int | str]:
+    def report(self) -> Mapping[str, int | float | str]:
         """Plain numbers and words for /server_info."""
         copied, late = (self._prefetcher.copied_bytes, self._prefetcher.late_fills) if self._prefetcher else (0, 0)
         shared = self._shared
@@ -170,6 +170,7 @@ class DwdpRuntime:
             "setup_peak_bytes": shared.peak_bytes if shared else 0,
             "bytes_copied": copied,
             "late_fills": late,
+            "exposed_copy_s": round(self._engine.exposed_s(), 6),
             **self.counters.as_dict(),
         }
 

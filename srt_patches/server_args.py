@@ -192,6 +192,18 @@ def resolve_data_parallelism(server_args: Any, previous: Callable[[Any], None]) 
     declare_resolution(server_args, _SOURCE, **kept)
 
 
+def resolve_load_balance(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """The resolution step `handle_load_balance_method`: requests go to the rank with the fewest pending tokens.
+
+    SGLang's default counts requests (and on a prefill server draws the rank from the request's number). Ranks in
+    step lose little by that, since each waits for the longest anyway; a DWDP rank waits for nobody, so a rank that
+    got the long prompts is the only thing left that makes requests wait.
+    """
+    if config_of(server_args) is not None and resolving_view(server_args).load_balance_method == "auto":
+        declare_resolution(server_args, _SOURCE, load_balance_method="total_tokens")
+    previous(server_args)
+
+
 def resolve_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
     """The resolution step `handle_cpu_backends`: SGLang's default needs kernels for AMX."""
     view = resolving_view(server_args)
@@ -220,6 +232,7 @@ def register_resolution() -> None:
     """Register the resolution steps, SGLang's official way to override them."""
     register_resolution_hook("handle_dwdp")(resolve_dwdp)
     register_resolution_hook("handle_data_parallelism")(resolve_data_parallelism)
+    register_resolution_hook("handle_load_balance_method")(resolve_load_balance)
     register_resolution_hook("handle_cpu_backends")(resolve_cpu_backends)
     register_resolution_hook("handle_gpu_memory_settings")(resolve_memory)
 

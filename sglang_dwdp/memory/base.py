@@ -78,6 +78,9 @@ class CopyEngine(Protocol):
             DwdpRuntimeError: the copies failed, or did not end in time.
         """
 
+    def exposed_s(self) -> float:
+        """Seconds, in all, that `wait` held the compute stream: copying that was not hidden under compute."""
+
     def close(self) -> None:
         """Wait for the copies under way and stop. Idempotent."""
 

@@ -12,6 +12,7 @@ from cuda.bindings import driver
 
 from sglang_dwdp.memory.base import CopyList, Event
 from sglang_dwdp.memory.cuda_driver import call
+from sglang_dwdp.memory.cuda_stopwatch import Stopwatch
 
 Copy = tuple[int, int, int]  # destination, source, bytes
 
@@ -37,6 +38,7 @@ class CudaCopyEngine:
         self._streams = [torch.cuda.Stream(device) for _ in range(self.STREAMS)]  # type: ignore[no-untyped-call]
         self._joined = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._submit = _batch_function()
+        self._stopwatch = Stopwatch()
 
     def event(self) -> Event:
         event: Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -73,7 +75,14 @@ class CudaCopyEngine:
 
     def wait(self, done: Event) -> None:
         assert isinstance(done, torch.cuda.Event)
-        torch.cuda.current_stream(self._device).wait_event(done)
+        stream = torch.cuda.current_stream(self._device)
+        finish = self._stopwatch.start(stream)
+        stream.wait_event(done)
+        if finish is not None:
+            finish.record(stream)
+
+    def exposed_s(self) -> float:
+        return self._stopwatch.seconds()
 
     def close(self) -> None:
         for stream in self._streams:

@@ -12,6 +12,7 @@ import mmap
 import os
 import queue
 import threading
+import time
 from collections.abc import Sequence
 
 import torch
@@ -130,6 +131,7 @@ class HostCopyEngine:
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
+        self._exposed_s = 0.0
         self._error: BaseException | None = None
         self._jobs: queue.SimpleQueue[tuple[CopyList, HostEvent, HostEvent] | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._run, name="dwdp-copy", daemon=True)
@@ -153,12 +155,18 @@ class HostCopyEngine:
 
     def wait(self, done: Event) -> None:
         assert isinstance(done, HostEvent)
-        if not done.happened.wait(self._timeout_s):
+        start = time.perf_counter()
+        happened = done.happened.wait(self._timeout_s)
+        self._exposed_s += time.perf_counter() - start
+        if not happened:
             raise DwdpRuntimeError(
                 f"a copy of remote experts did not end within {self._timeout_s:g} s (--dwdp-timeout-s)."
             )
         if self._error is not None:
             raise DwdpRuntimeError(f"copying remote experts failed: {self._error!r}") from self._error
+
+    def exposed_s(self) -> float:
+        return self._exposed_s
 
     def close(self) -> None:
         if self._worker.is_alive():

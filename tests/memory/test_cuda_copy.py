@@ -55,6 +55,31 @@ def test_single_copies_and_a_batch_copy_the_same() -> None:
     engine.close()
 
 
+def test_what_the_compute_stream_waits_is_exposed() -> None:
+    engine: Any = CUDA.memory().copy_engine(30.0)
+    released, filled = engine.event(), engine.event()
+
+    def wait_for_a_fill(delay: int) -> float:
+        before = engine.exposed_s()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(engine._streams[0]):
+            torch.cuda._sleep(delay)
+        engine.fill(engine.prepare([]), released, filled)
+        engine.wait(filled)
+        torch.cuda.synchronize()
+        exposed: float = engine.exposed_s() - before
+        return exposed
+
+    wait_for_a_fill(1)
+    assert wait_for_a_fill(1) < 0.005
+    assert 0.01 < wait_for_a_fill(100_000_000) < 1  # about 60 ms
+    for _ in range(2 * engine._stopwatch.PAIRS):
+        engine.wait(filled)
+    torch.cuda.synchronize()
+    assert engine.exposed_s() < 1.5
+    engine.close()
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_the_copy_plan_is_as_fast_as_one_large_copy_cuda(size: int) -> None:
     """Qwen3-30B-A3B's expert shapes: one fill of a slot against one copy of as many bytes."""

@@ -160,6 +160,21 @@ def test_a_wait_is_for_the_last_of_several_fills() -> None:
     engine.close()
 
 
+def test_what_a_wait_takes_is_exposed() -> None:
+    engine = HostCopyEngine(5.0)
+    released, filled = engine.event(), engine.event()
+    engine.fill([], released, filled)
+    filled.happened.wait()
+    engine.wait(filled)
+    assert engine.exposed_s() < 0.02
+    released.happened.clear()
+    engine.fill([], released, filled)
+    threading.Timer(0.1, engine.record, (released,)).start()
+    engine.wait(filled)
+    assert 0.09 < engine.exposed_s() < 1
+    engine.close()
+
+
 def test_a_wait_ends_in_time_and_says_so() -> None:
     engine = HostCopyEngine(0.1)
     released, filled = engine.event(), engine.event()

@@ -96,6 +96,7 @@ def test_with_the_flag(model: str) -> None:
         "enable_dp_lm_head": True,
         "chunked_prefill_size": 6000,  # not divided by the ranks
         "schedule_conservativeness": 1.0,
+        "load_balance_method": "total_tokens",
         "attention_backend": "torch_native",
         "max_total_tokens": 32768,
     }
