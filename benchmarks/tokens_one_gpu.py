@@ -33,12 +33,13 @@ PREFILL_GRAPHS = {"cuda_graph_backend_prefill": "breakable", "cuda_graph_bs_pref
 VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "resident": ({"tp_size": 1}, ""),
     "resident, eager": ({"tp_size": 1, **EAGER}, ""),
+    "resident, prefill graphs": ({"tp_size": 1, **PREFILL_GRAPHS}, ""),
     "4 ranks in 2 groups": ({**DWDP, "tp_size": 4, "dwdp_group_size": 2}, "resident"),
     "auto": (DWDP, "resident"),
     "auto, eager, no overlap, chunks of 1024": ({**DWDP, **EAGER}, "resident, eager"),
     "auto, no overlap": ({**DWDP, "disable_overlap_schedule": True}, "resident"),
     "staged": ({**DWDP, "dwdp_view": "staged"}, "resident"),
-    "direct, prefill graphs": ({**DWDP, "dwdp_view": "direct", **PREFILL_GRAPHS}, "resident"),
+    "direct, prefill graphs": ({**DWDP, "dwdp_view": "direct", **PREFILL_GRAPHS}, "resident, prefill graphs"),
     "3 ranks, 64 local experts": ({**DWDP, "tp_size": 3, "dwdp_local_experts": 64}, "resident"),
     "cuda-ipc": ({**DWDP, "dwdp_transport": "cuda-ipc"}, "resident"),
 }
@@ -59,14 +60,16 @@ def prompts() -> list[list[int]]:
     return result
 
 
-def measure(options: dict[str, Any], model: str) -> dict[str, Any]:
+def measure(name: str, model: str) -> dict[str, Any]:
     """In a process of its own: every rank's answers, and the ranks' reports."""
     import sglang
 
+    options = VARIANTS[name][0]
     defaults = {"cuda_graph_backend_prefill": "disabled", "chunked_prefill_size": 8192}
     engine = sglang.Engine(
         model_path=model,
         skip_tokenizer_init=True,
+        port=31000 + 500 * list(VARIANTS).index(name),  # engines that start together draw the same ports
         attention_backend="triton",
         moe_runner_backend="triton",
         disable_custom_all_reduce=True,
@@ -171,7 +174,7 @@ def main() -> None:
     parser.add_argument("--measure", choices=list(VARIANTS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        args.out.write_text(json.dumps(measure(VARIANTS[args.measure][0], args.model)))
+        args.out.write_text(json.dumps(measure(args.measure, args.model)))
         return
     console = Console(width=140)
     model = model_path(args.model)

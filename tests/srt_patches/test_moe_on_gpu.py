@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +20,10 @@ NUM_EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 128, 2048, 768, 8  # Qwen3-30B-A3B
 
 
 @pytest.fixture(scope="module")
-def fused_experts(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def fused_experts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """SGLang's kernel, in a process whose server arguments are published as in a server's."""
     from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe import fused_experts_impl
-    from sglang.srt.runtime_context import publish
+    from sglang.srt.runtime_context import get_parallel, publish
     from sglang.srt.server_args import ServerArgs
 
     from sglang_dwdp.demo.checkpoint import make_checkpoint
@@ -30,7 +32,9 @@ def fused_experts(tmp_path_factory: pytest.TempPathFactory) -> Any:
     make_checkpoint(path, "qwen3_moe", num_experts=8)
     arguments = ServerArgs(model_path=str(path), device="cuda", skip_tokenizer_init=True)
     publish(arguments, role="scheduler")
-    return fused_experts_impl
+    # The kernel asks for the tensor-parallel group, which a rank of DWDP never sums over.
+    with get_parallel().override(tp_group=SimpleNamespace(world_size=1, rank_in_group=0), tp_size=1, moe_tp_size=1):
+        yield fused_experts_impl
 
 
 @pytest.mark.parametrize("skewed", [False, True], ids=["uniform", "skewed"])
