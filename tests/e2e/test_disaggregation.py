@@ -56,7 +56,14 @@ def group(
         log = tmp_path / f"{role}.log"
         return Server(model, ranks, log, dwdp=dwdp, flags=(*FLAGS, *roles, *flags), environment=environment)
 
-    options = ("--chunked-prefill-size", str(CHUNK), "--disaggregation-bootstrap-port", str(bootstrap))
+    # Cached prefixes are sent early, after a CUDA event: not on the CPU engine.
+    options = (
+        "--disable-radix-cache",
+        "--chunked-prefill-size",
+        str(CHUNK),
+        "--disaggregation-bootstrap-port",
+        str(bootstrap),
+    )
     prefill = server("prefill", 2, ("--dwdp-audit", "--dwdp-direct-max-tokens", "64"), *options)
     # SGLang's default keeps pinned host memory for retracted requests, which takes a CUDA driver.
     decode = server("decode", 1, None, "--disaggregation-decode-retraction-backup", "cpu_tensor")
