@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.serving import launch, workload
 from benchmarks.serving.deployment import Deployment
 from benchmarks.serving.errors import RunError
-from benchmarks.serving.queues import QueueSampler
+from benchmarks.serving.queues import QueueSampler, trim
 from benchmarks.serving.scenario import Load, Point
 from benchmarks.serving.servers import Process, reason
 
@@ -71,7 +71,7 @@ def run(
     return {
         "command": list(arguments),
         "benchmark": condense(result),
-        "queues": sampler.samples,
+        "queues": trim(sampler.samples),
         "dwdp": [difference(a, b) for a, b in zip(deployment.reports(), before, strict=False)],
     }
 
