@@ -66,11 +66,15 @@ def run(
     finally:
         client.stop(5)
     if client.exit_code() != 0 or not out.is_file():
-        raise RunError(f"the benchmark ended with exit code {client.exit_code()}: {reason(log)} (log: {log})")
-    result = json.loads(out.read_text().splitlines()[-1])
+        why = f"the benchmark ended with exit code {client.exit_code()}: {reason(log)} (log: {log})"
+        raise RunError(why + deployment.trouble())
+    try:
+        condensed = condense(json.loads(out.read_text().splitlines()[-1]))
+    except RunError as error:
+        raise RunError(f"{error}{deployment.trouble()}") from None
     return {
         "command": list(arguments),
-        "benchmark": condense(result),
+        "benchmark": condensed,
         "queues": trim(sampler.samples),
         "dwdp": [difference(a, b) for a, b in zip(deployment.reports(), before, strict=False)],
     }

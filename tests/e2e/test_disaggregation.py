@@ -56,9 +56,9 @@ def group(
         log = tmp_path / f"{role}.log"
         return Server(model, ranks, log, dwdp=dwdp, flags=(*FLAGS, *roles, *flags), environment=environment)
 
-    # Cached prefixes are sent early, after a CUDA event: not on the CPU engine.
+    # With overlap, chunks are sent early, after a CUDA event: not on the CPU engine.
     options = (
-        "--disable-radix-cache",
+        "--disable-overlap-schedule",
         "--chunked-prefill-size",
         str(CHUNK),
         "--disaggregation-bootstrap-port",
