@@ -49,12 +49,14 @@ def group(
     pytest.importorskip("nixl", reason="the KV cache is sent by NIXL: pip install -e '.[dev]'")
     pytest.importorskip("sglang_router", reason="the router: pip install -e '.[dev]'")
     model, bootstrap, router_port = models("qwen3_moe", 9), free_port(), free_port()
-    environment = plugin("nixl_on_cpu", HOST_MEMORY) | {"TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = plugin("nixl_on_cpu", HOST_MEMORY) | {"OMP_NUM_THREADS": "1"}
 
     def server(role: str, ranks: int, dwdp: tuple[str, ...] | None, *flags: str) -> Server:
         roles = ("--disaggregation-mode", role, "--disaggregation-transfer-backend", "nixl")
-        log = tmp_path / f"{role}.log"
-        return Server(model, ranks, log, dwdp=dwdp, flags=(*FLAGS, *roles, *flags), environment=environment)
+        folder = tmp_path / role
+        folder.mkdir()
+        variables = environment | {"TMPDIR": str(folder)}
+        return Server(model, ranks, folder / "log", dwdp=dwdp, flags=(*FLAGS, *roles, *flags), environment=variables)
 
     # With overlap, chunks are sent early, after a CUDA event: not on the CPU engine.
     options = (
@@ -75,12 +77,12 @@ def group(
         command = router_command(prefill.url, bootstrap, decode.url, router_port)
         router = Process("the router", command, dict(os.environ), tmp_path / "router.log")
         wait_healthy(router, url, 120, lambda _text: None)
-        footprint = Footprint(tmp_path)
+        footprint = Footprint(tmp_path / "prefill")
         yield prefill, url
         router.stop()
         prefill.stop()
-        decode.stop()
         assert footprint.left() == set()
+        decode.stop()
     finally:
         for server in (prefill, decode):
             server.kill()
