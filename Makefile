@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-gpu lint types clean
+.PHONY: demo test test-fast test-gpu smoke lint types clean
 
 demo: $(VENV)/.installed  ## serve a small MoE model with DWDP on this machine's CPU
 	$(BIN)/sglang-dwdp demo
@@ -16,6 +16,10 @@ test-fast: $(VENV)/.installed  ## the tests that start no server
 
 test-gpu: $(VENV)/.installed  ## the tests that need a GPU; one is enough, its ranks share it
 	$(BIN)/python -m pytest -m gpu
+
+smoke: $(VENV)/.installed  ## two small servers under SGLang's serving benchmark; report in out/serving/smoke_cpu
+	rm -rf out/serving/smoke_cpu
+	$(BIN)/python benchmarks/compare_serving.py benchmarks/scenarios/serving/smoke_cpu.yaml --out out/serving/smoke_cpu
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.serving import launch, workload
 from benchmarks.serving.deployment import Deployment
 from benchmarks.serving.errors import RunError
-from benchmarks.serving.queues import QueueSampler
+from benchmarks.serving.queues import QueueSampler, trim
 from benchmarks.serving.scenario import Load, Point
 from benchmarks.serving.servers import Process, reason
 
@@ -66,12 +66,16 @@ def run(
     finally:
         client.stop(5)
     if client.exit_code() != 0 or not out.is_file():
-        raise RunError(f"the benchmark ended with exit code {client.exit_code()}: {reason(log)} (log: {log})")
-    result = json.loads(out.read_text().splitlines()[-1])
+        why = f"the benchmark ended with exit code {client.exit_code()}: {reason(log)} (log: {log})"
+        raise RunError(why + deployment.trouble())
+    try:
+        condensed = condense(json.loads(out.read_text().splitlines()[-1]))
+    except RunError as error:
+        raise RunError(f"{error}{deployment.trouble()}") from None
     return {
         "command": list(arguments),
-        "benchmark": condense(result),
-        "queues": sampler.samples,
+        "benchmark": condensed,
+        "queues": trim(sampler.samples),
         "dwdp": [difference(a, b) for a, b in zip(deployment.reports(), before, strict=False)],
     }
 

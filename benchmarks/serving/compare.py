@@ -136,7 +136,7 @@ def _run_point(
         deployment, arguments, raw, log, scenario.run_timeout_s, lambda text: display.doing(f"{name}: {text}")
     )
     raw.unlink()
-    record["peak_queue"] = [max(row) for row in depths(record["queues"])]
+    record["peak_queue"] = [max(row, default=0) for row in depths(record["queues"])]
     results.write(variant, point.key, record)
     data = record["benchmark"]
     display.say(

@@ -14,7 +14,7 @@ import requests
 from benchmarks.one_gpu import one_gpu_environment
 from benchmarks.serving import launch
 from benchmarks.serving.scenario import Scenario, Variant
-from benchmarks.serving.servers import Process, choose_port, wait_healthy
+from benchmarks.serving.servers import Process, choose_port, reason, wait_healthy
 from sglang_dwdp.demo.server import fewer_models, free_port
 
 
@@ -42,6 +42,13 @@ class Deployment:
         """
         for process in self._processes:
             process.check_alive()
+
+    def trouble(self) -> str:
+        """What a process that still runs has logged of its end, for a message: SGLang takes a minute to go down."""
+        for process in self._processes:
+            if "Scheduler hit an exception" in process.log.read_text(errors="replace"):
+                return f"; a scheduler of {process.name} failed: {reason(process.log)} (log: {process.log})"
+        return ""
 
     def loads(self) -> list[dict[str, Any]]:
         """Every rank's queues, as SGLang's /v1/loads has them; nothing while the server does not answer."""

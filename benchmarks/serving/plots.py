@@ -68,19 +68,26 @@ def _style(index: int) -> dict[str, Any]:
     return {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[index % len(MARKERS)], "markersize": 7}
 
 
+def _by_kind(found: list[Row]) -> list[list[Row]]:
+    """Rates and concurrencies apart: a line between the two would say nothing."""
+    kinds = ([row for row in found if row.point.kind == kind] for kind in ("rate", "concurrency"))
+    return [rows for rows in kinds if rows]
+
+
 def _throughput(by_variant: dict[str, list[Row]], device: str) -> str:
     def draw(_figure: Any, axis: Any) -> None:
         for index, (name, found) in enumerate(by_variant.items()):
-            found = sorted(found, key=lambda row: row.tpot)
-            axis.plot([r.tpot for r in found], [r.per_device for r in found], label=name, **_style(index))
+            for number, line in enumerate(_by_kind(found)):
+                label = None if number else name
+                axis.plot([r.tpot for r in line], [r.per_device for r in line], label=label, **_style(index))
             for row in found:
                 axis.annotate(
-                    row.point.label, (row.tpot, row.per_device), xytext=(5, 5), textcoords="offset points", fontsize=7
+                    row.point.label, (row.tpot, row.per_device), xytext=(6, -3), textcoords="offset points", fontsize=7
                 )
         axis.set_xlabel("TPOT, median (ms)")
         axis.set_ylabel(f"output tokens/s per {device}")
         axis.set_ylim(bottom=0)
-        axis.margins(x=0.15)
+        axis.margins(x=0.2, y=0.1)
         axis.legend(frameon=False)
 
     return _svg(draw)
@@ -91,14 +98,18 @@ def _ttft(by_variant: dict[str, list[Row]]) -> str:
 
     def draw(_figure: Any, axis: Any) -> None:
         for index, (name, found) in enumerate(by_variant.items()):
-            places = [labels.index(row.point.label) for row in found]
-            style = _style(index)
-            axis.plot(places, [row.ttft for row in found], label=name, **style)
-            axis.plot(places, [row.ttft_p99 for row in found], linestyle="--", markerfacecolor="white", **style)
+            for number, line in enumerate(_by_kind(found)):
+                places, style = [labels.index(row.point.label) for row in line], _style(index)
+                axis.plot(places, [row.ttft for row in line], label=None if number else name, **style)
+                axis.plot(places, [row.ttft_p99 for row in line], linestyle="--", markerfacecolor="white", **style)
+        values = [value for found in by_variant.values() for row in found for value in (row.ttft, row.ttft_p99)]
+        if max(values) > 20 * min(values):
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(0, 1.1 * max(values))
         axis.set_xticks(range(len(labels)), labels)
         axis.set_xlabel("load")
         axis.set_ylabel("TTFT (ms)")
-        axis.set_yscale("log")
         axis.margins(x=0.15)
         axis.legend(frameon=False)
 
@@ -145,6 +156,7 @@ def _queues(results: Results, point: Point) -> str | None:
             axis.step(seconds, row, where="post", color=PALETTE[rank % len(PALETTE)], label=f"rank {rank}")
         axis.set_title(name, fontsize=10, loc="left")
         axis.set_ylabel("requests")
-        axis.legend(frameon=False, fontsize=8, ncols=4, loc="upper right")
-    axes[-1, 0].set_xlabel("seconds since the start of the benchmark")
+        axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes[-1, 0].set_xlabel("seconds since the first request")
     return _save(plt, figure)

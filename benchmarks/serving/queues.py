@@ -50,6 +50,19 @@ class QueueSampler:
         self._thread.join(10)
 
 
+def trim(samples: Sequence[Sample], margin_s: float = 0.5) -> list[Sample]:
+    """The samples from shortly before the first request to shortly after the last, with seconds from there.
+
+    The benchmark's own start, some seconds of imports, is no part of the load.
+    """
+    busy = [sample["seconds"] for sample in samples if any(sample["waiting"]) or any(sample["running"])]
+    if not busy:
+        return []
+    start, end = max(0.0, busy[0] - margin_s), busy[-1] + margin_s
+    kept = [sample for sample in samples if start <= sample["seconds"] <= end]
+    return [{**sample, "seconds": round(sample["seconds"] - start, 3)} for sample in kept]
+
+
 def depths(samples: Sequence[Sample]) -> list[list[int]]:
     """Requests on each rank (waiting and running) over time, `[ranks][samples]`."""
     if not samples:

@@ -43,7 +43,7 @@ def _one(deployment: Deployment, prompt: list[int], new_tokens: int, rank: int |
         tokens: list[int] = answer.json()["output_ids"]
     except (requests.RequestException, ValueError, KeyError) as error:
         deployment.check_alive()
-        raise RunError(f"a request of the token check failed: {error}") from None
+        raise RunError(f"a request of the token check failed: {error}{deployment.trouble()}") from None
     return tokens
 
 

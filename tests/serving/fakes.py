@@ -1,7 +1,7 @@
 """A stand-in for an SGLang server and one for its benchmark, for what can go wrong around them.
 
-Server: PORT MODE. Modes: well; `refuses` ends at once with an error; `dies` ends when a benchmark has begun; `wrong`
-generates other tokens.  Benchmark: URL OUT SECONDS.
+Server: PORT MODE. Modes: `well`; `refuses` ends at once with an error; `dies` ends when a benchmark has begun;
+`lingers` only logs its end; `wrong` generates other tokens.  Benchmark: URL OUT SECONDS.
 """
 
 SERVER = """
@@ -29,11 +29,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer({"loads": loads})
         elif self.path == "/server_info":
             self.answer({"internal_states": [{"dwdp": {"rank": r, "exposed_copy_s": 0.5}} for r in range(2)]})
+        elif self.path == "/errors":
+            self.answer(["", "Traceback\\nServerDisconnectedError" if mode == "lingers" else ""])
         elif self.path == "/begin":
             self.answer({})
             if mode == "dies":
                 print("RuntimeError: out of luck", flush=True)
                 os._exit(9)
+            if mode == "lingers":
+                print("Scheduler hit an exception: Traceback\\nRuntimeError: no more memory", flush=True)
         else:
             self.answer({})
 
@@ -55,6 +59,7 @@ time.sleep(seconds)
 times = ("ttft", "tpot")
 result = {f"{q}_{t}_ms": 10.0 * (i + 1) for i, t in enumerate(times) for q in ("median", "p99")}
 result |= {"input_throughput": 1000.0, "output_throughput": 100.0, "duration": 2.0, "completed": 4}
-result |= {"generated_texts": ["a", "b"], "itls": [[1.0]], "errors": ["", ""], "ttfts": [0.1, 0.2]}
+errors = json.load(urllib.request.urlopen(url + "/errors"))
+result |= {"generated_texts": ["a", "b"], "itls": [[1.0]], "errors": errors, "ttfts": [0.1, 0.2]}
 open(out, "w").write(json.dumps(result) + "\\n")
 """

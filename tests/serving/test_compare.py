@@ -74,11 +74,16 @@ def processes(folder: Path) -> list[str]:
 def test_one_that_cannot_start_and_one_that_dies_do_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = scenario(first="well", broken="refuses", mortal="dies", last="wrong")
+    whole = scenario(first="well", broken="refuses", mortal="dies", slow="lingers", last="wrong")
     results, output = run(whole, tmp_path, monkeypatch)
     assert processes(tmp_path) == []
     errors = dict(failures(results))
-    assert set(errors) == {"broken", "mortal"}
+    assert set(errors) == {"broken", "mortal", "slow"}
+    assert (
+        "1 of 2 requests failed, the first with: ServerDisconnectedError; a scheduler of slow failed: "
+        in errors["slow"]
+    )
+    assert "RuntimeError: no more memory" in errors["slow"]
     assert "broken ended with exit code 1: sglang-dwdp: error: this cannot work here" in errors["broken"]
     assert "mortal ended with exit code 9: RuntimeError: out of luck" in errors["mortal"]
     assert "Traceback" not in output

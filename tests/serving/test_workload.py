@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.serving import workload
+from benchmarks.serving import queues, workload
 from benchmarks.serving.scenario import Load, Point
 from sglang_dwdp.planner.workload import Lengths
 
@@ -67,6 +67,21 @@ def test_a_file_holds_what_was_drawn(tmp_path: Path) -> None:
     again = tmp_path / "again.jsonl"
     workload.write_file(drawn, 2, encode, decode, again)
     assert again.read_text() == path.read_text()
+
+
+def test_queues_without_the_benchmarks_own_start() -> None:
+    idle = {"waiting": [0, 0], "running": [0, 0]}
+    samples = [{"seconds": float(s), **idle} for s in range(10)] + [
+        {"seconds": 10.0, "waiting": [2, 0], "running": [1, 1]},
+        {"seconds": 10.25, **idle},
+        {"seconds": 30.0, **idle},
+    ]
+    kept = queues.trim(samples)
+    assert [sample["seconds"] for sample in kept] == [0.5, 0.75]
+    assert queues.depths(kept) == [[3, 0], [1, 0]]
+    assert queues.trim(samples[:5]) == queues.depths([]) == []
+    assert queues.sparkline([0, 3, 1, 0], 3, width=2) == "█▃"
+    assert queues.sparkline([0, 0], 0) == ""
 
 
 def test_sampled_prompts_are_the_same_for_everybody() -> None:
