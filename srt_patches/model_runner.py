@@ -9,10 +9,16 @@ from typing import Any
 import torch
 import torch.distributed
 from sglang.srt.plugins.hook_registry import HookType
-from sglang.srt.runtime_context import get_global_dwdp_manager, get_parallel, set_global_dwdp_manager
+from sglang.srt.runtime_context import (
+    get_global_dwdp_manager,
+    get_parallel,
+    max_prefill_buffer_tokens,
+    set_global_dwdp_manager,
+)
 
 from sglang_dwdp.memory import memory_for
 from sglang_dwdp.runtime import DwdpRuntime
+from sglang_dwdp.srt_patches import flashinfer_fp8
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.moe_layer import collect
 from sglang_dwdp.srt_patches.server_args import config_of
@@ -50,6 +56,8 @@ def set_up(runner: Any) -> None:
     runtime = DwdpRuntime(config, memory, parallel.tp_rank, parallel.dwdp_size)
     runtime.setup(layers, _common_name(parallel.tp_group))
     set_global_dwdp_manager(Manager(runtime))
+    if runner.device == "cuda":
+        flashinfer_fp8.warm_up(runner.model, max(1, max_prefill_buffer_tokens()))
 
 
 def _common_name(group: Any) -> str:

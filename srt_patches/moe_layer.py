@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,12 +11,15 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
 
+from sglang_dwdp.backends import Status, Way, check
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.placement import Placement, balanced
 from sglang_dwdp.srt_patches.hooks import Hook
 
+logger = logging.getLogger(__name__)
 _WEIGHTS = ("w13_weight", "w2_weight")
 _COUNT = "_num_local_routed"
+_FORWARD = ("forward", "forward_impl", "run_moe_core")
 
 
 def placement_of(layer: Any) -> Placement:
@@ -60,6 +64,56 @@ def local_index(layer: Any, expert_id: int) -> int:
     return placement_of(layer).local_index(get_parallel().tp_rank, expert_id)
 
 
+def shard_of(layer: Any, param: Any, loaded_weight: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a checkpoint's tensor of all experts, as gpt-oss has them, for a `param` of its shard.
+    SGLang slices such tensors by expert parallelism, if at all."""
+    shard = placement_of(layer).shard(get_parallel().tp_rank)
+    if loaded_weight.shape[0] != layer.num_global_routed_experts or param.shape[0] != len(shard):
+        return loaded_weight
+    return loaded_weight[shard.start : shard.stop]
+
+
+def load(
+    original: Callable[..., None],
+    layer: Any,
+    param: Any,
+    loaded_weight: torch.Tensor,
+    weight_name: str,
+    shard_id: str,
+    expert_id: int | None,
+) -> None:
+    """Around `FusedMoE.weight_loader`, which gets all experts at once where `expert_id` is None."""
+    if expert_id is None:
+        loaded_weight = shard_of(layer, param, loaded_weight)
+    original(layer, param, loaded_weight, weight_name, shard_id, expert_id)
+
+
+def load_fused(
+    original: Callable[..., None],
+    layer: Any,
+    param: Any,
+    loaded_weight: torch.Tensor,
+    weight_name: str,
+    shard_id: str,
+) -> None:
+    """Around `FusedMoE.weight_loader_fused`, which always gets all experts."""
+    original(layer, param, shard_of(layer, param, loaded_weight), weight_name, shard_id)
+
+
+def deferred_finalize(original: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around `FusedMoE.forward_deferred_finalize`, which runs experts past `forward_impl`. What it leaves for later
+    reads no weights."""
+    from sglang_dwdp.srt_patches.model_runner import current_runtime
+
+    if not layer._dwdp_bound:
+        return original(layer, *args, **kwargs)
+    runtime = current_runtime()
+    runtime.wait(layer.layer_id)
+    output = original(layer, *args, **kwargs)
+    runtime.release(layer.layer_id)
+    return output
+
+
 def count_reads(original: Callable[..., Any], layer: Any, hidden_states: Any, topk_output: Any, **kwargs: Any) -> Any:
     """Around `FusedMoE.forward_impl`, with --dwdp-audit only."""
     from sglang_dwdp.srt_patches.model_runner import current_runtime
@@ -88,6 +142,7 @@ class SglangLayer:
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._layer.bind_full_expert_weights(tensors)
+        rebuild_state(self._layer)
 
     def use(self, tensors: Mapping[str, torch.Tensor]) -> None:
         replace = self._layer.replace_expert_tensor
@@ -95,19 +150,60 @@ class SglangLayer:
             replace(name, tensor)
 
 
-def refuse_unverified(layer: Any) -> None:
+def rebuild_state(layer: Any) -> None:
+    """Make anew what SGLang keeps for each expert outside of tensors of its own, now for all experts."""
+    if getattr(layer, "_cutlass_swiglu_params", None) is not None:
+        from sglang.srt.layers.moe.moe_runner.flashinfer_cutlass import materialize_swiglu_params_for_cutlass
+
+        layer._cutlass_swiglu_params = materialize_swiglu_params_for_cutlass(
+            layer.moe_runner_config, int(layer.num_local_experts), layer.w13_weight.device
+        )
+
+
+def refuse_unknown_state(layer: Any) -> None:
     """
     Raises:
-        DwdpConfigError: on GPUs nothing but this has been compared with a single rank yet, and another format or
-            kernel may have sized something by the experts that a rank loaded, which gives wrong tokens silently.
+        DwdpConfigError: the layer or its method keeps tensors for the experts that were loaded where neither
+            SGLang's list of per-expert tensors nor `rebuild_state` finds them.
     """
-    method, backend = type(layer.quant_method).__name__, layer.runner_backend
-    if method != "UnquantizedFusedMoEMethod" or backend is None or not backend.is_triton():
+    known = {"_cutlass_swiglu_params"}
+    count = layer.num_local_experts
+    for owner in (layer, layer.quant_method):
+        for name, value in vars(owner).items():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+            if isinstance(value, torch.Tensor) and owner is not layer:
+                held = (value,)
+            if name in known or name.startswith(("_parameters", "_buffers")):
+                continue
+            if any(isinstance(part, torch.Tensor) and part.ndim and part.shape[0] == count for part in held):
+                raise DwdpConfigError(
+                    f"layer {layer.layer_id}: {type(owner).__name__}.{name} holds something for each of the {count} "
+                    "experts that were loaded, which DWDP does not know how to extend to all. Use another "
+                    "--moe-runner-backend, or serve without --enable-dwdp."
+                )
+
+
+def refuse_own_forward(layer: Any) -> None:
+    """
+    Raises:
+        DwdpConfigError: the model runs this layer by code of its own, which would not wait for the experts.
+    """
+    own = [name for name in _FORWARD if getattr(type(layer), name) is not getattr(FusedMoE, name)]
+    if own:
         raise DwdpConfigError(
-            f"layer {layer.layer_id}: {method} with MoE runner backend {getattr(backend, 'value', backend)} has not "
-            "been verified with DWDP on GPUs. Use an unquantized checkpoint and --moe-runner-backend triton, or serve "
-            "without --enable-dwdp."
+            f"layer {layer.layer_id}: {type(layer).__name__} replaces FusedMoE.{own[0]}, so it would read experts "
+            "before they are there. Serve this model without --enable-dwdp."
         )
+
+
+def way_of_layer(layer: Any) -> Way:
+    """How a layer runs on a GPU.
+
+    Raises:
+        DwdpConfigError: that way cannot read shared experts, or was not examined.
+    """
+    backend = getattr(layer.runner_backend, "value", None)
+    return check(layer.layer_id, type(layer.quant_method).__name__, backend)
 
 
 def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:
@@ -122,9 +218,14 @@ def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:
             f"{type(model).__name__} has no FusedMoE layer, so there are no experts to share. "
             "Serve it without --enable-dwdp."
         )
+    unverified = set()
     for layer in found:
+        refuse_own_forward(layer)
         if device == "cuda":
-            refuse_unverified(layer)
+            way = way_of_layer(layer)
+            refuse_unknown_state(layer)
+            if way.status is Status.UNVERIFIED:
+                unverified.add(f"{way.weights} experts with {way.backend}")
         if layer.num_fused_shared_experts:
             raise DwdpConfigError(
                 f"layer {layer.layer_id} fuses shared experts into the routed ones. "
@@ -137,6 +238,8 @@ def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:
                 f"{type(layer.quant_method).__name__} keeps experts in a way that DWDP does not know. Use another "
                 "quantization or --moe-runner-backend, or serve without --enable-dwdp."
             )
+    for words in sorted(unverified):
+        logger.warning("DWDP: %s has not been compared with a single rank on this kind of GPU yet", words)
     return [SglangLayer(layer) for layer in sorted(found, key=lambda layer: int(layer.layer_id))]
 
 
@@ -149,5 +252,8 @@ _PATH = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
 HOOKS = (
     Hook(f"{_PATH}.__init__", HookType.AROUND, build),
     Hook(f"{_PATH}._map_global_expert_id_to_local_expert_id", HookType.REPLACE, local_index),
+    Hook(f"{_PATH}.weight_loader", HookType.AROUND, load),
+    Hook(f"{_PATH}.weight_loader_fused", HookType.AROUND, load_fused),
+    Hook(f"{_PATH}.forward_deferred_finalize", HookType.AROUND, deferred_finalize),
 )
 AUDIT_HOOKS = (Hook(f"{_PATH}.forward_impl", HookType.AROUND, count_reads),)
