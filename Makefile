@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-models lint types clean
+.PHONY: demo test test-fast test-gpu test-models lint types clean
 
 demo: $(VENV)/.installed  ## serve a small MoE model with DWDP on this machine's CPU
 	$(BIN)/sglang-dwdp demo
@@ -16,6 +16,9 @@ test-fast: $(VENV)/.installed  ## the tests that start no server
 
 test-models: $(VENV)/.installed  ## more model families on real servers, about a minute for each server
 	$(BIN)/python -m pytest -m models
+
+test-gpu: $(VENV)/.installed  ## the tests that need a GPU; one is enough, its ranks share it
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

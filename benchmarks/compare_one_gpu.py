@@ -1,8 +1,8 @@
-"""All experts resident, this plugin, and SGLang's own DWDP, on ONE GPU: python benchmarks/compare_one_gpu.py MODEL
+"""All experts resident, this plugin, and SGLang's own DWDP, on ONE GPU: python benchmarks/compare_one_gpu.py [MODEL]
 
 Two ranks share the GPU: rank 0 is busy, rank 1 idle. Their "link" is the GPU's own memory, several times faster
 than NVLink, so this proves tokens and host overhead and bounds what copies cost; it says nothing about NVLink.
-Compare ratios of one run. MODEL is a checkpoint folder; no tokenizer is needed.
+Compare ratios of one run. MODEL is a checkpoint folder; its tokenizer is not used.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from one_gpu import one_gpu_environment
+from qwen3_layers import model_path
 from rich.console import Console
 from rich.table import Table
+from setup_memory import probe_environment, readings
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "resident": {"tp_size": 1},
@@ -36,32 +39,6 @@ DECODES = (1, 8, 32)
 STEPS = 128
 LENGTHS = (1, 7, 33, 130, 300, 513, 1025, 4097)
 REPEATS = 5
-
-# A plugin of SGLang's for these servers only: NCCL refuses two ranks on one GPU.
-ONE_GPU = """
-import contextlib
-
-def register():
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    @contextlib.contextmanager
-    def first_gpu(_gpu_id):
-        yield 0
-
-    HookRegistry.register("sglang.srt.distributed.bootstrap._resolve_backend", lambda *a, **k: "gloo", HookType.REPLACE)
-    HookRegistry.register("sglang.srt.utils.common.maybe_reindex_device_id", first_gpu, HookType.REPLACE)
-"""
-
-
-def one_gpu_environment(directory: Path) -> dict[str, str]:
-    """Variables under which all ranks of a server take GPU 0 and talk through gloo."""
-    (directory / "one_gpu.py").write_text(ONE_GPU)
-    info = directory / "one_gpu-0.dist-info"
-    info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: one_gpu\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\none_gpu = one_gpu:register\n")
-    path = os.pathsep.join(filter(None, (str(directory), os.environ.get("PYTHONPATH"))))
-    return {"PYTHONPATH": path, "SGLANG_NCCL_SO_PATH": str(directory / "no-nccl")}
 
 
 def measure(name: str, model: str) -> dict[str, Any]:
@@ -94,7 +71,7 @@ def measure(name: str, model: str) -> dict[str, Any]:
     draw = random.Random(0)
 
     def prompt(length: int) -> list[int]:
-        return [draw.randrange(10, 4000) for _ in range(length)]
+        return [draw.randrange(10, 2000) for _ in range(length)]
 
     def run(prompts: list[list[int]], new: int) -> tuple[float, list[list[int]]]:
         sampling = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
@@ -121,7 +98,7 @@ def measure(name: str, model: str) -> dict[str, Any]:
         prompts = [prompt(length) for _ in range(batch)]
         times = [run(prompts, 1)[0] for _ in range(REPEATS + 2)][2:]
         rates[f"prefill {batch} x {length}"] = batch * length / statistics.median(times)
-    for batch in DECODES:
+    for batch in () if options.get("dwdp_view") == "direct" else DECODES:  # as decode is on direct views anyway
         prompts = [prompt(16) for _ in range(batch)]
         run(prompts, STEPS + 1)
         times = [run(prompts, STEPS + 1)[0] - run(prompts, 1)[0] for _ in range(REPEATS)]
@@ -143,7 +120,7 @@ def run_variant(name: str, model: str, log: Path, timeout_s: float) -> dict[str,
         result = Path(directory) / "result.json"
         environment = dict(os.environ)
         if VARIANTS[name]["tp_size"] > 1:
-            environment |= one_gpu_environment(Path(directory))
+            environment |= one_gpu_environment(Path(directory)) | probe_environment(Path(directory))
         command = [sys.executable, __file__, model, "--measure", name, "--out", str(result)]
         process = subprocess.Popen(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -156,7 +133,7 @@ def run_variant(name: str, model: str, log: Path, timeout_s: float) -> dict[str,
             subprocess.run(["pkill", "-9", "-s", str(process.pid)], check=False)  # its session, whatever is left
         if result.exists():
             done: dict[str, Any] = json.loads(result.read_text())
-            return done
+            return done | {"setup_memory": readings(Path(directory))}
     return {"error": f"exit code {code}", "log": log.read_text().splitlines()[-30:]}
 
 
@@ -171,13 +148,19 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
     for row in next(iter(done.values()))["tokens_per_s"] if done else ():
         cells = []
         for result in done.values():
-            rate = result["tokens_per_s"][row]
+            rate = result["tokens_per_s"].get(row)
+            if rate is None:
+                cells.append("")
+                continue
             cells.append(f"{rate:,.0f}" + (f" ({rate / base['tokens_per_s'][row]:.2f})" if base else ""))
         table.add_row(row, *cells)
     if base:
         for label, key in (("same tokens, rank 0", "tokens"), ("same tokens, rank 1", "tokens_rank_1")):
             same = [sum(a == b for a, b in zip(r[key], base["tokens"], strict=True)) for r in done.values()]
             table.add_row(label, *(f"{count} of {len(LENGTHS)}" for count in same))
+        for label, key in (("held by a rank after loading, MiB", "before"), ("… at most while sharing", "peak")):
+            found = [max((rank[key] for rank in r.get("setup_memory", ())), default=0) for r in done.values()]
+            table.add_row(label, *(f"{nbytes / 2**20:,.0f}" if nbytes else "" for nbytes in found))
     console.print(table)
     for name, result in results.items():
         if "error" in result:
@@ -203,7 +186,7 @@ def describe() -> dict[str, str]:
 def main() -> None:
     """Run the variants one after the other; print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", help="default: eight layers of Qwen3-30B-A3B's shape, made on first use")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["resident", "dwdp", "in-tree"])
     parser.add_argument("--out", type=Path, default=Path("compare_one_gpu.json"))
     parser.add_argument("--logs", type=Path, default=Path())
@@ -214,12 +197,13 @@ def main() -> None:
         args.out.write_text(json.dumps(measure(args.measure, args.model)))
         return
     console = Console(width=120)
+    model = model_path(args.model)
     results: dict[str, dict[str, Any]] = {}
     if args.out.exists():  # variants of an earlier call on this machine stay in the table
         results = json.loads(args.out.read_text())["results"]
     for name in args.variants:
         console.print(f"{name} …")
-        results[name] = run_variant(name, args.model, args.logs / f"{name}.log", args.timeout)
+        results[name] = run_variant(name, model, args.logs / f"{name}.log", args.timeout)
         args.out.write_text(json.dumps({"machine": describe(), "results": results}, indent=1))
     show(results, console)
 

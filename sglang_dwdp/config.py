@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from sglang_dwdp.errors import DwdpConfigError
 
 ViewMode = Literal["auto", "direct", "staged"]
-Transport = Literal["auto", "host-shm", "cuda-vmm"]
+Transport = Literal["auto", "host-shm", "cuda-vmm", "cuda-ipc"]
 
 ENABLE = "enable_dwdp"
 PREFIX = "dwdp_"
@@ -18,8 +18,9 @@ KIB = 1024
 MIB = 1024 * KIB
 
 
-def _option(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
+def _option(default: Any, text: str, kind: type | None = None) -> Any:
+    """An option whose value is a `kind`; by default what its default is."""
+    return dataclasses.field(default=default, metadata={"help": text, "kind": kind or type(default)})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class DwdpConfig:
     direct_max_tokens: int = _option(256, "Largest forward, in tokens, that --dwdp-view auto runs on direct views.")
     depth: int = _option(2, "Slots for staged experts, each with room for the remote experts of one MoE layer.")
     slice_kib: int = _option(
-        2048, "Size in KiB of the slices that a layer's copies are cut into; peers take turns slice by slice."
+        32768, "Size in KiB of the slices that a layer's copies are cut into; peers take turns slice by slice."
     )
     replicate_below_kib: int = _option(
         1024,
@@ -51,7 +52,25 @@ class DwdpConfig:
     transport: Transport = _option(
         "auto",
         "How ranks share memory. host-shm: memory files (the CPU engine). cuda-vmm: driver allocations that every "
-        "rank maps (GPUs of one host). auto: what fits the device.",
+        "rank maps (GPUs of one host). cuda-ipc: the older way, for drivers or containers that refuse to export "
+        "cuda-vmm's; all experts are staged, the rank's own too. auto: host-shm or cuda-vmm, as fits the device.",
+    )
+    group_size: int | None = _option(
+        None,
+        "Ranks that share one set of experts; --tp-size must be a multiple of it. Default: all --tp-size ranks.",
+        int,
+    )
+    local_experts: int | None = _option(
+        None,
+        "Experts of each layer that a rank keeps, its own shard included; it fetches the rest. More take more memory "
+        "and less traffic. Default: its shard alone.",
+        int,
+    )
+    memory_gib: float | None = _option(
+        None,
+        "Memory in GiB that a rank may take for experts, slots included: as many experts are kept as fit. Another "
+        "way to say --dwdp-local-experts.",
+        float,
     )
     timeout_s: float = _option(
         300.0, "Longest wait in seconds for a peer during set-up, and for a copy during a forward."
@@ -71,11 +90,26 @@ class DwdpConfig:
             ("depth", 1),
             ("slice_kib", 4),
             ("replicate_below_kib", 0),
+            ("group_size", 2),
+            ("local_experts", 1),
         ):
             value = getattr(self, name)
+            if value is None and _field(name).default is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 self._refuse(name, f"must be a whole number of at least {least}")
-        if isinstance(self.timeout_s, bool) or not isinstance(self.timeout_s, int | float) or self.timeout_s <= 0:
+        if self.memory_gib is not None and not _is_above_0(self.memory_gib):
+            self._refuse("memory_gib", "must be a number of GiB above 0")
+        if self.memory_gib is not None and self.local_experts is not None:
+            self._refuse("memory_gib", "is another way to say --dwdp-local-experts: leave one of them out")
+        if self.transport == "cuda-ipc" and self.view == "direct":
+            self._refuse("view", "needs memory that can be mapped; with --dwdp-transport cuda-ipc use auto or staged")
+        if self.transport == "cuda-ipc" and (self.local_experts or self.memory_gib):
+            raise DwdpConfigError(
+                "--dwdp-local-experts and --dwdp-memory-gib need memory that can be mapped: "
+                "leave them out with --dwdp-transport cuda-ipc."
+            )
+        if not _is_above_0(self.timeout_s):
             self._refuse("timeout_s", "must be a number of seconds above 0")
         if not isinstance(self.audit, bool):
             self._refuse("audit", "must be true or false")
@@ -91,11 +125,28 @@ class DwdpConfig:
     def replicate_below_bytes(self) -> int:
         return self.replicate_below_kib * KIB
 
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.memory_gib is None else int(self.memory_gib * KIB * MIB)
+
+    @property
+    def has_direct(self) -> bool:
+        """Whether some forwards may read remote experts in place."""
+        return self.view != "staged" and self.transport != "cuda-ipc"
+
     def wants_direct(self, num_tokens: int) -> bool:
         """Whether a forward of `num_tokens` tokens runs on direct views."""
         if self.view == "auto":
-            return num_tokens <= self.direct_max_tokens
+            return self.has_direct and num_tokens <= self.direct_max_tokens
         return self.view == "direct"
+
+
+def _field(name: str) -> dataclasses.Field[Any]:
+    return next(field for field in dataclasses.fields(DwdpConfig) if field.name == name)
+
+
+def _is_above_0(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def flag_of(name: str) -> str:
@@ -122,13 +173,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(DwdpConfig):
         # None marks a flag that was not given, so that one given without --enable-dwdp can be refused.
         how: dict[str, Any] = {"default": None}
-        if isinstance(field.default, bool):
+        kind = field.metadata["kind"]
+        if kind is bool:
             how["action"] = "store_true"
-        elif isinstance(field.default, str):
+        elif kind is str:
             how["choices"] = get_args(ViewMode if field.name == "view" else Transport)
         else:
-            how["type"] = type(field.default)
-        text = f"{field.metadata['help']} Default: {field.default}."
+            how["type"] = kind
+        text = field.metadata["help"]
+        if field.default is not None:
+            text += f" Default: {field.default}."
         group.add_argument(flag_of(field.name), help=text.replace("%", "%%"), **how)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -65,5 +66,5 @@ def specs_of(layer: ExpertLayer, rank: int, page_bytes: int) -> list[TensorSpec]
 
 def describe(layer_id: int, specs: Sequence[TensorSpec]) -> str:
     """One line that is equal on two ranks exactly when they can share the layer."""
-    tensors = [(s.name, str(s.dtype), s.tail, [(x.offset, x.nbytes) for x in s.layout.segments]) for s in specs]
+    tensors = [(s.name, str(s.dtype), s.tail, dataclasses.astuple(s.layout)) for s in specs]
     return json.dumps([layer_id, tensors])

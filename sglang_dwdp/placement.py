@@ -59,6 +59,6 @@ def balanced(num_experts: int, group_size: int) -> Placement:
     if group_size < 1 or num_experts < group_size:
         raise DwdpConfigError(
             f"{num_experts} experts cannot be shared among {group_size} ranks: every rank must store at least one. "
-            f"Lower --tp-size to {max(num_experts, 1)} or less."
+            f"Lower --dwdp-group-size, or --tp-size, to {max(num_experts, 1)} or less."
         )
     return Placement(tuple(rank * num_experts // group_size for rank in range(group_size + 1)))

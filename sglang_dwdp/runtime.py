@@ -25,7 +25,7 @@ class DwdpRuntime:
 
     `begin_forward … (prime) … wait/release per MoE layer … end_forward` is the life of a forward. A layer that
     runs with no forward announced, as in the capture of a CUDA graph, is bound to its direct view, whose
-    address never changes.
+    address never changes (to its staged tensors where memory cannot be mapped).
     """
 
     def __init__(self, config: DwdpConfig, memory: Memory, rank: int, size: int) -> None:
@@ -39,7 +39,8 @@ class DwdpRuntime:
         self._prefetcher: Prefetcher | None = None
         self._position: dict[int, int] = {}
         self._uses_direct: list[bool] = []
-        self._direct = True
+        self._rests_direct = memory.maps
+        self._direct = self._rests_direct
         self._visited = 0
         self.in_forward = False
 
@@ -60,7 +61,7 @@ class DwdpRuntime:
             exchange.close()
         self._shared = shared
         self._position = {layer.layer.layer_id: i for i, layer in enumerate(shared.layers)}
-        self._uses_direct = [True] * len(shared.layers)
+        self._uses_direct = [self._direct] * len(shared.layers)
         if self.config.view != "direct":
             self._prefetcher = Prefetcher(
                 self._engine,
@@ -73,24 +74,27 @@ class DwdpRuntime:
     def _log_setup(self, shared: SharedExperts, seconds: float) -> None:
         remote = [sum(layer.remote_bytes) for layer in shared.layers]
         logger.info(
-            "DWDP is set up: rank %d of %d, %d MoE layers, %.1f MiB of experts stored, %.1f MiB remote a layer, "
-            "%.1f MiB replicated, %.1f MiB in slots (depth %d), transport %s, views %s, %.2f s",
+            "DWDP is set up: rank %d of %d, %d MoE layers, %.1f MiB of experts stored (%d experts a layer), "
+            "%.1f MiB remote a layer, %.1f MiB replicated, %.1f MiB in slots (depth %d), transport %s, views %s, "
+            "%.2f s, at most %.1f MiB held for experts meanwhile",
             self.rank,
             self.size,
             len(shared.layers),
             shared.stored_bytes / MIB,
+            shared.local_experts,
             max(remote) / MIB,
             shared.replicated_bytes / MIB,
             shared.slot_bytes / MIB,
             self.config.depth,
             self._memory.transport,
-            self.config.view,
+            self.config.view if self._memory.maps else "staged",
             seconds,
+            shared.peak_bytes / MIB,
         )
 
     def begin_forward(self, num_tokens: int) -> None:
         """A forward of `num_tokens` tokens is about to run: choose its views."""
-        self._direct = self.config.wants_direct(num_tokens)
+        self._direct = self._rests_direct and self.config.wants_direct(num_tokens)
         self._visited = 0
         self.in_forward = True
 
@@ -138,8 +142,8 @@ class DwdpRuntime:
                 "through DWDP, so its tokens may be wrong. This model, or another plugin, runs experts by a way "
                 "that DWDP does not know: serve without --enable-dwdp, and please report the model."
             )
-        self.counters.count_forward(num_tokens, direct=self._direct)
-        self._direct = True
+        self.counters.count_forward(num_tokens, direct=self._direct or replayed)
+        self._direct = self._rests_direct
 
     def count_reads(self, layer_id: int, expert_ids: torch.Tensor) -> None:
         """Count the remote bytes that a direct forward reads; `expert_ids` are those it was routed to."""
@@ -149,19 +153,23 @@ class DwdpRuntime:
             routed = set(expert_ids.reshape(-1).tolist())
             self.counters.bytes_read_in_place += sum(remote[e] for e in routed if 0 <= e < len(remote))
 
-    def report(self) -> Mapping[str, int | str]:
+    def report(self) -> Mapping[str, int | float | str]:
         """Plain numbers and words for /server_info."""
         copied, late = (self._prefetcher.copied_bytes, self._prefetcher.late_fills) if self._prefetcher else (0, 0)
+        shared = self._shared
         return {
             "rank": self.rank,
             "group_size": self.size,
             "transport": self._memory.transport,
             "view": self.config.view,
             "moe_layers": len(self._position),
-            "stored_bytes": self._shared.stored_bytes if self._shared else 0,
-            "slot_bytes": self._shared.slot_bytes if self._shared else 0,
+            "local_experts": shared.local_experts if shared else 0,
+            "stored_bytes": shared.stored_bytes if shared else 0,
+            "slot_bytes": shared.slot_bytes if shared else 0,
+            "setup_peak_bytes": shared.peak_bytes if shared else 0,
             "bytes_copied": copied,
             "late_fills": late,
+            "exposed_copy_s": round(self._engine.exposed_s(), 6),
             **self.counters.as_dict(),
         }
 

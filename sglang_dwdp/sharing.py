@@ -1,27 +1,30 @@
 """Sharing the experts of a model among the ranks of a group: once, before serving.
 
-Layer by layer, every rank makes a block for its segment of each expert tensor, swaps descriptors with its
-peers, maps everybody's blocks into one view, writes its experts through that view (an expert's first bytes
-may lie in the neighbour's last page), and lets the engine free its own copy. So set-up never holds much more
-than the shard, the slots and one layer.
+Layer by layer, every rank makes blocks for its segment of each expert tensor, swaps handles with its peers, puts
+its experts in place (`placing`), and lets the engine free its own copy. So set-up never holds much more than the
+experts that the rank keeps, the slots and one layer. Replicas are fetched from their owners when all have written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
 import torch
 
+from sglang_dwdp.budget import Tensors, local_experts
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.errors import DwdpConfigError, DwdpSetupError
 from sglang_dwdp.layers import ExpertLayer, describe, specs_of
-from sglang_dwdp.layout import copy_order, remote_bytes_of_experts
-from sglang_dwdp.memory.base import Block, CopyList, Memory
-from sglang_dwdp.memory.exchange import Exchange, close_fds
-from sglang_dwdp.views import SlotMemory, TensorSpec, View, direct_view, staged_view
+from sglang_dwdp.layout import copy_order, remote_bytes_of_experts, tensor_layout
+from sglang_dwdp.memory.base import CopyList, Memory
+from sglang_dwdp.memory.exchange import Exchange
+from sglang_dwdp.memory.swap import agree_on_handles, swap_blocks
+from sglang_dwdp.placing import Mapped, Placed, Placer, Unmapped
+from sglang_dwdp.views import SlotMemory, TensorSpec
 
 
 @dataclass(slots=True)
@@ -29,7 +32,7 @@ class SharedLayer:
     """A MoE layer whose experts are shared.
 
     direct, staged: the tensors that either kind of forward binds, by name (staged: only the shared ones, and
-    empty where no forward is staged).
+    empty where no forward is staged). Where memory cannot be mapped, `direct` has the staged ones.
     copies: what fills the layer's slot.  copy_bytes: its size.
     remote_bytes: `[num_experts]`, bytes of each expert that lie in peers' memory.
     """
@@ -44,12 +47,18 @@ class SharedLayer:
 
 @dataclass(slots=True)
 class SharedExperts:
-    """Everything that set-up made; `close` takes it down in reverse order."""
+    """Everything that set-up made; `close` takes it down in reverse order.
+
+    local_experts: how many experts of a layer this rank keeps.
+    peak_bytes: the most that set-up held for experts at a time, with what the engine had loaded.
+    """
 
     layers: list[SharedLayer]
+    local_experts: int
     stored_bytes: int
     slot_bytes: int
     replicated_bytes: int
+    peak_bytes: int
     _stack: ExitStack = field(repr=False)
 
     def close(self) -> None:
@@ -67,26 +76,65 @@ class _Sharing:
         self.config, self.memory, self.exchange, self.owned = config, memory, exchange, owned
         self.rank = exchange.rank
         self.slots = SlotMemory(memory, self.rank)
+        self.placer: Placer = (
+            Mapped(memory, self.rank, self.slots, owned) if memory.maps else Unmapped(self.rank, self.slots)
+        )
         self.layers: list[SharedLayer] = []
-        self.shared_views: list[View] = []
-        self.passing_views: list[tuple[SharedLayer, str, View]] = []
+        self.copies_of_small: list[tuple[SharedLayer, str, Callable[[], torch.Tensor]]] = []
         self.stored_bytes = 0
+        self.held_at_start = 0
+        self.peak_bytes = 0
         self.at = "start"
 
     def run(self, layers: Sequence[ExpertLayer]) -> SharedExperts:
         self.exchange.connect()
-        specs = [specs_of(layer, self.rank, self.memory.page_bytes) for layer in layers]
+        self.handles = agree_on_handles(self.memory, self.exchange)
+        plain = [specs_of(layer, self.rank, self.memory.page_bytes) for layer in layers]
+        kept, specs = self._keep(layers, plain)
         self._agree(layers, specs)
+        self.memory.trim()
+        loaded = sum(tensor.nbytes for layer in layers for tensor in layer.shards().values())
+        self.held_at_start = self.memory.held_bytes - loaded
         for position, layer in enumerate(layers):
             self.at = f"layer {layer.layer_id}"
             self._share(position, layer, specs[position])
         self.at = "last steps"
         self.exchange.barrier()  # every rank has written its experts
         replicated_bytes = self._replicate()
-        for view in self.shared_views:
-            view.protect()
+        self.placer.finish()
         self.exchange.barrier()  # no rank serves while another may still fail
-        return SharedExperts(self.layers, self.stored_bytes, self.slots.nbytes, replicated_bytes, self.owned.pop_all())
+        return SharedExperts(
+            self.layers,
+            kept,
+            self.stored_bytes,
+            self.slots.nbytes,
+            replicated_bytes,
+            self.peak_bytes,
+            self.owned.pop_all(),
+        )
+
+    def _keep(
+        self, layers: Sequence[ExpertLayer], specs: Sequence[Sequence[TensorSpec]]
+    ) -> tuple[int, list[list[TensorSpec]]]:
+        """How many experts of a layer this rank keeps, and the specs laid out for that."""
+        shared = [
+            {spec.name: spec.layout.expert_bytes for spec in of_layer if not self._is_small(layer, spec)}
+            for layer, of_layer in zip(layers, specs, strict=True)
+        ]
+        largest = max(layers, key=lambda layer: layer.placement.num_experts).placement
+        tensors = Tensors(
+            [(layer.placement, sizes) for layer, sizes in zip(layers, shared, strict=True)], self.memory.page_bytes
+        )
+        kept = local_experts(self.config, tensors, largest.num_experts, largest.group_size)
+
+        def laid_out(layer: ExpertLayer, spec: TensorSpec) -> TensorSpec:
+            if self._is_small(layer, spec):
+                return spec
+            layout = tensor_layout(layer.placement, spec.layout.expert_bytes, spec.layout.page_bytes, kept)
+            return dataclasses.replace(spec, layout=layout)
+
+        result = [[laid_out(layer, spec) for spec in mine] for layer, mine in zip(layers, specs, strict=True)]
+        return kept or len(largest.shard(self.rank)), result
 
     def _agree(self, layers: Sequence[ExpertLayer], specs: Sequence[Sequence[TensorSpec]]) -> None:
         mine = "\n".join(describe(layer.layer_id, s) for layer, s in zip(layers, specs, strict=True))
@@ -98,100 +146,60 @@ class _Sharing:
 
     def _share(self, position: int, layer: ExpertLayer, specs: Sequence[TensorSpec]) -> None:
         shared = SharedLayer(layer, {}, {}, (), 0, [0] * layer.placement.num_experts)
-        pairs: dict[str, tuple[View, View]] = {}
+        placed: dict[str, Placed] = {}
+        first = layer.placement.shard(self.rank).start
+        slot = None if self.config.view == "direct" else position % self.config.depth
+        ranks = range(self.exchange.size)
+        wanted = {rank: [(spec.name, block) for spec in specs for block in spec.layout.blocks(rank)] for rank in ranks}
         with ExitStack() as passing:
-            blocks = self._swap_blocks(specs, passing)
+            # Mappings hold memory by themselves; what cannot be mapped is held by its blocks.
+            holder = passing if self.memory.maps else self.owned
+            blocks = swap_blocks(self.memory, self.exchange, self.handles, wanted, holder)
             for spec in specs:
                 self.at = f"layer {layer.layer_id}, {spec.name}"
-                here = {rank: by_name[spec.name] for rank, by_name in blocks.items() if spec.name in by_name}
-                direct = self._own(direct_view(self.memory, spec, here))
-                self._write(layer, spec, direct)
-                shared.direct[spec.name] = direct.tensor
+                parts = [(rank, span, b) for rank in ranks for name, span, b in blocks[rank] if name == spec.name]
+                shard = layer.shards()[spec.name]
                 if self._is_small(layer, spec):
-                    self.passing_views.append((shared, spec.name, direct))
+                    self.copies_of_small.append((shared, spec.name, self.placer.replicate(spec, parts, shard, first)))
+                    shared.direct[spec.name] = shard.new_empty(layer.placement.num_experts, *spec.tail)
                     continue
                 self._count(shared, spec)
-                self.shared_views.append(direct)
-                if self.config.view != "direct":
-                    slot = self.slots.blocks(position % self.config.depth, spec)
-                    staged = self._own(staged_view(self.memory, spec, self.rank, here.get(self.rank), slot))
-                    shared.staged[spec.name] = staged.tensor
-                    pairs[spec.name] = (staged, direct)
-        if pairs:
-            self._plan(shared, [spec for spec in specs if spec.name in pairs], pairs)
+                placed[spec.name] = self.placer.share(spec, parts, shard, first, slot)
+        for name, result in placed.items():
+            shared.direct[name] = result.direct
+            if result.staged is not None:
+                shared.staged[name] = result.staged
+        if slot is not None:
+            self._plan(shared, [spec for spec in specs if spec.name in placed], placed)
+        self.peak_bytes = max(self.peak_bytes, self.memory.held_bytes - self.held_at_start)
         layer.bind(shared.direct)
         self.memory.trim()  # what the layer held, before the next one takes its blocks
         self.layers.append(shared)
-
-    def _own(self, view: View) -> View:
-        self.owned.callback(view.close)
-        return view
-
-    def _swap_blocks(self, specs: Sequence[TensorSpec], stack: ExitStack) -> dict[int, dict[str, Block]]:
-        """Every rank's block for every tensor of one layer, by rank and name, closed when `stack` is.
-
-        A rank whose segment of a tensor is empty has none. One message a layer, so few descriptors are open
-        at a time.
-        """
-
-        def present(rank: int) -> list[TensorSpec]:
-            return [spec for spec in specs if spec.layout.segments[rank].nbytes]
-
-        def kept(block: Block) -> Block:
-            stack.callback(block.close)
-            return block
-
-        own = {
-            spec.name: kept(self.memory.create(spec.layout.segments[self.rank].nbytes)) for spec in present(self.rank)
-        }
-        received = self.exchange.all_gather_fds([self.memory.export(block) for block in own.values()])
-        unclaimed = [fd for fds in received for fd in fds]
-        stack.callback(lambda: close_fds(unclaimed))
-        blocks = {self.rank: own}
-        for peer, fds in enumerate(received):
-            if peer == self.rank:
-                continue
-            if len(fds) != len(present(peer)):
-                raise DwdpSetupError(f"rank {peer} sent {len(fds)} blocks, {len(present(peer))} were agreed on")
-            blocks[peer] = {}
-            for spec, fd in zip(present(peer), fds, strict=True):
-                unclaimed.remove(fd)
-                blocks[peer][spec.name] = kept(self.memory.import_fd(fd, spec.layout.segments[peer].nbytes))
-        return blocks
-
-    def _write(self, layer: ExpertLayer, spec: TensorSpec, view: View) -> None:
-        span = spec.layout.expert_span(layer.placement.shard(self.rank))
-        shard = layer.shards()[spec.name].detach()
-        view.piece(span).copy_(shard.reshape(-1).view(torch.uint8))
 
     def _is_small(self, layer: ExpertLayer, spec: TensorSpec) -> bool:
         return not layer.is_weight(spec.name) and spec.layout.nbytes < self.config.replicate_below_bytes
 
     def _count(self, shared: SharedLayer, spec: TensorSpec) -> None:
-        self.stored_bytes += spec.layout.segments[self.rank].nbytes
+        self.stored_bytes += spec.layout.stored_bytes(self.rank)
         for expert, nbytes in enumerate(remote_bytes_of_experts(spec.layout, self.rank)):
             shared.remote_bytes[expert] += nbytes
 
-    def _plan(self, shared: SharedLayer, specs: Sequence[TensorSpec], pairs: dict[str, tuple[View, View]]) -> None:
-        order = copy_order({spec.name: spec.layout for spec in specs}, self.rank, self.config.slice_bytes)
-        copies = []
-        for piece in order:
-            staged, direct = pairs[piece.tensor]
-            source = direct.piece(piece.span)
-            if source.numel():  # nothing is left of a slice that lies past the tensor, in its last page
-                copies.append((staged.piece(piece.span), source))
-        shared.copies = copies
-        shared.copy_bytes = sum(source.numel() for _, source in copies)
+    def _plan(self, shared: SharedLayer, specs: Sequence[TensorSpec], placed: dict[str, Placed]) -> None:
+        layouts = {spec.name: spec.layout for spec in specs}
+        order = copy_order(layouts, self.rank, self.config.slice_bytes, own=not self.memory.maps)
+        pairs = [placed[piece.tensor].pieces(piece) for piece in order]
+        # Nothing is left of a slice that lies past the tensor, in its last page.
+        shared.copies = [(to, source) for to, source in pairs if source.numel()]
+        shared.copy_bytes = sum(source.numel() for _, source in shared.copies)
 
     def _replicate(self) -> int:
         """Give every rank its own copy of the small tensors; returns their bytes."""
         nbytes = 0
-        for shared, name, view in self.passing_views:
-            full = view.tensor.clone()
+        for shared, name, copy in self.copies_of_small:
+            full = copy()
             shared.direct[name] = full
             shared.layer.use({name: full})
-            view.close()
-            nbytes += full.numel() * full.element_size()
+            nbytes += full.nbytes
         return nbytes
 
 
@@ -219,6 +227,6 @@ def share_experts(
             for shared in sharing.layers:  # no parameter may point into what is unmapped next
                 shared.layer.use({name: tensor.new_empty(0) for name, tensor in shared.direct.items()})
             raise DwdpSetupError(f"sharing the experts failed: {reason}") from error
-        # Views hold the slots' memory from here on; the blocks' descriptors are not needed any more.
-        sharing.slots.close()
+        if memory.maps:  # views hold the slots' memory from here on; the blocks' descriptors are not needed
+            sharing.slots.close()
         return result

@@ -8,7 +8,7 @@ staged   [ slot           | rank 1's block | slot           ]   remote pages are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -59,29 +59,11 @@ class View:
         self._pages.close()
 
 
-def direct_view(memory: Memory, spec: TensorSpec, blocks: Mapping[int, Block]) -> View:
-    """A view on every rank's own memory, writable until `View.protect`.
+def view_of(memory: Memory, spec: TensorSpec, placed: Iterable[tuple[int, Block]]) -> View:
+    """A view on these blocks, writable until `View.protect`.
 
-    blocks: each rank's block, for the ranks whose segment is not empty.
+    placed: (offset, block); together they tile the tensor's range.
     """
-    placed = [(spec.layout.segments[rank].offset, block) for rank, block in blocks.items()]
-    return _view(memory, spec, placed)
-
-
-def staged_view(memory: Memory, spec: TensorSpec, rank: int, own: Block | None, slot: Sequence[Block]) -> View:
-    """A view on `rank`'s own memory and, everywhere else, on a slot's.
-
-    own: this rank's block, None where its segment is empty.
-    slot: one block for each of `layout.remote_runs(rank)`, of that size.
-    """
-    runs = spec.layout.remote_runs(rank)
-    placed = [(run.offset, block) for run, block in zip(runs, slot, strict=True)]
-    if own is not None:
-        placed.append((spec.layout.segments[rank].offset, own))
-    return _view(memory, spec, placed)
-
-
-def _view(memory: Memory, spec: TensorSpec, placed: Sequence[tuple[int, Block]]) -> View:
     with ExitStack() as undo:
         pages = memory.reserve(spec.layout.reserved_bytes)
         undo.callback(pages.close)
@@ -104,14 +86,16 @@ class SlotMemory:
         self._rank = rank
         self._blocks: dict[tuple[int, str, int, int], Block] = {}
 
-    def blocks(self, slot: int, spec: TensorSpec) -> list[Block]:
-        """The blocks that `staged_view` wants for `spec` in `slot`."""
+    def blocks(self, slot: int, spec: TensorSpec) -> list[tuple[int, Block]]:
+        """(offset, block) of what `spec` has in `slot`: its remote runs where memory can be mapped, else all of it."""
+        whole = (Span(0, spec.layout.reserved_bytes),)
+        runs = spec.layout.remote_runs(self._rank) if self._memory.maps else whole
         result = []
-        for index, run in enumerate(spec.layout.remote_runs(self._rank)):
+        for index, run in enumerate(runs):
             key = (slot, spec.name, index, run.nbytes)
             if key not in self._blocks:
                 self._blocks[key] = self._memory.create(run.nbytes)
-            result.append(self._blocks[key])
+            result.append((run.offset, self._blocks[key]))
         return result
 
     @property

@@ -20,7 +20,7 @@ from sglang_dwdp.memory import memory_for
 from sglang_dwdp.runtime import DwdpRuntime
 from sglang_dwdp.srt_patches import flashinfer_fp8
 from sglang_dwdp.srt_patches.hooks import Hook
-from sglang_dwdp.srt_patches.moe_layer import collect
+from sglang_dwdp.srt_patches.moe_layer import collect, rank_in_group
 from sglang_dwdp.srt_patches.server_args import config_of
 
 
@@ -52,9 +52,11 @@ def set_up(runner: Any) -> None:
     assert config is not None
     layers = collect(runner.model, runner.device)
     parallel = get_parallel()
-    memory = memory_for(runner.device, torch.cuda.current_device() if runner.device == "cuda" else 0)
-    runtime = DwdpRuntime(config, memory, parallel.tp_rank, parallel.dwdp_size)
-    runtime.setup(layers, _common_name(parallel.tp_group))
+    index = torch.cuda.current_device() if runner.device == "cuda" else 0
+    memory = memory_for(runner.device, index, config.transport)
+    runtime = DwdpRuntime(config, memory, rank_in_group(), parallel.dwdp_size)
+    group = parallel.tp_rank // parallel.dwdp_size
+    runtime.setup(layers, f"{_common_name(parallel.tp_group)}.{group}")
     set_global_dwdp_manager(Manager(runtime))
     if runner.device == "cuda":
         flashinfer_fp8.warm_up(runner.model, max(1, max_prefill_buffer_tokens()))

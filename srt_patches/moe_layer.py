@@ -22,6 +22,11 @@ _COUNT = "_num_local_routed"
 _FORWARD = ("forward", "forward_impl", "run_moe_core")
 
 
+def rank_in_group() -> int:
+    """This rank's place among the `dwdp_size` neighbouring ranks that share one set of experts."""
+    return int(get_parallel().tp_rank) % int(get_parallel().dwdp_size)
+
+
 def placement_of(layer: Any) -> Placement:
     """Which rank stores which routed experts of a FusedMoE layer."""
     return balanced(layer.num_global_routed_experts, get_parallel().dwdp_size)
@@ -44,7 +49,7 @@ class ShardCount:
 
     def __set__(self, layer: Any, count: int) -> None:
         being_built = "_dwdp_bound" not in layer.__dict__  # the last thing that __init__ sets
-        layer.__dict__[_COUNT] = len(placement_of(layer).shard(get_parallel().tp_rank)) if being_built else count
+        layer.__dict__[_COUNT] = len(placement_of(layer).shard(rank_in_group())) if being_built else count
 
 
 def build(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
@@ -61,13 +66,13 @@ def build(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) 
 
 def local_index(layer: Any, expert_id: int) -> int:
     """In place of `FusedMoE._map_global_expert_id_to_local_expert_id`: -1 for an expert of another rank."""
-    return placement_of(layer).local_index(get_parallel().tp_rank, expert_id)
+    return placement_of(layer).local_index(rank_in_group(), expert_id)
 
 
 def shard_of(layer: Any, param: Any, loaded_weight: torch.Tensor) -> torch.Tensor:
     """This rank's part of a checkpoint's tensor of all experts, as gpt-oss has them, for a `param` of its shard.
     SGLang slices such tensors by expert parallelism, if at all."""
-    shard = placement_of(layer).shard(get_parallel().tp_rank)
+    shard = placement_of(layer).shard(rank_in_group())
     if loaded_weight.shape[0] != layer.num_global_routed_experts or param.shape[0] != len(shard):
         return loaded_weight
     return loaded_weight[shard.start : shard.stop]

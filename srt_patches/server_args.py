@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,16 +15,19 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp import config as options
 from sglang_dwdp import cpu_engine
+from sglang_dwdp.budget import refuse_local_experts
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.conflicts import refuse_conflicts
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.placement import balanced
 from sglang_dwdp.srt_patches.hooks import Hook
 
+logger = logging.getLogger(__name__)
+
 _SOURCE = "sglang_dwdp"
 _ATTRIBUTE = "_dwdp"  # not a field of ServerArgs; SGLang carries such attributes to child processes
 _FROM_COMMAND_LINE = "_dwdp_from_command_line"
-_TRANSPORTS = {"cpu": "host-shm", "cuda": "cuda-vmm"}  # by device
+_TRANSPORTS = {"cpu": ("host-shm",), "cuda": ("cuda-vmm", "cuda-ipc")}  # by device
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 
 
@@ -92,7 +96,8 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
     view = resolving_view(server_args)
     try:
         refuse_conflicts(view)
-        _refuse_model(server_args, view)
+        group_size = _group_size(config, view)
+        _refuse_model(config, server_args, view, group_size)
         _refuse_device(config, view)
     except DwdpConfigError as error:
         if getattr(server_args, _FROM_COMMAND_LINE, False):
@@ -101,7 +106,7 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
     declare_resolution(
         server_args,
         _SOURCE,
-        dwdp_size=view.tp_size,
+        dwdp_size=group_size,
         attn_dp_size=view.tp_size,
         dp_size=1,
         # Every rank runs all experts of its tokens, so no rank is one of several in expert parallelism. Which
@@ -115,14 +120,32 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         # A fused shared expert is one more row of the expert tensors, replicated on every rank.
         disable_shared_experts_fusion=True,
     )
-    if view.device == "cpu":
+    if view.device == "cpu" or not config.has_direct:
+        # A graph holds addresses, and what a slot holds changes from layer to layer.
         declare_resolution(server_args, _SOURCE, disable_cuda_graph=True)
-    else:
+    elif config.view == "auto":
         # Decode graphs read direct views. A prefill's views change with its size, so it runs without graphs.
         declare_resolution(server_args, _SOURCE, cuda_graph_backend_prefill="disabled")
+    if view.device != "cpu" and config.view != "direct":
+        logger.info(
+            "DWDP: CUDA graphs of prefill are off, because staged forwards change their views (--dwdp-view %s). "
+            "Decode graphs are %s.",
+            config.view,
+            "on, over direct views" if config.has_direct else "off for the same reason",
+        )
 
 
-def _refuse_model(server_args: Any, view: Any) -> None:
+def _group_size(config: DwdpConfig, view: Any) -> int:
+    size = config.group_size or view.tp_size
+    if view.tp_size % size:
+        raise DwdpConfigError(
+            f"--enable-dwdp cannot be used here: --tp-size {view.tp_size} is not a multiple of --dwdp-group-size "
+            f"{size}. Every rank belongs to one group: choose a group size that divides the number of ranks."
+        )
+    return int(size)
+
+
+def _refuse_model(config: DwdpConfig, server_args: Any, view: Any, group_size: int) -> None:
     text_config = model_config_of(server_args).hf_text_config
     counts = [getattr(text_config, name, None) for name in _EXPERT_COUNTS]
     num_experts = next((count for count in counts if isinstance(count, int) and count > 1), None)
@@ -131,20 +154,21 @@ def _refuse_model(server_args: Any, view: Any) -> None:
             f"--enable-dwdp cannot be used here: {view.model_path} has no routed experts (its config has none of "
             f"{', '.join(_EXPERT_COUNTS)}), so there is nothing to share. Use --dp-size for a dense model."
         )
-    balanced(num_experts, view.tp_size)
+    balanced(num_experts, group_size)
+    refuse_local_experts(config.local_experts, num_experts, group_size)
 
 
 def _refuse_device(config: DwdpConfig, view: Any) -> None:
-    transport = _TRANSPORTS.get(view.device)
-    if transport is None:
+    transports = _TRANSPORTS.get(view.device)
+    if transports is None:
         raise DwdpConfigError(
             f"--enable-dwdp cannot be used here: --device {view.device} has no memory that ranks can share. "
             f"Use one of {', '.join(_TRANSPORTS)}."
         )
-    if config.transport not in ("auto", transport):
+    if config.transport not in ("auto", *transports):
         raise DwdpConfigError(
             f"--enable-dwdp cannot be used here: --dwdp-transport {config.transport} on --device {view.device}. "
-            f"Use {transport}, or leave the option out."
+            f"Use {' or '.join(transports)}, or leave the option out."
         )
 
 
@@ -164,6 +188,18 @@ def resolve_data_parallelism(server_args: Any, previous: Callable[[Any], None]) 
     }
     previous(server_args)
     declare_resolution(server_args, _SOURCE, **kept)
+
+
+def resolve_load_balance(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """The resolution step `handle_load_balance_method`: requests go to the rank with the fewest pending tokens.
+
+    SGLang's default counts requests (and on a prefill server draws the rank from the request's number). Ranks in
+    step lose little by that, since each waits for the longest anyway; a DWDP rank waits for nobody, so a rank that
+    got the long prompts is the only thing left that makes requests wait.
+    """
+    if config_of(server_args) is not None and resolving_view(server_args).load_balance_method == "auto":
+        declare_resolution(server_args, _SOURCE, load_balance_method="total_tokens")
+    previous(server_args)
 
 
 def resolve_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -194,6 +230,7 @@ def register_resolution() -> None:
     """Register the resolution steps, SGLang's official way to override them."""
     register_resolution_hook("handle_dwdp")(resolve_dwdp)
     register_resolution_hook("handle_data_parallelism")(resolve_data_parallelism)
+    register_resolution_hook("handle_load_balance_method")(resolve_load_balance)
     register_resolution_hook("handle_cpu_backends")(resolve_cpu_backends)
     register_resolution_hook("handle_gpu_memory_settings")(resolve_memory)
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from sglang_dwdp.config import DwdpConfig
-from sglang_dwdp.memory.base import Memory
-from sglang_dwdp.memory.host_shm import HostMemory
+from sglang_dwdp.memory.base import Handle, Memory
+from sglang_dwdp.memory.host_shm import HostBlock, HostMemory, HostRange
 from sglang_dwdp.placement import balanced
 from sglang_dwdp.runtime import DwdpRuntime
 
@@ -54,6 +54,56 @@ def cuda_memory() -> Memory:
     return CudaMemory(0)
 
 
+def cuda_ipc_memory() -> Memory:
+    """Memory of GPU 0, for ranks that are processes of their own."""
+    from sglang_dwdp.memory.cuda_ipc import CudaIpcMemory
+
+    return CudaIpcMemory(0)
+
+
+class _UnmappedBlock:
+    """A memory file, mapped once at an address of its own."""
+
+    def __init__(self, block: HostBlock, nbytes: int) -> None:
+        self.block, self.nbytes = block, nbytes
+        self._pages = HostRange(block.nbytes)
+        self._pages.map(0, block)
+
+    def tensor(self) -> torch.Tensor:
+        return self._pages.tensor(self.nbytes)
+
+    def close(self) -> None:
+        self._pages.close()
+        self.block.close()
+
+
+class UnmappedMemory(HostMemory):
+    """Host memory that behaves as CUDA IPC's: blocks have addresses of their own, and cannot be mapped elsewhere."""
+
+    page_bytes = 1
+    maps = False
+
+    @staticmethod
+    def _whole(nbytes: int) -> int:
+        return -(-nbytes // HostMemory.page_bytes) * HostMemory.page_bytes
+
+    def create(self, nbytes: int) -> Any:
+        self.page_bytes = HostMemory.page_bytes
+        try:
+            return _UnmappedBlock(super().create(self._whole(nbytes)), nbytes)
+        finally:
+            self.page_bytes = 1
+
+    def export(self, block: Any) -> Handle:
+        return super().export(block.block)
+
+    def import_handle(self, handle: Handle, nbytes: int) -> Any:
+        return _UnmappedBlock(super().import_handle(handle, self._whole(nbytes)), nbytes)
+
+    def reserve(self, nbytes: int) -> Any:
+        raise TypeError("cannot be mapped")
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of memory that tests run with."""
@@ -63,14 +113,12 @@ class Kind:
 
 
 HOST = Kind(HostMemory, "cpu")
+UNMAPPED = Kind(UnmappedMemory, "cpu")
 CUDA = Kind(cuda_memory, "cuda:0")
+CUDA_IPC = Kind(cuda_ipc_memory, "cuda:0")
 KINDS = [
     pytest.param(HOST, id="host"),
-    pytest.param(
-        CUDA,
-        id="cuda",
-        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: python -m pytest -k cuda"),
-    ),
+    pytest.param(CUDA, id="cuda", marks=pytest.mark.gpu(4)),
 ]
 
 
@@ -151,3 +199,16 @@ def open_resources() -> tuple[int, int]:
     """Open descriptors, and mappings of this package's memory files."""
     maps = Path("/proc/self/maps").read_text()
     return len(os.listdir("/proc/self/fd")), maps.count("sglang-dwdp")
+
+
+GPU_TABLES = 32 << 20  # what the driver may keep for its own tables
+
+
+def gpu_bytes() -> int:
+    """Memory in use on GPU 0, torch's cache excepted; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)

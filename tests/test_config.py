@@ -36,6 +36,7 @@ def test_every_option_has_a_flag() -> None:
             "64",
         ],
         *["--dwdp-replicate-below-kib", "0", "--dwdp-transport", "host-shm", "--dwdp-timeout-s", "1.5", "--dwdp-audit"],
+        *["--dwdp-group-size", "4", "--dwdp-local-experts", "33"],
     )
     assert config == DwdpConfig(
         view="staged",
@@ -46,6 +47,8 @@ def test_every_option_has_a_flag() -> None:
         transport="host-shm",
         timeout_s=1.5,
         audit=True,
+        group_size=4,
+        local_experts=33,
     )
     assert config.slice_bytes == 65536
 
@@ -69,6 +72,13 @@ def test_an_option_without_enable_dwdp_is_refused() -> None:
         ({"timeout_s": 0}, "--dwdp-timeout-s must be a number of seconds above 0"),
         ({"timeout_s": "5"}, "--dwdp-timeout-s must be"),
         ({"audit": "yes"}, "--dwdp-audit must be true or false"),
+        ({"group_size": 1}, "--dwdp-group-size must be a whole number of at least 2"),
+        ({"local_experts": 0}, "--dwdp-local-experts must be a whole number of at least 1"),
+        ({"memory_gib": 0}, "--dwdp-memory-gib must be a number of GiB above 0"),
+        ({"memory_gib": float("nan")}, "--dwdp-memory-gib must be"),
+        ({"memory_gib": 2.5, "local_experts": 3}, "--dwdp-memory-gib is another way to say --dwdp-local-experts"),
+        ({"transport": "cuda-ipc", "view": "direct"}, "--dwdp-view needs memory that can be mapped"),
+        ({"transport": "cuda-ipc", "local_experts": 3}, "--dwdp-local-experts and --dwdp-memory-gib need memory"),
     ],
 )
 def test_bad_values(options_given: dict[str, Any], message: str) -> None:

@@ -32,7 +32,7 @@ def test_owner_of_no_expert() -> None:
 
 
 def test_fewer_experts_than_ranks() -> None:
-    with pytest.raises(DwdpConfigError, match=r"2 experts cannot be shared among 3 ranks.*--tp-size to 2"):
+    with pytest.raises(DwdpConfigError, match=r"2 experts cannot be shared among 3 ranks.*--tp-size, to 2"):
         balanced(2, 3)
 
 

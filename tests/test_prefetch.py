@@ -51,6 +51,9 @@ class ModelEngine:
         if not self.late:
             self.run()
 
+    def exposed_s(self) -> float:
+        return 0.0
+
     def wait(self, done: ModelEvent) -> None:
         # No further than to the last fill that `done` was given to: that is all a real engine promises.
         while not done.happened:

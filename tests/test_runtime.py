@@ -13,10 +13,23 @@ from hypothesis import strategies as st
 
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.errors import DwdpConfigError, DwdpRuntimeError, DwdpSetupError
-from sglang_dwdp.memory.base import Block, Memory
+from sglang_dwdp.memory.base import Block, Handle, Memory
 from sglang_dwdp.memory.host_shm import HostMemory
 from sglang_dwdp.runtime import DwdpRuntime
-from tests.ranks import KINDS, Kind, PlainLayer, checkpoint, equal, forward, open_resources, run_ranks
+from tests.ranks import (
+    GPU_TABLES,
+    HOST,
+    KINDS,
+    UNMAPPED,
+    Kind,
+    PlainLayer,
+    checkpoint,
+    equal,
+    forward,
+    gpu_bytes,
+    open_resources,
+    run_ranks,
+)
 
 TAILS = {"w13_weight": (24, 40), "w2_weight": (40, 12), "scale": (3,)}
 
@@ -33,6 +46,110 @@ def test_every_rank_sees_the_checkpoint(kind: Kind, size: int, num_experts: int,
 
     assert run_ranks(size, full, step, DwdpConfig(view=view, depth=2, timeout_s=20)) == [[True] * 5] * size
     assert open_resources()[1] == 0
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("view", ["direct", "staged"])
+@pytest.mark.parametrize("local_experts", [5, 7, 9, 10])
+@pytest.mark.parametrize("kind", KINDS)
+def test_redundant_placement(kind: Kind, local_experts: int, view: Any, size: int) -> None:
+    full = checkpoint(3, 10, {"w13_weight": (64, 80), "scale": (300,)}, kind.device)
+
+    def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> list[Any]:
+        seen = [equal(forward(runtime, layers, tokens), full) for tokens in (1000, 1, 1000)]
+        return [*seen, runtime.report()["local_experts"]]
+
+    config = DwdpConfig(view=view, depth=2, local_experts=local_experts, replicate_below_kib=0, timeout_s=20)
+    before = open_resources()
+    assert run_ranks(size, full, step, config) == [[True] * 3 + [local_experts]] * size
+    if kind.device == "cpu":
+        assert open_resources() == before
+
+
+def test_redundant_experts_are_read_and_copied_by_nobody() -> None:
+    full = checkpoint(3, 8, {"w1": (32, 64)})  # an expert is one page
+
+    def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> list[Any]:
+        runtime.begin_forward(1)
+        runtime.count_reads(1, torch.arange(8))
+        read = runtime.counters.bytes_read_in_place
+        forward(runtime, layers, 1000)
+        report = runtime.report()
+        return [read, *(report[name] for name in ("bytes_copied", "stored_bytes", "slot_bytes"))]
+
+    config = DwdpConfig(depth=3, local_experts=6, timeout_s=20)
+    assert run_ranks(2, full, step, config) == [[2 * 4096, 3 * 2 * 4096, 3 * 6 * 4096, 3 * 2 * 4096]] * 2
+
+
+def test_a_memory_budget_keeps_as_many_experts_as_fit() -> None:
+    full = checkpoint(6, 8, {"w1": (32, 64)})  # 6 layers of 8 pages
+    page_gib = 4096 / (1 << 30)
+
+    def kept(pages: float) -> Any:
+        config = DwdpConfig(depth=2, memory_gib=pages * page_gib, timeout_s=20)
+        return run_ranks(2, full, lambda r, _l: (r.report()["local_experts"], r.report()["slot_bytes"] // 4096), config)
+
+    # K experts of 6 layers, and 2 slots for the 8 - K others.
+    assert kept(32) == [(4, 8)] * 2
+    assert kept(35.9) == [(4, 8)] * 2
+    assert kept(36) == [(5, 6)] * 2
+    assert kept(48) == [(8, 0)] * 2
+    for error in kept(31):
+        assert isinstance(error, DwdpConfigError)
+        assert "is too little: 4 experts of each layer and 2 slots take 0.00 GiB" in str(error)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("view", ["auto", "staged"])
+def test_memory_that_cannot_be_mapped(view: Any, size: int) -> None:
+    """As with CUDA IPC: every forward is staged, the rank's own experts too, and nothing stays open."""
+    full = checkpoint(5, 10, TAILS)
+    assert run_ranks(size, full, lambda _r, _l: None, memory=lambda _: UNMAPPED.memory()) == [None] * size
+    before = open_resources()
+
+    def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> Any:
+        seen = [equal(forward(runtime, layers, tokens), full) for tokens in (1000, 1, 1000)]
+        report = runtime.report()
+        return seen, report["direct_forwards"], report["staged_forwards"], report["late_fills"]
+
+    config = DwdpConfig(view=view, transport="cuda-ipc", timeout_s=20)
+    results = run_ranks(size, full, step, config, lambda _: UNMAPPED.memory())
+    assert results == [([True] * 3, 0, 3, 0)] * size
+    assert open_resources() == before
+
+
+def test_a_failure_at_every_call_with_memory_that_cannot_be_mapped() -> None:
+    full = checkpoint(2, 5, TAILS)
+    before = open_resources()
+    runs = list(failing_runs(UNMAPPED, full, DwdpConfig(view="staged", timeout_s=20)))
+    assert len(runs) > 20
+    assert runs[-1] == ["ran", "ran"]
+    for healthy, failed in runs[:-1]:
+        assert "injected" in str(failed)
+        assert "injected" in str(healthy)
+    assert open_resources() == before
+
+
+def test_ranks_use_the_best_kind_of_handle_that_works_on_all() -> None:
+    full = checkpoint(1, 4, {"w1": (32, 64)})
+    used: list[tuple[int, str]] = []
+
+    def memory(rank: int) -> Memory:
+        made = HOST.memory()
+        made.handle_kinds = lambda: ("better", "fd") if rank else ("fd",)  # type: ignore[method-assign]
+        made.use_handles = lambda kind: used.append((rank, kind))  # type: ignore[method-assign]
+        return made
+
+    assert run_ranks(2, full, lambda _r, _l: "ran", memory=memory) == ["ran", "ran"]
+    assert sorted(used) == [(0, "fd"), (1, "fd")]
+
+    def lonely(rank: int) -> Memory:
+        made = HOST.memory()
+        made.handle_kinds = lambda: ("fd",) if rank else ("ipc",)  # type: ignore[method-assign]
+        return made
+
+    for error in run_ranks(2, full, lambda _r, _l: None, memory=lonely):
+        assert "no way in common" in str(error)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,6 +291,11 @@ class FailingMemory:
         self.page_bytes, self.transport = memory.page_bytes, memory.transport
         self.create, self.export = self._failing(memory.create), self._failing(memory.export)
         self.copy_engine, self.trim = memory.copy_engine, memory.trim
+        self.maps, self.handle_kinds, self.use_handles = memory.maps, memory.handle_kinds, memory.use_handles
+
+    @property
+    def held_bytes(self) -> int:
+        return self._memory.held_bytes
 
     def _step(self) -> None:
         self.left -= 1
@@ -187,8 +309,8 @@ class FailingMemory:
 
         return stepped
 
-    def import_fd(self, fd: int, nbytes: int) -> Block:
-        block = self._memory.import_fd(fd, nbytes)  # takes the descriptor over, also where it fails
+    def import_handle(self, handle: Handle, nbytes: int) -> Block:
+        block = self._memory.import_handle(handle, nbytes)  # takes the descriptor over, also where it fails
         try:
             self._step()
         except OSError:
@@ -218,9 +340,10 @@ def test_an_injected_failure_at_every_call_of_set_up(kind: Kind, view: Any) -> N
     full = checkpoint(2, 5, TAILS, kind.device)
     config = DwdpConfig(view=view, timeout_s=20)
     run_ranks(2, full, lambda _r, _l: None, config)
-    before = open_resources()
+    before, gpu_before = open_resources(), gpu_bytes()
     runs = list(failing_runs(kind, full, config))
     assert len(runs) > 20
+    assert gpu_bytes() - gpu_before < GPU_TABLES
     assert runs[-1] == ["ran", "ran"]
     for healthy, failed in runs[:-1]:
         assert isinstance(failed, DwdpSetupError)
@@ -235,10 +358,11 @@ def test_an_injected_failure_at_every_call_of_set_up(kind: Kind, view: Any) -> N
 def test_64_times_open_and_close(kind: Kind) -> None:
     full = checkpoint(1, 5, TAILS, kind.device)
     run_ranks(2, full, lambda _r, _l: None)
-    before = open_resources()
+    before, gpu_before = open_resources(), gpu_bytes()
     for _ in range(64):
         assert run_ranks(2, full, lambda r, layers: equal(forward(r, layers, 1), full)) == [True, True]
     assert open_resources() == before
+    assert gpu_bytes() - gpu_before < GPU_TABLES
 
 
 def test_closing_twice_and_before_set_up() -> None:

@@ -7,9 +7,11 @@ on attention and on the experts that were chosen: an expert that is read wrongly
 
 import json
 import math
+import os
 import pydoc_data.topics
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,7 +30,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(directory: str | Path) -> None:
+def make_tokenizer(directory: str | Path, max_tokens: int = 4096) -> None:
     """Trains a byte-level BPE tokenizer on the language reference that ships with Python.
 
     Byte-level, so that any text survives a round trip. The same Python gives the same tokenizer.
@@ -54,7 +56,7 @@ def make_tokenizer(directory: str | Path) -> None:
             "eos_token": EOS,
             "bos_token": BOS,
             "pad_token": PAD,
-            "model_max_length": 4096,
+            "model_max_length": max_tokens,
             "clean_up_tokenization_spaces": False,
             "chat_template": CHAT_TEMPLATE,
         },
@@ -78,15 +80,18 @@ def make_checkpoint(
     if family not in get_args(Family):
         raise ValueError(f"unknown family {family!r}: one of {', '.join(get_args(Family))}")
     directory = Path(directory)
-    make_tokenizer(directory)
     sizes = Shape(**shape)
+    make_tokenizer(directory, sizes.max_positions)
     if not 1 <= sizes.top_k <= sizes.num_experts:
         raise ValueError(f"top_k={sizes.top_k} is not between 1 and num_experts={sizes.num_experts}")
     name = str(dtype).removeprefix("torch.")
     _write_json(directory / "config.json", config(family, sizes, name, VOCAB_SIZE))
     _write_json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 0})
 
-    weights = {spec[0]: _draw(spec, seed, dtype) for spec in tensors(family, sizes, VOCAB_SIZE)}
+    specs = list(tensors(family, sizes, VOCAB_SIZE))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # one tensor's numbers are drawn by one core
+        drawn = pool.map(lambda spec: _draw(spec, seed, dtype), specs)
+        weights = {spec[0]: tensor for spec, tensor in zip(specs, drawn, strict=True)}
     _write_weights(directory, weights, num_files)
 
 

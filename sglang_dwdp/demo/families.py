@@ -53,6 +53,7 @@ class Shape:
     kv_lora_rank: int = 64
     q_lora_rank: int = 48  # DeepSeek-V3 only
     rope_head_dim: int = 16
+    max_positions: int = 4096
 
     def expert_groups(self) -> int:
         """Groups for DeepSeek-V3's grouped top-k: at least two experts in each, 1 if nothing fits."""
@@ -74,7 +75,7 @@ def config(family: Family, s: Shape, dtype: str, vocab_size: int) -> dict[str, A
         "num_key_value_heads": s.num_kv_heads,
         "num_experts_per_tok": s.top_k,
         "hidden_act": "silu",
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": s.max_positions,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "rope_scaling": None,

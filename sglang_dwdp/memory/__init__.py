@@ -5,8 +5,12 @@ from __future__ import annotations
 from sglang_dwdp.memory.base import Memory
 
 
-def memory_for(device: str, index: int) -> Memory:
-    """The memory of a rank on `device` ("cpu" or "cuda"); `index` is the GPU's."""
+def memory_for(device: str, index: int, transport: str) -> Memory:
+    """The memory of a rank on `device` ("cpu" or "cuda"); `index` is the GPU's, `transport` the option's value."""
+    if transport == "cuda-ipc":
+        from sglang_dwdp.memory.cuda_ipc import CudaIpcMemory
+
+        return CudaIpcMemory(index)
     if device == "cuda":
         from sglang_dwdp.memory.cuda_vmm import CudaMemory  # needs the CUDA driver
 

@@ -14,10 +14,13 @@ import torch
 
 
 class Block(Protocol):
-    """Physical memory of `nbytes` bytes, a multiple of the page. Owns one descriptor until closed."""
+    """Physical memory of `nbytes` bytes, a multiple of the page. Owns its descriptors until closed."""
 
     @property
     def nbytes(self) -> int: ...
+
+    def tensor(self) -> torch.Tensor:
+        """`[nbytes]` uint8, where blocks have an address of their own (`Memory.maps` is false). Not after `close`."""
 
     def close(self) -> None:
         """Give up this process's hold on the memory, apart from mappings. Idempotent."""
@@ -46,6 +49,9 @@ class Event(Protocol):
     """A point in the order of one stream that the other stream can wait for."""
 
 
+# What stands for a block in another process: a file descriptor, or bytes.
+Handle = int | bytes
+
 # (destination, source), uint8 tensors of equal size; what one fill copies, in order.
 CopyList = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
@@ -72,6 +78,9 @@ class CopyEngine(Protocol):
             DwdpRuntimeError: the copies failed, or did not end in time.
         """
 
+    def exposed_s(self) -> float:
+        """Seconds, in all, that `wait` held the compute stream: copying that was not hidden under compute."""
+
     def close(self) -> None:
         """Wait for the copies under way and stop. Idempotent."""
 
@@ -87,6 +96,20 @@ class Memory(Protocol):
     def page_bytes(self) -> int:
         """The smallest unit that blocks are made and mapped in."""
 
+    @property
+    def maps(self) -> bool:
+        """Whether blocks can be mapped into ranges. Otherwise they stay where they are, and there are no views."""
+
+    @property
+    def held_bytes(self) -> int:
+        """What this process holds of the device's memory for tensors and for blocks that it made."""
+
+    def handle_kinds(self) -> Sequence[str]:
+        """The kinds of handle that work in this process, best first; "fd" is a file descriptor."""
+
+    def use_handles(self, kind: str) -> None:
+        """Make and take handles of this kind from now on; called before the first block is made."""
+
     def create(self, nbytes: int) -> Block:
         """A new block.
 
@@ -94,18 +117,18 @@ class Memory(Protocol):
             OSError: there is not enough memory.
         """
 
-    def export(self, block: Block) -> int:
-        """A file descriptor that stands for `block` in another process. It stays the block's own."""
+    def export(self, block: Block) -> Handle:
+        """What stands for `block` in another process. A descriptor stays the block's own."""
 
-    def import_fd(self, fd: int, nbytes: int) -> Block:
-        """The block behind a descriptor received from a peer. Takes the descriptor over.
+    def import_handle(self, handle: Handle, nbytes: int) -> Block:
+        """The block behind a handle received from a peer. Takes a descriptor over.
 
         Raises:
-            OSError: the descriptor stands for something else than a block of `nbytes` bytes.
+            OSError: the handle stands for something else than a block of `nbytes` bytes.
         """
 
     def reserve(self, nbytes: int) -> Range:
-        """Address space for `nbytes` bytes, with nothing mapped."""
+        """Address space for `nbytes` bytes, with nothing mapped; only where `maps` is true."""
 
     def trim(self) -> None:
         """Give memory that this process has freed, but its allocator kept, back to the device."""

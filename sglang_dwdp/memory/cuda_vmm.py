@@ -6,7 +6,6 @@ kernels and copy engines read it over the link. The driver wants a handle mapped
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,23 +13,14 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from sglang_dwdp.memory.base import Block, CopyList, Event, Range
+from sglang_dwdp.memory.base import Block, Handle, Range
+from sglang_dwdp.memory.cuda_copy import CudaCopyEngine
+from sglang_dwdp.memory.cuda_driver import call, make_current, tensor_at, torch_bytes
 
+_FABRIC = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_FABRIC
 _FD = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 _ACCESS = driver.CUmemAccess_flags
 _DEVICE = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-
-
-def call(function: Any, *arguments: Any) -> Any:
-    """A driver call's result.
-
-    Raises:
-        OSError: the driver refused, with the call's and the error's names.
-    """
-    status, *values = function(*arguments)
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise OSError(f"{function.__name__}: {status.name}")
-    return values[0] if values else None
 
 
 class CudaBlock:
@@ -41,8 +31,14 @@ class CudaBlock:
         self.nbytes = nbytes
         self._fds: list[int] = []
 
-    def export(self) -> int:
-        fd = int(call(driver.cuMemExportToShareableHandle, self.handle, _FD, 0))
+    def tensor(self) -> torch.Tensor:
+        raise TypeError("a driver allocation has no address before it is mapped into a range")
+
+    def export(self, kind: Any) -> Handle:
+        handle = call(driver.cuMemExportToShareableHandle, self.handle, kind, 0)
+        if kind == _FABRIC:
+            return bytes(handle.data)
+        fd = int(handle)
         self._fds.append(fd)
         return fd
 
@@ -53,19 +49,6 @@ class CudaBlock:
                 os.close(fd)
             # The memory itself stays for as long as it is mapped anywhere.
             call(driver.cuMemRelease, handle)
-
-
-class _Pointer:
-    """What torch needs to see memory as a tensor without a copy."""
-
-    def __init__(self, address: int, nbytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "strides": None,
-            "version": 3,
-        }
 
 
 class CudaRange:
@@ -102,7 +85,7 @@ class CudaRange:
         call(driver.cuMemSetAccess, address, nbytes, [access], 1)
 
     def tensor(self, nbytes: int) -> torch.Tensor:
-        return torch.as_tensor(_Pointer(self._at(0, nbytes), nbytes), device=f"cuda:{self._device}")
+        return tensor_at(self._at(0, nbytes), nbytes, self._device)
 
     def close(self) -> None:
         if self._address is None:
@@ -114,125 +97,72 @@ class CudaRange:
         call(driver.cuMemAddressFree, address, self.nbytes)
 
 
-class CudaCopyEngine:
-    """A stream of the copy engines beside the current stream."""
-
-    def __init__(self, device: int) -> None:
-        self._device = device
-        self._stream: torch.cuda.Stream | None = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._submit = _batch_function()
-
-    def event(self) -> Event:
-        event: Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        return event
-
-    def record(self, event: Event) -> None:
-        assert isinstance(event, torch.cuda.Event)
-        event.record(torch.cuda.current_stream(self._device))
-
-    def prepare(self, copies: CopyList) -> Any:
-        destinations = [destination.data_ptr() for destination, _ in copies]
-        sources = [source.data_ptr() for _, source in copies]
-        sizes = [source.numel() for _, source in copies]
-        if self._submit is None or not copies:
-            return list(zip(destinations, sources, sizes, strict=True))
-        return _Batch(self._submit, destinations, sources, sizes)
-
-    def fill(self, prepared: Any, after: Event, done: Event) -> None:
-        assert isinstance(after, torch.cuda.Event)
-        assert isinstance(done, torch.cuda.Event)
-        stream = self._stream
-        assert stream is not None
-        stream.wait_event(after)
-        if isinstance(prepared, _Batch):
-            prepared.submit(stream.cuda_stream)
-        else:
-            for destination, source, nbytes in prepared:
-                call(driver.cuMemcpyAsync, destination, source, nbytes, stream.cuda_stream)
-        done.record(stream)
-
-    def wait(self, done: Event) -> None:
-        assert isinstance(done, torch.cuda.Event)
-        torch.cuda.current_stream(self._device).wait_event(done)
-
-    def close(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
-            self._stream = None
-
-
-class _Batch:
-    """The arguments of one `cuMemcpyBatchAsync`, built once: a layer's whole copy plan is one driver call."""
-
-    def __init__(self, submit: Any, destinations: Sequence[int], sources: Sequence[int], sizes: Sequence[int]) -> None:
-        count = len(sizes)
-        self._submit = submit
-        self._count = ctypes.c_size_t(count)
-        self._destinations = (ctypes.c_uint64 * count)(*destinations)
-        self._sources = (ctypes.c_uint64 * count)(*sources)
-        self._sizes = (ctypes.c_size_t * count)(*sizes)
-        self._attributes = driver.CUmemcpyAttributes()
-        # The source may be read in any order with what the stream does before, which is nothing but the wait.
-        self._attributes.srcAccessOrder = driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
-        self._first = (ctypes.c_size_t * 1)(0)
-
-    def submit(self, stream: int) -> None:
-        status = self._submit(
-            self._destinations,
-            self._sources,
-            self._sizes,
-            self._count,
-            ctypes.c_void_p(int(self._attributes.getPtr())),
-            self._first,
-            ctypes.c_size_t(1),
-            ctypes.c_void_p(stream),
-        )
-        if status:
-            raise OSError(f"cuMemcpyBatchAsync: {driver.CUresult(status).name}")
-
-
-def _batch_function() -> Any:
-    """The driver's function in the form that CUDA 13 gave it; None where a driver lacks it.
-
-    Through ctypes: cuda.bindings would build the three arrays anew at every call.
-    """
-    function = getattr(ctypes.CDLL("libcuda.so.1"), "cuMemcpyBatchAsync_v2", None)
-    if function is not None:
-        function.restype = ctypes.c_int
-    return function
-
-
 class CudaMemory:
     """One GPU's `Memory`."""
 
     transport = "cuda-vmm"
+    maps = True
 
     def __init__(self, device: int) -> None:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-        torch.zeros(1, device=f"cuda:{device}")  # makes the device's primary context the current one
+        make_current(device)
         self._device = device
+        self._created_bytes = 0
+        self.use_handles("fd")
+        least = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        self.page_bytes = int(call(driver.cuMemGetAllocationGranularity, self._properties, least))
+
+    @property
+    def held_bytes(self) -> int:
+        return torch_bytes(self._device) + self._created_bytes
+
+    def handle_kinds(self) -> Sequence[str]:
+        """Fabric handles where one can be made and exported: a device may say that it has them and refuse both."""
+        kind = self._kind
+        self.use_handles("fabric")
+        try:
+            block = self._allocate(self.page_bytes)
+            try:
+                block.export(_FABRIC)
+            finally:
+                block.close()
+        except OSError:
+            return ("fd",)
+        finally:
+            self.use_handles(kind)
+        return ("fabric", "fd")
+
+    def use_handles(self, kind: str) -> None:
+        self._kind = kind
+        self._handle_type = _FABRIC if kind == "fabric" else _FD
         self._properties = driver.CUmemAllocationProp()
         self._properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._properties.location.type = _DEVICE
-        self._properties.location.id = device
-        self._properties.requestedHandleTypes = _FD
-        least = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        self.page_bytes = int(call(driver.cuMemGetAllocationGranularity, self._properties, least))
+        self._properties.location.id = self._device
+        self._properties.requestedHandleTypes = self._handle_type
+
+    def _allocate(self, nbytes: int) -> CudaBlock:
+        return CudaBlock(call(driver.cuMemCreate, nbytes, self._properties, 0), nbytes)
 
     def create(self, nbytes: int) -> CudaBlock:
         if nbytes < 1 or nbytes % self.page_bytes:
             raise ValueError(f"a block has whole pages of {self.page_bytes} bytes, not {nbytes} bytes")
-        return CudaBlock(call(driver.cuMemCreate, nbytes, self._properties, 0), nbytes)
+        block = self._allocate(nbytes)
+        self._created_bytes += nbytes
+        return block
 
-    def export(self, block: Block) -> int:
+    def export(self, block: Block) -> Handle:
         assert isinstance(block, CudaBlock)
-        return block.export()
+        return block.export(self._handle_type)
 
-    def import_fd(self, fd: int, nbytes: int) -> CudaBlock:
+    def import_handle(self, handle: Handle, nbytes: int) -> CudaBlock:
+        if isinstance(handle, bytes):
+            fabric = driver.CUmemFabricHandle()
+            fabric.data = handle
+            return CudaBlock(call(driver.cuMemImportFromShareableHandle, int(fabric.getPtr()), _FABRIC), nbytes)
         try:
-            return CudaBlock(call(driver.cuMemImportFromShareableHandle, fd, _FD), nbytes)
+            return CudaBlock(call(driver.cuMemImportFromShareableHandle, handle, _FD), nbytes)
         finally:
-            os.close(fd)
+            os.close(handle)
 
     def reserve(self, nbytes: int) -> Range:
         return CudaRange(nbytes, self._device)

@@ -12,11 +12,13 @@ import mmap
 import os
 import queue
 import threading
+import time
+from collections.abc import Sequence
 
 import torch
 
 from sglang_dwdp.errors import DwdpRuntimeError
-from sglang_dwdp.memory.base import Block, CopyList, Event, Range
+from sglang_dwdp.memory.base import Block, CopyList, Event, Handle, Range
 
 _PROT_NONE = 0
 _MAP_FIXED = 0x10  # asm-generic/mman-common.h; the mmap module does not export these
@@ -57,6 +59,9 @@ class HostBlock:
     def __init__(self, fd: int, nbytes: int) -> None:
         self.fd = fd
         self.nbytes = nbytes
+
+    def tensor(self) -> torch.Tensor:
+        raise TypeError("a memory file has no address before it is mapped into a range")
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -126,6 +131,7 @@ class HostCopyEngine:
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
+        self._exposed_s = 0.0
         self._error: BaseException | None = None
         self._jobs: queue.SimpleQueue[tuple[CopyList, HostEvent, HostEvent] | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._run, name="dwdp-copy", daemon=True)
@@ -149,12 +155,18 @@ class HostCopyEngine:
 
     def wait(self, done: Event) -> None:
         assert isinstance(done, HostEvent)
-        if not done.happened.wait(self._timeout_s):
+        start = time.perf_counter()
+        happened = done.happened.wait(self._timeout_s)
+        self._exposed_s += time.perf_counter() - start
+        if not happened:
             raise DwdpRuntimeError(
                 f"a copy of remote experts did not end within {self._timeout_s:g} s (--dwdp-timeout-s)."
             )
         if self._error is not None:
             raise DwdpRuntimeError(f"copying remote experts failed: {self._error!r}") from self._error
+
+    def exposed_s(self) -> float:
+        return self._exposed_s
 
     def close(self) -> None:
         if self._worker.is_alive():
@@ -183,6 +195,23 @@ class HostMemory:
 
     transport = "host-shm"
     page_bytes = mmap.PAGESIZE
+    maps = True
+
+    def __init__(self) -> None:
+        self._created_bytes = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Anonymous memory, and the blocks made here (a page of a block may be mapped several times)."""
+        with open("/proc/self/status") as lines:
+            anonymous = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+        return anonymous + self._created_bytes
+
+    def handle_kinds(self) -> Sequence[str]:
+        return ("fd",)
+
+    def use_handles(self, kind: str) -> None:
+        assert kind == "fd"
 
     def create(self, nbytes: int) -> HostBlock:
         if nbytes < 1 or nbytes % self.page_bytes:
@@ -196,18 +225,20 @@ class HostMemory:
         except BaseException:
             os.close(fd)
             raise
+        self._created_bytes += nbytes
         return HostBlock(fd, nbytes)
 
     def export(self, block: Block) -> int:
         assert isinstance(block, HostBlock)
         return block.fd
 
-    def import_fd(self, fd: int, nbytes: int) -> HostBlock:
-        actual = os.fstat(fd).st_size
+    def import_handle(self, handle: Handle, nbytes: int) -> HostBlock:
+        assert isinstance(handle, int)
+        actual = os.fstat(handle).st_size
         if actual != nbytes:
-            os.close(fd)
+            os.close(handle)
             raise OSError(f"a peer sent a block of {actual} bytes where {nbytes} were agreed on")
-        return HostBlock(fd, nbytes)
+        return HostBlock(handle, nbytes)
 
     def reserve(self, nbytes: int) -> Range:
         return HostRange(nbytes)

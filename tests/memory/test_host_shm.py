@@ -68,7 +68,7 @@ def test_wrong_sizes() -> None:
         with pytest.raises(ValueError, match="are not pages of a range"):
             pages.map(offset, block)
     with pytest.raises(OSError, match=f"a block of {PAGE} bytes where {2 * PAGE} were agreed on"):
-        memory.import_fd(os.dup(block.fd), 2 * PAGE)
+        memory.import_handle(os.dup(block.fd), 2 * PAGE)
     pages.close()
     with pytest.raises(ValueError, match="closed"):
         pages.tensor(PAGE)
@@ -108,7 +108,7 @@ def test_a_peers_memory_outlives_its_killed_process() -> None:
     exporter.start()
     _, fds, _, _ = socket.recv_fds(here, 1, 1)
     memory = HostMemory()
-    block = memory.import_fd(fds[0], PAGE)
+    block = memory.import_handle(fds[0], PAGE)
     pages = memory.reserve(PAGE)
     pages.map(0, block)
     block.close()
@@ -157,6 +157,21 @@ def test_a_wait_is_for_the_last_of_several_fills() -> None:
     engine.record(go)
     engine.wait(filled)
     assert slot.eq(2).all()
+    engine.close()
+
+
+def test_what_a_wait_takes_is_exposed() -> None:
+    engine = HostCopyEngine(5.0)
+    released, filled = engine.event(), engine.event()
+    engine.fill([], released, filled)
+    filled.happened.wait()
+    engine.wait(filled)
+    assert engine.exposed_s() < 0.02
+    released.happened.clear()
+    engine.fill([], released, filled)
+    threading.Timer(0.1, engine.record, (released,)).start()
+    engine.wait(filled)
+    assert 0.09 < engine.exposed_s() < 1
     engine.close()
 
 

@@ -95,7 +95,7 @@ def test_a_layer_with_a_forward_of_its_own_is_refused() -> None:
 
 def test_a_tensor_of_all_experts_is_loaded_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moe_layer, "placement_of", lambda _layer: balanced(5, 2))
-    monkeypatch.setattr(moe_layer, "get_parallel", lambda: SimpleNamespace(tp_rank=1))
+    monkeypatch.setattr(moe_layer, "rank_in_group", lambda: 1)
     moe = SimpleNamespace(num_global_routed_experts=5)
     shard = balanced(5, 2).shard(1)
     param, weight = torch.zeros(len(shard), 7), torch.arange(35).view(5, 7)

@@ -94,6 +94,7 @@ def test_with_the_flag(model: str) -> None:
         "enable_dp_lm_head": True,
         "chunked_prefill_size": 6000,  # not divided by the ranks
         "schedule_conservativeness": 1.0,
+        "load_balance_method": "total_tokens",
         "attention_backend": "torch_native",
         "max_total_tokens": 32768,
     }
@@ -163,6 +164,10 @@ def test_models_and_devices_that_are_refused(model: str, tmp_path: Path) -> None
         {"model_path": model, **plain, "tp_size": 10},
         {"model_path": model, **plain, "dwdp_depth": 0},
         {"model_path": model, "device": "cpu", "dwdp_depth": 3},
+        {"model_path": model, **plain, "tp_size": 4, "dwdp_group_size": 3},
+        {"model_path": model, **plain, "dwdp_local_experts": 4},
+        {"model_path": model, **plain, "dwdp_local_experts": 10},
+        {"model_path": model, **plain, "dwdp_transport": "cuda-ipc"},
     ]
     done = run(REFUSALS, json.dumps(keywords))
     answers = json.loads(done.stdout.splitlines()[-1].removeprefix("RESULT "))
@@ -170,3 +175,7 @@ def test_models_and_devices_that_are_refused(model: str, tmp_path: Path) -> None
     assert "9 experts cannot be shared among 10 ranks" in answers[1]
     assert "--dwdp-depth must be a whole number of at least 1" in answers[2]
     assert "--dwdp-depth given without --enable-dwdp" in answers[3]
+    assert "--tp-size 4 is not a multiple of --dwdp-group-size 3" in answers[4]
+    assert "keeps all 9 experts when each rank keeps at least 5" in answers[5]
+    assert "--dwdp-local-experts 10" in answers[6]
+    assert "--dwdp-transport cuda-ipc on --device cpu. Use host-shm" in answers[7]

@@ -1,0 +1,41 @@
+"""All ranks of a server on one GPU: for proving tokens and host overhead where there is no second one.
+
+NCCL refuses two ranks on one GPU, so they talk through gloo. Their "link" is the GPU's own memory, several times
+faster than NVLink, and they share its arithmetic: figures from such a server say nothing about several GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+NAME = "all_ranks_on_one_gpu"  # of the plugin, which SGLang finds on PYTHONPATH
+PLUGIN = """
+import contextlib
+
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    @contextlib.contextmanager
+    def first_gpu(_gpu_id):
+        yield 0
+
+    HookRegistry.register("sglang.srt.distributed.bootstrap._resolve_backend", lambda *a, **k: "gloo", HookType.REPLACE)
+    HookRegistry.register("sglang.srt.utils.common.maybe_reindex_device_id", first_gpu, HookType.REPLACE)
+"""
+
+
+def one_gpu_environment(directory: Path, base: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables under which all ranks of a server take GPU 0 and talk through gloo.
+
+    directory: where the plugin is written.  base: the variables that these are added to (default: this process's).
+    """
+    base = os.environ if base is None else base
+    (directory / f"{NAME}.py").write_text(PLUGIN)
+    info = directory / f"{NAME}-0.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{NAME} = {NAME}:register\n")
+    path = os.pathsep.join(filter(None, (str(directory), base.get("PYTHONPATH"))))
+    return {"PYTHONPATH": path, "SGLANG_NCCL_SO_PATH": str(directory / "no-nccl")}

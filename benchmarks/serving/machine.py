@@ -1,0 +1,35 @@
+"""What the figures of a comparison were measured with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured with."""
+    found: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count(), "processor": _processor()}
+    for package in ("sglang", "sglang-dwdp", "torch"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split("\n")
+        found["gpus"] = [line for line in lines if line]
+    except (OSError, subprocess.SubprocessError):
+        found["gpus"] = []
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,69 @@
+"""How many requests and tokens wait on every rank while a benchmark runs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+Sample = dict[str, Any]
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+class QueueSampler:
+    """Polls a function of SGLang's loads from a thread; the context manager starts and stops it.
+
+    samples: one for each poll: `seconds` since the start, and by rank (in order) `waiting` requests, `running`
+    requests, and `pending_tokens` that wait for prefill.
+    """
+
+    def __init__(self, loads: Callable[[], list[dict[str, Any]]], period_s: float = 0.25) -> None:
+        self.samples: list[Sample] = []
+        self._loads = loads
+        self._period_s = period_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        start = time.monotonic()
+        while not self._stop.is_set():
+            ranks = sorted(self._loads(), key=lambda load: int(load["dp_rank"]))
+            if ranks:
+                self.samples.append(
+                    {
+                        "seconds": round(time.monotonic() - start, 3),
+                        "waiting": [int(load["num_waiting_reqs"]) for load in ranks],
+                        "running": [int(load["num_running_reqs"]) for load in ranks],
+                        "pending_tokens": [int(load["num_waiting_uncached_tokens"]) for load in ranks],
+                    }
+                )
+            self._stop.wait(self._period_s)
+
+    def __enter__(self) -> QueueSampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._stop.set()
+        self._thread.join(10)
+
+
+def depths(samples: Sequence[Sample]) -> list[list[int]]:
+    """Requests on each rank (waiting and running) over time, `[ranks][samples]`."""
+    if not samples:
+        return []
+    per_sample = [[w + r for w, r in zip(s["waiting"], s["running"], strict=True)] for s in samples]
+    ranks = max(len(row) for row in per_sample)
+    return [[row[rank] if rank < len(row) else 0 for row in per_sample] for rank in range(ranks)]
+
+
+def sparkline(values: Sequence[float], top: float, width: int = 60) -> str:
+    """Values over time as a line of bars that is `width` wide at most; a column shows the largest of its values."""
+    if not values or top <= 0:
+        return ""
+    columns = min(width, len(values))
+    bounds = [column * len(values) // columns for column in range(columns + 1)]
+    peaks = [max(values[a:b]) for a, b in pairwise(bounds)]
+    return "".join(_BARS[min(8, round(8 * peak / top))] if peak else _BARS[0] for peak in peaks)

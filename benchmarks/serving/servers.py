@@ -1,0 +1,121 @@
+"""Server processes: started, watched until they answer, and stopped with everything they started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import requests
+
+from benchmarks.serving.errors import RunError, ScenarioError
+
+_POLL_S = 0.5
+# Lines of a log that say why a server ended, the most telling first.
+_TELLING = ("sglang-dwdp: error:", "AssertionError", "ValueError", "RuntimeError", "OutOfMemoryError", "Error:")
+
+
+class Process:
+    """A program in a process group of its own, with its output in a log file.
+
+    Raises:
+        RunError: the program does not exist.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        self.name = name
+        self.log = log
+        with log.open("wb") as output:
+            try:
+                self._process = subprocess.Popen(
+                    command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                )
+            except OSError as error:
+                raise RunError(f"{name} could not be started: {error}") from None
+
+    @property
+    def pid(self) -> int:
+        """Of the program, and of its process group."""
+        return self._process.pid
+
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def check_alive(self) -> None:
+        """
+        Raises:
+            RunError: the program has ended; the message says why, as far as its log does.
+        """
+        code = self.exit_code()
+        if code is not None:
+            raise RunError(f"{self.name} ended with exit code {code}: {reason(self.log)} (log: {self.log})")
+
+    def stop(self, timeout_s: float = 60.0) -> None:
+        """SIGTERM, and after `timeout_s` seconds SIGKILL, to the program; then whatever is left of its group.
+
+        Idempotent.
+        """
+        if self.exit_code() is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def wait_healthy(process: Process, url: str, timeout_s: float, progress: Callable[[str], None]) -> None:
+    """Return when `url` answers GET /health.
+
+    Raises:
+        RunError: the process ended, or did not answer in time.
+    """
+    start = time.monotonic()
+    while time.monotonic() - start < timeout_s:
+        process.check_alive()
+        progress(f"{time.monotonic() - start:.0f} s")
+        with contextlib.suppress(requests.RequestException):
+            if requests.get(f"{url}/health", timeout=5).ok:
+                return
+        time.sleep(_POLL_S)
+    raise RunError(
+        f"{process.name} did not answer within {timeout_s:g} s (start_timeout_s): {reason(process.log)} "
+        f"(log: {process.log})"
+    )
+
+
+def reason(log: Path) -> str:
+    """The line of a log that best says why its program ended."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    for mark in _TELLING:
+        for line in reversed(lines):
+            if mark in line:
+                return line[:400]
+    return lines[-1][:400] if lines else "it printed nothing"
+
+
+def choose_port(wanted: int, pick: Callable[[], int]) -> int:
+    """`wanted`, or where that is 0 a port from `pick`.
+
+    Raises:
+        ScenarioError: something listens on `wanted` already.
+    """
+    if not wanted:
+        return pick()
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("127.0.0.1", wanted))
+        except OSError as error:
+            raise ScenarioError(
+                f"port {wanted} is busy ({error.strerror}): stop what listens there, set another port, or leave "
+                "port out to have a free one chosen"
+            ) from None
+    return wanted

@@ -1,0 +1,60 @@
+"""Whether servers generate the same tokens: sampled requests, greedy, each on every rank of an idle server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import requests
+
+from benchmarks.serving.deployment import Deployment
+from benchmarks.serving.errors import RunError
+
+Tokens = list[list[list[int]]]  # [ranks][prompts][new_tokens]
+
+
+def generate(deployment: Deployment, prompts: Sequence[list[int]], new_tokens: int) -> Tokens:
+    """Every prompt on every rank (through a router: once, on the rank that it is given), one at a time on each.
+
+    Raises:
+        RunError: a server ended, or answered with an error.
+    """
+    ranks: list[int | None] = [None] if deployment.routed or deployment.ranks == 1 else list(range(deployment.ranks))
+
+    def one_rank(rank: int | None) -> list[list[int]]:
+        return [_one(deployment, prompt, new_tokens, rank) for prompt in prompts]
+
+    # All ranks at once: they share nothing but, with DWDP, the experts.
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(one_rank, ranks))
+
+
+def _one(deployment: Deployment, prompt: list[int], new_tokens: int, rank: int | None) -> list[int]:
+    body: dict[str, Any] = {
+        "input_ids": prompt,
+        "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
+    }
+    if rank is not None:
+        body["routed_dp_rank"] = rank
+    try:
+        answer = requests.post(f"{deployment.url}/generate", json=body, timeout=600)
+        answer.raise_for_status()
+        tokens: list[int] = answer.json()["output_ids"]
+    except (requests.RequestException, ValueError, KeyError) as error:
+        deployment.check_alive()
+        raise RunError(f"a request of the token check failed: {error}") from None
+    return tokens
+
+
+def share_equal(tokens: Tokens, reference: Tokens) -> float:
+    """Share of sampled requests, on all ranks, that got the tokens of the reference's first rank."""
+    pairs = [(mine, right) for rank in tokens for mine, right in zip(rank, reference[0], strict=True)]
+    return sum(mine == right for mine, right in pairs) / len(pairs) if pairs else 1.0
+
+
+def share_same_text(hashes: Sequence[str], reference: Sequence[str]) -> float:
+    """Share of a benchmark's answers with the reference's text, under load and so in other batches."""
+    if not reference or len(hashes) != len(reference):
+        return float("nan")
+    return sum(a == b for a, b in zip(hashes, reference, strict=True)) / len(reference)

@@ -1,0 +1,135 @@
+"""Copying ahead on a GPU: streams beside the compute stream, and a layer's whole copy plan in one driver call."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cuda.bindings import driver
+
+from sglang_dwdp.memory.base import CopyList, Event
+from sglang_dwdp.memory.cuda_driver import call
+from sglang_dwdp.memory.cuda_stopwatch import Stopwatch
+
+Copy = tuple[int, int, int]  # destination, source, bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What one stream copies of a plan: copy by copy, and as one driver call where the driver has it."""
+
+    single: list[Copy]
+    batch: _Batch | None
+
+
+class CudaCopyEngine:
+    """Streams of the copy engines beside the compute stream.
+
+    There are two, which take the slices of a plan in turn, so that two transfers, from two peers, are in flight.
+    """
+
+    STREAMS = 2
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._streams = [torch.cuda.Stream(device) for _ in range(self.STREAMS)]  # type: ignore[no-untyped-call]
+        self._joined = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._submit = _batch_function()
+        self._stopwatch = Stopwatch()
+
+    def event(self) -> Event:
+        event: Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        return event
+
+    def record(self, event: Event) -> None:
+        assert isinstance(event, torch.cuda.Event)
+        event.record(torch.cuda.current_stream(self._device))
+
+    def prepare(self, copies: CopyList) -> list[Prepared]:
+        plan = [(to.data_ptr(), source.data_ptr(), source.numel()) for to, source in copies]
+        parts = [plan[first :: self.STREAMS] for first in range(self.STREAMS)]
+        return [Prepared(part, _Batch(self._submit, part) if self._submit else None) for part in parts if part]
+
+    def fill(self, prepared: list[Prepared], after: Event, done: Event) -> None:
+        assert isinstance(after, torch.cuda.Event)
+        assert isinstance(done, torch.cuda.Event)
+        main = self._streams[0]
+        main.wait_event(after)
+        # A batch in a graph capture can lose copies without an error, so a captured fill is made of single copies.
+        capturing = torch.cuda.is_current_stream_capturing()
+        for part, stream in zip(prepared, self._streams, strict=False):
+            if stream is not main:
+                stream.wait_event(after)
+            if part.batch is not None and not capturing:
+                part.batch.submit(stream.cuda_stream)
+            else:
+                for destination, source, nbytes in part.single:
+                    call(driver.cuMemcpyAsync, destination, source, nbytes, stream.cuda_stream)
+            if stream is not main:
+                self._joined.record(stream)
+                main.wait_event(self._joined)
+        done.record(main)
+
+    def wait(self, done: Event) -> None:
+        assert isinstance(done, torch.cuda.Event)
+        stream = torch.cuda.current_stream(self._device)
+        finish = self._stopwatch.start(stream)
+        stream.wait_event(done)
+        if finish is not None:
+            finish.record(stream)
+
+    def exposed_s(self) -> float:
+        return self._stopwatch.seconds()
+
+    def close(self) -> None:
+        for stream in self._streams:
+            stream.synchronize()
+        self._streams = []
+
+
+class _Batch:
+    """The arguments of one `cuMemcpyBatchAsync`, built once: a layer's whole copy plan is one driver call."""
+
+    def __init__(self, submit: Any, copies: Sequence[Copy]) -> None:
+        destinations, sources, sizes = zip(*copies, strict=True)
+        count = len(sizes)
+        self._submit = submit
+        self._count = ctypes.c_size_t(count)
+        self._destinations = (ctypes.c_uint64 * count)(*destinations)
+        self._sources = (ctypes.c_uint64 * count)(*sources)
+        self._sizes = (ctypes.c_size_t * count)(*sizes)
+        self._attributes = driver.CUmemcpyAttributes()
+        # The source may be read in any order with what the stream does before, which is nothing but the wait.
+        self._attributes.srcAccessOrder = driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+        # Copy engines, not multiprocessors, which the layers before need: on an H100 whose layers take 12 times as
+        # long as a fill of 604 MiB, fills made layers 5.5 % longer with this flag and 8.0 % without it.
+        self._attributes.flags = driver.CUmemcpyFlags.CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE.value
+        self._first = (ctypes.c_size_t * 1)(0)
+
+    def submit(self, stream: int) -> None:
+        status = self._submit(
+            self._destinations,
+            self._sources,
+            self._sizes,
+            self._count,
+            ctypes.c_void_p(int(self._attributes.getPtr())),
+            self._first,
+            ctypes.c_size_t(1),
+            ctypes.c_void_p(stream),
+        )
+        if status:
+            raise OSError(f"cuMemcpyBatchAsync: {driver.CUresult(status).name}")
+
+
+def _batch_function() -> Any:
+    """The driver's function in the form that CUDA 13 gave it; None where a driver lacks it.
+
+    Through ctypes: cuda.bindings would build the three arrays anew at every call.
+    """
+    function = getattr(ctypes.CDLL("libcuda.so.1"), "cuMemcpyBatchAsync_v2", None)
+    if function is not None:
+        function.restype = ctypes.c_int
+    return function

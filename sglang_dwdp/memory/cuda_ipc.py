@@ -1,0 +1,98 @@
+"""GPU memory shared the older way, CUDA IPC: for drivers and containers that refuse to export driver allocations.
+
+A block is a plain device allocation; a peer opens it at an address of the driver's choice. It cannot be mapped
+into a range, so there are no views here: all experts are copied into slots, the rank's own too. When the exporting
+process ends, its memory is gone, so a server does not outlive a rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from cuda.bindings import driver
+
+from sglang_dwdp.memory.base import Block, Handle, Range
+from sglang_dwdp.memory.cuda_copy import CudaCopyEngine
+from sglang_dwdp.memory.cuda_driver import call, make_current, tensor_at, torch_bytes
+
+HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
+# The driver packs small allocations into one, and a handle then opens all of it; one of whole chunks stands alone.
+_CHUNK = 2 << 20
+
+
+class IpcBlock:
+    """A device allocation of this process (`own`) or a peer's."""
+
+    def __init__(self, address: int, nbytes: int, device: int, *, own: bool) -> None:
+        self.nbytes = nbytes
+        self._address: int | None = address
+        self._device = device
+        self._own = own
+
+    @property
+    def address(self) -> int:
+        if self._address is None:
+            raise ValueError("the block is closed")
+        return self._address
+
+    def tensor(self) -> torch.Tensor:
+        return tensor_at(self.address, self.nbytes, self._device)
+
+    def close(self) -> None:
+        if self._address is not None:
+            torch.cuda.synchronize(self._device)  # nothing may read what is given back
+            address, self._address = self._address, None
+            call(driver.cuMemFree if self._own else driver.cuIpcCloseMemHandle, address)
+
+
+class CudaIpcMemory:
+    """One GPU's `Memory`."""
+
+    transport = "cuda-ipc"
+    page_bytes = 1  # nothing is mapped, so segments end where experts end
+    maps = False
+
+    def __init__(self, device: int) -> None:
+        make_current(device)
+        self._device = device
+        self._created_bytes = 0
+
+    @property
+    def held_bytes(self) -> int:
+        return torch_bytes(self._device) + self._created_bytes
+
+    def handle_kinds(self) -> Sequence[str]:
+        return ("ipc",)
+
+    def use_handles(self, kind: str) -> None:
+        assert kind == "ipc"
+
+    def create(self, nbytes: int) -> IpcBlock:
+        if nbytes < 1:
+            raise ValueError(f"a block of {nbytes} bytes")
+        whole = -(-nbytes // _CHUNK) * _CHUNK
+        block = IpcBlock(int(call(driver.cuMemAlloc, whole)), nbytes, self._device, own=True)
+        self._created_bytes += whole
+        return block
+
+    def export(self, block: Block) -> Handle:
+        assert isinstance(block, IpcBlock)
+        return ctypes.string_at(int(call(driver.cuIpcGetMemHandle, block.address).getPtr()), HANDLE_BYTES)
+
+    def import_handle(self, handle: Handle, nbytes: int) -> IpcBlock:
+        assert isinstance(handle, bytes)
+        opened = driver.CUipcMemHandle()
+        ctypes.memmove(int(opened.getPtr()), handle, HANDLE_BYTES)
+        flags = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS.value
+        return IpcBlock(int(call(driver.cuIpcOpenMemHandle, opened, flags)), nbytes, self._device, own=False)
+
+    def reserve(self, nbytes: int) -> Range:
+        raise TypeError("memory of CUDA IPC cannot be mapped into a range")
+
+    def trim(self) -> None:
+        torch.cuda.empty_cache()
+
+    def copy_engine(self, timeout_s: float) -> CudaCopyEngine:
+        return CudaCopyEngine(self._device)
