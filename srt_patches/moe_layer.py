@@ -11,15 +11,15 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_dwdp.backends import Status, Way, check
+from sglang_dwdp.backends import Status
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.placement import Placement, balanced
+from sglang_dwdp.srt_patches.checks import refuse_own_forward, refuse_sharded, refuse_unknown_state, way_of_layer
 from sglang_dwdp.srt_patches.hooks import Hook
 
 logger = logging.getLogger(__name__)
 _WEIGHTS = ("w13_weight", "w2_weight")
 _COUNT = "_num_local_routed"
-_FORWARD = ("forward", "forward_impl", "run_moe_core")
 
 
 def rank_in_group() -> int:
@@ -165,52 +165,6 @@ def rebuild_state(layer: Any) -> None:
         )
 
 
-def refuse_unknown_state(layer: Any) -> None:
-    """
-    Raises:
-        DwdpConfigError: the layer or its method keeps tensors for the experts that were loaded where neither
-            SGLang's list of per-expert tensors nor `rebuild_state` finds them.
-    """
-    known = {"_cutlass_swiglu_params"}
-    count = layer.num_local_experts
-    for owner in (layer, layer.quant_method):
-        for name, value in vars(owner).items():
-            held = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
-            if isinstance(value, torch.Tensor) and owner is not layer:
-                held = (value,)
-            if name in known or name.startswith(("_parameters", "_buffers")):
-                continue
-            if any(isinstance(part, torch.Tensor) and part.ndim and part.shape[0] == count for part in held):
-                raise DwdpConfigError(
-                    f"layer {layer.layer_id}: {type(owner).__name__}.{name} holds something for each of the {count} "
-                    "experts that were loaded, which DWDP does not know how to extend to all. Use another "
-                    "--moe-runner-backend, or serve without --enable-dwdp."
-                )
-
-
-def refuse_own_forward(layer: Any) -> None:
-    """
-    Raises:
-        DwdpConfigError: the model runs this layer by code of its own, which would not wait for the experts.
-    """
-    own = [name for name in _FORWARD if getattr(type(layer), name) is not getattr(FusedMoE, name)]
-    if own:
-        raise DwdpConfigError(
-            f"layer {layer.layer_id}: {type(layer).__name__} replaces FusedMoE.{own[0]}, so it would read experts "
-            "before they are there. Serve this model without --enable-dwdp."
-        )
-
-
-def way_of_layer(layer: Any) -> Way:
-    """How a layer runs on a GPU.
-
-    Raises:
-        DwdpConfigError: that way cannot read shared experts, or was not examined.
-    """
-    backend = getattr(layer.runner_backend, "value", None)
-    return check(layer.layer_id, type(layer.quant_method).__name__, backend)
-
-
 def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:
     """The MoE layers of a model on `device`, in the order in which it runs them.
 
@@ -223,6 +177,7 @@ def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:
             f"{type(model).__name__} has no FusedMoE layer, so there are no experts to share. "
             "Serve it without --enable-dwdp."
         )
+    refuse_sharded(model)
     unverified = set()
     for layer in found:
         refuse_own_forward(layer)

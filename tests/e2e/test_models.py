@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sglang_dwdp.demo.families import Family
+from sglang_dwdp.demo.server import Server, ServerFailed
 from tests.e2e.conftest import Running
 from tests.e2e.test_parity import MLA_PLUGIN, Models, Reference, check
 
@@ -29,7 +31,7 @@ PLUGINS = {"kimi_k2": ("mla_on_cpu", MLA_PLUGIN), "gpt_oss": ("no_sinks", NO_SIN
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("family", ["mixtral", "glm4_moe", "kimi_k2", "gpt_oss", "minimax_m2"])
+@pytest.mark.parametrize("family", ["glm4_moe", "kimi_k2", "gpt_oss", "minimax_m2"])
 def test_parity(
     running: Running,
     models: Models,
@@ -43,3 +45,12 @@ def test_parity(
     expected = reference(family, 8, **how)
     check(running, models(family, 8), ranks, expected, ("--dwdp-direct-max-tokens", "64"), **how)
     record_property("support", f"{family}|float32|native|CPU")
+
+
+def test_mixtral_is_refused(models: Models, record_property: Callable[[str, object], None], tmp_path: Path) -> None:
+    """SGLang's code for it has no attention data parallelism, with or without this plugin."""
+    with Server(models("mixtral", 8), 2, tmp_path / "log", dwdp=()) as server, pytest.raises(ServerFailed):
+        server.wait(240)
+    log = server.log.read_text()
+    assert "SGLang shards model.embed_tokens of MixtralForCausalLM over 2 ranks" in log
+    record_property("refused", "mixtral|float32|native|CPU: no attention data parallelism in SGLang")

@@ -10,20 +10,14 @@ import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 from sglang.srt.layers.moe.utils import MoeRunnerBackend
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from sglang_dwdp.backends import Status
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.placement import balanced
 from sglang_dwdp.srt_patches import moe_layer
-from sglang_dwdp.srt_patches.moe_layer import (
-    collect,
-    load,
-    load_fused,
-    rebuild_state,
-    refuse_own_forward,
-    refuse_unknown_state,
-    way_of_layer,
-)
+from sglang_dwdp.srt_patches.checks import refuse_own_forward, refuse_sharded, refuse_unknown_state, way_of_layer
+from sglang_dwdp.srt_patches.moe_layer import collect, load, load_fused, rebuild_state
 
 
 class UnquantizedFusedMoEMethod:
@@ -110,6 +104,17 @@ def test_a_tensor_of_all_experts_is_loaded_in_part(monkeypatch: pytest.MonkeyPat
     assert torch.equal(seen[0], weight[shard.start :])
     assert torch.equal(seen[1], weight[shard.start :])
     assert seen[2] is weight
+
+
+def test_a_model_that_is_sharded_in_spite_of_data_parallelism() -> None:
+    embedding = object.__new__(VocabParallelEmbedding)
+    torch.nn.Module.__init__(embedding)
+    model = torch.nn.Sequential(embedding)
+    embedding.tp_size = 1
+    refuse_sharded(model)
+    embedding.tp_size = 2
+    with pytest.raises(DwdpConfigError, match=r"SGLang shards 0 of Sequential over 2 ranks"):
+        refuse_sharded(model)
 
 
 def test_a_model_without_moe_layers() -> None:
