@@ -23,7 +23,7 @@ def test_what_is_not_listed_is_refused() -> None:
 
 
 def test_a_refusal_names_what_works_instead() -> None:
-    with pytest.raises(DwdpConfigError, match=r"Use --moe-runner-backend flashinfer_mxfp4, or serve without"):
+    with pytest.raises(DwdpConfigError, match=r"Use --moe-runner-backend flashinfer_mxfp4 or triton, or serve without"):
         check(2, "Mxfp4MoEMethod", "triton_kernel")
 
 

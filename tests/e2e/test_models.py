@@ -37,20 +37,17 @@ def test_parity(
     models: Models,
     reference: Reference,
     plugin: Callable[[str, str], dict[str, str]],
-    record_property: Callable[[str, object], None],
     family: Family,
     ranks: int,
 ) -> None:
     how: Mapping[str, Any] = {"environment": plugin(*PLUGINS[family])} if family in PLUGINS else {}
     expected = reference(family, 8, **how)
     check(running, models(family, 8), ranks, expected, ("--dwdp-direct-max-tokens", "64"), **how)
-    record_property("support", f"{family}|float32|native|CPU")
 
 
-def test_mixtral_is_refused(models: Models, record_property: Callable[[str, object], None], tmp_path: Path) -> None:
+def test_mixtral_is_refused(models: Models, tmp_path: Path) -> None:
     """SGLang's code for it has no attention data parallelism, with or without this plugin."""
     with Server(models("mixtral", 8), 2, tmp_path / "log", dwdp=()) as server, pytest.raises(ServerFailed):
         server.wait(240)
     log = server.log.read_text()
     assert "SGLang shards model.embed_tokens of MixtralForCausalLM over 2 ranks" in log
-    record_property("refused", "mixtral|float32|native|CPU: no attention data parallelism in SGLang")
