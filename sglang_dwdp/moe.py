@@ -5,6 +5,8 @@ Nothing here knows SGLang; `srt_patches/flashinfer_fp8.py` brings it there.
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +69,14 @@ def warm_up_tokens(max_tokens: int) -> list[int]:
     few = range(1, min(64, max_tokens) + 1)
     blocks = range(128, max_tokens + 1, 128)
     return sorted({*few, *blocks, *(n + 1 for n in (64, *blocks) if n < max_tokens), max_tokens})
+
+
+def run_time_compiler(environment: Mapping[str, str]) -> str | None:
+    """The `nvcc` that FlashInfer would compile its block-FP8 product with; None: there is none."""
+    named = environment.get("TRTLLM_DG_NVCC_COMPILER")
+    home = environment.get("CUDA_HOME")
+    candidate = named or (f"{home}/bin/nvcc" if home else "nvcc")
+    return shutil.which(candidate, path=environment.get("PATH"))
 
 
 class Workspace:

@@ -7,6 +7,7 @@ its FP8 method asks for known ones by name, so two of its methods are hooked for
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,16 @@ from sglang.srt.layers.moe.utils import get_moe_runner_backend, resolve_moe_runn
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.backends import FLASHINFER_FP8
-from sglang_dwdp.moe import BLOCK, Sizes, Workspace, block_fp8_moe, dummy_routing, swap_halves, warm_up_tokens
+from sglang_dwdp.moe import (
+    BLOCK,
+    Sizes,
+    Workspace,
+    block_fp8_moe,
+    dummy_routing,
+    run_time_compiler,
+    swap_halves,
+    warm_up_tokens,
+)
 from sglang_dwdp.srt_patches.hooks import Hook
 
 logger = logging.getLogger(__name__)
@@ -134,8 +144,10 @@ def quant_info_of(layer: Any) -> BlockFp8QuantInfo:
 def warm_up(model: torch.nn.Module, max_tokens: int) -> None:
     """Compile what FlashInfer compiles at run time, before graphs are captured and requests wait for it.
 
-    Runs one layer of each size that is ours, on its direct view.
+    Runs one layer of each size that is ours, on its direct view. Without `nvcc` FlashInfer is told to use the kernel
+    that its module has.
     """
+    compiles = run_time_compiler(os.environ) is not None
     done: set[Sizes] = set()
     for layer in model.modules():
         if not isinstance(layer, FusedMoE) or not ours(layer.quant_method):
@@ -147,7 +159,12 @@ def warm_up(model: torch.nn.Module, max_tokens: int) -> None:
         done.add(sizes)
         device = info.w13_weight.device
         workspace = _workspaces.setdefault(device, Workspace(device))
-        counts = warm_up_tokens(max_tokens)
+        if not compiles:
+            os.environ["TRTLLM_DG_ENABLED"] = "0"
+            logger.warning(
+                "nvcc was not found (PATH, CUDA_HOME), so FlashInfer runs block-FP8 with its built-in kernel"
+            )
+        counts = warm_up_tokens(max_tokens) if compiles else [max_tokens]
         logger.info("DWDP warms FlashInfer's block-FP8 kernels up: %d token counts up to %d", len(counts), max_tokens)
         for tokens in reversed(counts):  # the workspace is made once, at its largest
             hidden = torch.zeros((tokens, sizes.hidden), dtype=torch.bfloat16, device=device)

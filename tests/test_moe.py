@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dwdp.errors import DwdpConfigError
-from sglang_dwdp.moe import Sizes, dummy_routing, swap_halves, warm_up_tokens
+from sglang_dwdp.moe import Sizes, dummy_routing, run_time_compiler, swap_halves, warm_up_tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
@@ -51,6 +53,19 @@ def test_dummy_routing() -> None:
     assert all(len(set(row)) == 3 for row in ids.tolist())
     assert torch.bincount(ids.flatten().long()).tolist() == pytest.approx([150 / 7] * 7, abs=1)
     assert weights.sum(dim=1).tolist() == pytest.approx([1.0] * 50)
+
+
+def test_the_compiler_is_where_flashinfer_looks_for_it(tmp_path: Path) -> None:
+    for folder in ("path", "home/bin", "named"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "nvcc").touch(mode=0o755)
+    path = {"PATH": f"{tmp_path}/path"}
+    assert run_time_compiler(path) == f"{tmp_path}/path/nvcc"
+    assert run_time_compiler({**path, "CUDA_HOME": f"{tmp_path}/home"}) == f"{tmp_path}/home/bin/nvcc"
+    named = {**path, "TRTLLM_DG_NVCC_COMPILER": f"{tmp_path}/named/nvcc", "CUDA_HOME": f"{tmp_path}/home"}
+    assert run_time_compiler(named) == f"{tmp_path}/named/nvcc"
+    assert run_time_compiler({**path, "CUDA_HOME": f"{tmp_path}/nowhere"}) is None
+    assert run_time_compiler({"PATH": f"{tmp_path}/home"}) is None
 
 
 def test_sizes_that_the_kernel_cannot_take() -> None:

@@ -147,7 +147,9 @@ def choose(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def install() -> None:
     """Let FlashInfer in this process use slim modules. Idempotent; before its first fused MoE call."""
-    from flashinfer.fused_moe import core
-
+    try:
+        from flashinfer.fused_moe import core
+    except ImportError:  # SGLang names what it misses, if the chosen backend needs it
+        return
     if not isinstance(getattr(core, _FUNCTION), functools.partial):
         setattr(core, _FUNCTION, functools.partial(choose, getattr(core, _FUNCTION)))
