@@ -10,10 +10,16 @@ from typing import Any
 import torch
 import torch.distributed
 from sglang.srt.plugins.hook_registry import HookType
-from sglang.srt.runtime_context import get_global_dwdp_manager, get_parallel, set_global_dwdp_manager
+from sglang.srt.runtime_context import (
+    get_global_dwdp_manager,
+    get_parallel,
+    max_prefill_buffer_tokens,
+    set_global_dwdp_manager,
+)
 
 from sglang_dwdp.memory import memory_for
 from sglang_dwdp.runtime import DwdpRuntime
+from sglang_dwdp.srt_patches import flashinfer_fp8
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.moe_layer import collect, rank_in_group
 from sglang_dwdp.srt_patches.planned import why_direct_limit
@@ -59,6 +65,8 @@ def set_up(runner: Any) -> None:
     if config.view == "auto" and config.has_direct:
         why = why_direct_limit(runner.server_args)
         logger.info("DWDP reads experts in place in forwards of up to %d tokens (%s).", config.direct_limit, why)
+    if runner.device == "cuda":
+        flashinfer_fp8.warm_up(runner.model, max(1, max_prefill_buffer_tokens()))
 
 
 def _common_name(group: Any) -> str:

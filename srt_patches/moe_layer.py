@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +11,13 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
 
+from sglang_dwdp.backends import Status
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.placement import Placement, balanced
+from sglang_dwdp.srt_patches.checks import refuse_own_forward, refuse_sharded, refuse_unknown_state, way_of_layer
 from sglang_dwdp.srt_patches.hooks import Hook
 
+logger = logging.getLogger(__name__)
 _WEIGHTS = ("w13_weight", "w2_weight")
 _COUNT = "_num_local_routed"
 
@@ -65,6 +69,56 @@ def local_index(layer: Any, expert_id: int) -> int:
     return placement_of(layer).local_index(rank_in_group(), expert_id)
 
 
+def shard_of(layer: Any, param: Any, loaded_weight: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a checkpoint's tensor of all experts, as gpt-oss has them, for a `param` of its shard.
+    SGLang slices such tensors by expert parallelism, if at all."""
+    shard = placement_of(layer).shard(rank_in_group())
+    if loaded_weight.shape[0] != layer.num_global_routed_experts or param.shape[0] != len(shard):
+        return loaded_weight
+    return loaded_weight[shard.start : shard.stop]
+
+
+def load(
+    original: Callable[..., None],
+    layer: Any,
+    param: Any,
+    loaded_weight: torch.Tensor,
+    weight_name: str,
+    shard_id: str,
+    expert_id: int | None,
+) -> None:
+    """Around `FusedMoE.weight_loader`, which gets all experts at once where `expert_id` is None."""
+    if expert_id is None:
+        loaded_weight = shard_of(layer, param, loaded_weight)
+    original(layer, param, loaded_weight, weight_name, shard_id, expert_id)
+
+
+def load_fused(
+    original: Callable[..., None],
+    layer: Any,
+    param: Any,
+    loaded_weight: torch.Tensor,
+    weight_name: str,
+    shard_id: str,
+) -> None:
+    """Around `FusedMoE.weight_loader_fused`, which always gets all experts."""
+    original(layer, param, shard_of(layer, param, loaded_weight), weight_name, shard_id)
+
+
+def deferred_finalize(original: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around `FusedMoE.forward_deferred_finalize`, which runs experts past `forward_impl`. What it leaves for later
+    reads no weights."""
+    from sglang_dwdp.srt_patches.model_runner import current_runtime
+
+    if not layer._dwdp_bound:
+        return original(layer, *args, **kwargs)
+    runtime = current_runtime()
+    runtime.wait(layer.layer_id)
+    output = original(layer, *args, **kwargs)
+    runtime.release(layer.layer_id)
+    return output
+
+
 def count_reads(original: Callable[..., Any], layer: Any, hidden_states: Any, topk_output: Any, **kwargs: Any) -> Any:
     """Around `FusedMoE.forward_impl`, with --dwdp-audit only."""
     from sglang_dwdp.srt_patches.model_runner import current_runtime
@@ -93,6 +147,7 @@ class SglangLayer:
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._layer.bind_full_expert_weights(tensors)
+        rebuild_state(self._layer)
 
     def use(self, tensors: Mapping[str, torch.Tensor]) -> None:
         replace = self._layer.replace_expert_tensor
@@ -100,18 +155,13 @@ class SglangLayer:
             replace(name, tensor)
 
 
-def refuse_unverified(layer: Any) -> None:
-    """
-    Raises:
-        DwdpConfigError: on GPUs nothing but this has been compared with a single rank yet, and another format or
-            kernel may have sized something by the experts that a rank loaded, which gives wrong tokens silently.
-    """
-    method, backend = type(layer.quant_method).__name__, layer.runner_backend
-    if method != "UnquantizedFusedMoEMethod" or backend is None or not backend.is_triton():
-        raise DwdpConfigError(
-            f"layer {layer.layer_id}: {method} with MoE runner backend {getattr(backend, 'value', backend)} has not "
-            "been verified with DWDP on GPUs. Use an unquantized checkpoint and --moe-runner-backend triton, or serve "
-            "without --enable-dwdp."
+def rebuild_state(layer: Any) -> None:
+    """Make anew what SGLang keeps for each expert outside of tensors of its own, now for all experts."""
+    if getattr(layer, "_cutlass_swiglu_params", None) is not None:
+        from sglang.srt.layers.moe.moe_runner.flashinfer_cutlass import materialize_swiglu_params_for_cutlass
+
+        layer._cutlass_swiglu_params = materialize_swiglu_params_for_cutlass(
+            layer.moe_runner_config, int(layer.num_local_experts), layer.w13_weight.device
         )
 
 
@@ -127,9 +177,15 @@ def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:
             f"{type(model).__name__} has no FusedMoE layer, so there are no experts to share. "
             "Serve it without --enable-dwdp."
         )
+    refuse_sharded(model)
+    unverified = set()
     for layer in found:
+        refuse_own_forward(layer)
         if device == "cuda":
-            refuse_unverified(layer)
+            way = way_of_layer(layer)
+            refuse_unknown_state(layer)
+            if way.status is Status.UNVERIFIED:
+                unverified.add(f"{way.weights} experts with {way.backend}")
         if layer.num_fused_shared_experts:
             raise DwdpConfigError(
                 f"layer {layer.layer_id} fuses shared experts into the routed ones. "
@@ -142,6 +198,8 @@ def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:
                 f"{type(layer.quant_method).__name__} keeps experts in a way that DWDP does not know. Use another "
                 "quantization or --moe-runner-backend, or serve without --enable-dwdp."
             )
+    for words in sorted(unverified):
+        logger.warning("DWDP: %s has not been compared with a single rank on this kind of GPU yet", words)
     return [SglangLayer(layer) for layer in sorted(found, key=lambda layer: int(layer.layer_id))]
 
 
@@ -154,5 +212,8 @@ _PATH = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
 HOOKS = (
     Hook(f"{_PATH}.__init__", HookType.AROUND, build),
     Hook(f"{_PATH}._map_global_expert_id_to_local_expert_id", HookType.REPLACE, local_index),
+    Hook(f"{_PATH}.weight_loader", HookType.AROUND, load),
+    Hook(f"{_PATH}.weight_loader_fused", HookType.AROUND, load_fused),
+    Hook(f"{_PATH}.forward_deferred_finalize", HookType.AROUND, deferred_finalize),
 )
 AUDIT_HOOKS = (Hook(f"{_PATH}.forward_impl", HookType.AROUND, count_reads),)

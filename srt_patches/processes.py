@@ -27,7 +27,7 @@ def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_
     if config is None:
         return
     try:
-        _install(role, config)
+        _install(role, config, server_args.device)
     except DwdpRuntimeError as error:
         # At once: SGLang ends the server as soon as this process closes its pipe, before a traceback is out.
         sys.stderr.write(f"sglang-dwdp: error: {error}\n")
@@ -35,9 +35,17 @@ def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_
         raise
 
 
-def _install(role: str, config: DwdpConfig) -> None:
+def _install(role: str, config: DwdpConfig, device: str | None) -> None:
     if role == "scheduler":
         from sglang_dwdp.srt_patches import audit, graphs, linear, model_runner, moe_layer, reports, weight_updates
+
+        if device == "cuda":
+            from sglang_dwdp.kernels_build import load
+            from sglang_dwdp.srt_patches import flashinfer_fp8
+
+            load.install()  # before weights are loaded: FlashInfer prepares MXFP4 weights with its module
+            flashinfer_fp8.register()
+            install(flashinfer_fp8.HOOKS)
 
         # Set here and not in the launcher, where a later engine without DWDP would find it.
         envs.SGLANG_SCHEDULER_SKIP_ALL_GATHER.set(True)

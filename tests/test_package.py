@@ -37,7 +37,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
     python = directory / "bin" / "python"
-    subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-deps", str(wheel)], check=True)
+    subprocess.run(
+        [str(python), "-m", "pip", "install", "-q", "--no-deps", "--ignore-installed", str(wheel)], check=True
+    )
     (site,) = directory.glob("lib/python*/site-packages")
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
@@ -46,7 +48,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_claims_one_top_level_name(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"sglang_dwdp"}
-    for needed in ("srt_patches/ledger.md", "srt_patches/hooks.py", "cpu_stubs/sgl_kernel/__init__.py", "py.typed"):
+    needed_files = ("srt_patches/ledger.md", "srt_patches/hooks.py", "cpu_stubs/sgl_kernel/__init__.py", "py.typed")
+    for needed in (*needed_files, "kernels/slim_instantiation.cu.in", "kernels/missing_kernels.cpp.in"):
         assert f"sglang_dwdp/{needed}" in names
 
 

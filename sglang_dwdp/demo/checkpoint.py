@@ -106,7 +106,7 @@ def _draw(spec: TensorSpec, seed: int, dtype: torch.dtype) -> torch.Tensor:
         return noise * gain  # float32 in every released DeepSeek checkpoint
     if name.endswith("norm.weight"):
         return (gain * (1 + 0.1 * noise)).to(dtype)
-    if name.endswith("bias"):
+    if name.endswith(("bias", "sinks")):
         return (noise * gain).to(dtype)
     fan_in = 1 if name == "model.embed_tokens.weight" else size[1]
     return (noise * (gain / math.sqrt(fan_in))).to(dtype)

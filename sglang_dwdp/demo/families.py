@@ -7,14 +7,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Family = Literal["qwen3_moe", "qwen2_moe", "deepseek_v2", "deepseek_v3"]
+from sglang_dwdp.demo import more_families as more
+
+Family = Literal[
+    "qwen3_moe",
+    "qwen2_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "mixtral",
+    "glm4_moe",
+    "kimi_k2",
+    "gpt_oss",
+    "minimax_m2",
+]
 TensorSpec = tuple[str, tuple[int, ...], float]  # name, size, gain
 _ARCHITECTURES: dict[str, str] = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    **more.ARCHITECTURES,
 }
+_LATENT = ("deepseek_v2", "deepseek_v3", "kimi_k2")
+_LIKE_V3 = ("deepseek_v3", "kimi_k2")
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,10 @@ def config(family: Family, s: Shape, dtype: str, vocab_size: int) -> dict[str, A
         result |= {"num_experts": s.num_experts, "decoder_sparse_step": 1, "mlp_only_layers": []}
         return result
 
+    if family not in _LATENT:
+        return result | more.config(family, s)
+
+    # Kimi K2 is DeepSeek-V3 without groups of experts, and routes to more of them.
     groups = s.expert_groups() if family == "deepseek_v3" else 1
     return result | {
         "num_key_value_heads": s.num_heads,
@@ -93,16 +112,16 @@ def config(family: Family, s: Shape, dtype: str, vocab_size: int) -> dict[str, A
         "first_k_dense_replace": s.first_k_dense_replace,
         "moe_layer_freq": 1,
         "kv_lora_rank": s.kv_lora_rank,
-        "q_lora_rank": s.q_lora_rank if family == "deepseek_v3" else None,
+        "q_lora_rank": s.q_lora_rank if family in _LIKE_V3 else None,
         "qk_nope_head_dim": s.head_dim,
         "qk_rope_head_dim": s.rope_head_dim,
         "v_head_dim": s.head_dim,
         "n_group": groups,
         "topk_group": (groups + 1) // 2,
-        "topk_method": "noaux_tc" if family == "deepseek_v3" else "greedy",
-        "scoring_func": "sigmoid" if family == "deepseek_v3" else "softmax",
-        "norm_topk_prob": family == "deepseek_v3",
-        "routed_scaling_factor": 2.5 if family == "deepseek_v3" else 1.0,
+        "topk_method": "noaux_tc" if family in _LIKE_V3 else "greedy",
+        "scoring_func": "sigmoid" if family in _LIKE_V3 else "softmax",
+        "norm_topk_prob": family in _LIKE_V3,
+        "routed_scaling_factor": 2.5 if family in _LIKE_V3 else 1.0,
         "num_nextn_predict_layers": 0,
         # As in every released DeepSeek model; the CPU engine knows no other rotary embedding for it.
         "rope_scaling": {
@@ -129,7 +148,11 @@ def tensors(family: Family, s: Shape, vocab_size: int) -> Iterator[TensorSpec]:
         layer = f"model.layers.{i}."
         yield layer + "input_layernorm.weight", (s.hidden_size,), 1.0
         yield layer + "post_attention_layernorm.weight", (s.hidden_size,), 1.0
-        attention = _latent_attention if family.startswith("deepseek") else _attention
+        if family in more.ARCHITECTURES and family not in _LATENT:
+            yield from more.attention(layer + "self_attn.", family, s)
+            yield from more.ffn(layer, family, s, i)
+            continue
+        attention = _latent_attention if family in _LATENT else _attention
         yield from attention(layer + "self_attn.", family, s)
         yield from _ffn(layer + "mlp.", family, s, i)
     yield "model.norm.weight", (s.hidden_size,), 1.0
@@ -151,7 +174,7 @@ def _attention(prefix: str, family: Family, s: Shape) -> Iterator[TensorSpec]:
 
 def _latent_attention(prefix: str, family: Family, s: Shape) -> Iterator[TensorSpec]:
     query = s.num_heads * (s.head_dim + s.rope_head_dim)
-    if family == "deepseek_v3":
+    if family in _LIKE_V3:
         yield prefix + "q_a_proj.weight", (s.q_lora_rank, s.hidden_size), 1.0
         yield prefix + "q_a_layernorm.weight", (s.q_lora_rank,), 1.0
         yield prefix + "q_b_proj.weight", (query, s.q_lora_rank), 1.5
@@ -164,18 +187,18 @@ def _latent_attention(prefix: str, family: Family, s: Shape) -> Iterator[TensorS
 
 
 def _ffn(prefix: str, family: Family, s: Shape, layer: int) -> Iterator[TensorSpec]:
-    if family.startswith("deepseek") and layer < s.first_k_dense_replace:
+    if family in _LATENT and layer < s.first_k_dense_replace:
         yield from _mlp(prefix, s.hidden_size, 2 * s.hidden_size)
         return
     yield prefix + "gate.weight", (s.num_experts, s.hidden_size), 2.0
-    if family == "deepseek_v3":
+    if family in _LIKE_V3:
         yield prefix + "gate.e_score_correction_bias", (s.num_experts,), 0.2
     for e in range(s.num_experts):
         yield from _mlp(f"{prefix}experts.{e}.", s.hidden_size, s.moe_intermediate_size)
     if family == "qwen2_moe":
         yield from _mlp(prefix + "shared_expert.", s.hidden_size, s.hidden_size)
         yield prefix + "shared_expert_gate.weight", (1, s.hidden_size), 1.0
-    if family.startswith("deepseek"):
+    if family in _LATENT:
         yield from _mlp(prefix + "shared_experts.", s.hidden_size, s.moe_intermediate_size)
 
 

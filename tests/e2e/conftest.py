@@ -30,10 +30,14 @@ Running = Callable[..., AbstractContextManager[Server]]
 Answers = list[list[int]]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.e2e)
+    if "models" not in config.option.markexpr:  # they take long, so they have to be asked for: make test-models
+        unwanted = [item for item in items if item.get_closest_marker("models")]
+        config.hook.pytest_deselected(items=unwanted)
+        items[:] = [item for item in items if item not in unwanted]
 
 
 class Footprint:

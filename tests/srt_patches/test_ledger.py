@@ -7,6 +7,7 @@ from importlib.metadata import version
 import pytest
 
 from sglang_dwdp.srt_patches import (
+    flashinfer_fp8,
     graphs,
     linear,
     model_runner,
@@ -22,6 +23,7 @@ ENTRIES = entries()
 HOOKS = (
     *processes.HOOKS,
     *server_args.HOOKS,
+    *flashinfer_fp8.HOOKS,
     *graphs.HOOKS,
     *linear.HOOKS,
     *moe_layer.HOOKS,

@@ -1,0 +1,74 @@
+"""What a loaded model must not have, because DWDP would give wrong tokens, or wait for ranks that never come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from sglang_dwdp.backends import Way, check
+from sglang_dwdp.errors import DwdpConfigError
+
+_FORWARD = ("forward", "forward_impl", "run_moe_core")
+
+
+def refuse_sharded(model: torch.nn.Module) -> None:
+    """
+    Raises:
+        DwdpConfigError: SGLang's code of this model shards it over all ranks even with attention data parallelism,
+            so a rank could not run a request alone. Such models shard their embedding, which is easy to see.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, VocabParallelEmbedding) and module.tp_size > 1:
+            raise DwdpConfigError(
+                f"SGLang shards {name} of {type(model).__name__} over {module.tp_size} ranks: it has no attention data "
+                "parallelism for this model, which DWDP builds on. Serve it without --enable-dwdp."
+            )
+
+
+def refuse_unknown_state(layer: Any) -> None:
+    """
+    Raises:
+        DwdpConfigError: the layer or its method keeps tensors for the experts that were loaded where neither
+            SGLang's list of per-expert tensors nor `rebuild_state` finds them.
+    """
+    known = {"_cutlass_swiglu_params"}
+    count = layer.num_local_experts
+    for owner in (layer, layer.quant_method):
+        for name, value in vars(owner).items():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+            if isinstance(value, torch.Tensor) and owner is not layer:
+                held = (value,)
+            if name in known or name.startswith(("_parameters", "_buffers")):
+                continue
+            if any(isinstance(part, torch.Tensor) and part.ndim and part.shape[0] == count for part in held):
+                raise DwdpConfigError(
+                    f"layer {layer.layer_id}: {type(owner).__name__}.{name} holds something for each of the {count} "
+                    "experts that were loaded, which DWDP does not know how to extend to all. Use another "
+                    "--moe-runner-backend, or serve without --enable-dwdp."
+                )
+
+
+def refuse_own_forward(layer: Any) -> None:
+    """
+    Raises:
+        DwdpConfigError: the model runs this layer by code of its own, which would not wait for the experts.
+    """
+    own = [name for name in _FORWARD if getattr(type(layer), name) is not getattr(FusedMoE, name)]
+    if own:
+        raise DwdpConfigError(
+            f"layer {layer.layer_id}: {type(layer).__name__} replaces FusedMoE.{own[0]}, so it would read experts "
+            "before they are there. Serve this model without --enable-dwdp."
+        )
+
+
+def way_of_layer(layer: Any) -> Way:
+    """How a layer runs on a GPU.
+
+    Raises:
+        DwdpConfigError: that way cannot read shared experts, or was not examined.
+    """
+    backend = getattr(layer.runner_backend, "value", None)
+    return check(layer.layer_id, type(layer.quant_method).__name__, backend)

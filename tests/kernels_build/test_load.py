@@ -1,0 +1,116 @@
+"""Which module serves which call; and, where slim modules were built, that they open without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_dwdp.kernels_build import load
+from sglang_dwdp.kernels_build.symbols import of_flashinfer, undefined
+
+BF16, FP8, U8 = torch.bfloat16, torch.float8_e4m3fn, torch.uint8
+FLAGS = ("block_scale", "group_scaling", "humming")
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "flags", "name"),
+    [
+        ((BF16, BF16), (), "bf16"),
+        ((BF16, FP8), ("block_scale",), "fp8-block"),
+        ((BF16, U8), ("group_scaling",), "mxfp4"),
+        ((FP8, FP8), (), None),
+        ((torch.float16, torch.float16), (), None),
+        ((BF16, U8), ("group_scaling", "humming"), None),
+    ],
+)
+def test_the_format_of_a_call(
+    dtypes: tuple[torch.dtype, torch.dtype], flags: tuple[str, ...], name: str | None
+) -> None:
+    assert load.format_of(*dtypes, **{flag: flag in flags for flag in FLAGS}) == name
+
+
+class Module:
+    """Stands for a loaded module."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.folders: list[str] = []
+
+    def set_deepgemm_jit_include_dirs(self, folders: list[str]) -> None:
+        self.folders = folders
+
+    def init(self, *args: Any) -> tuple[str, Any]:
+        return self.name, args
+
+
+def test_each_call_opens_the_module_of_its_format_and_the_full_one_for_the_rest() -> None:
+    opened: list[str] = []
+
+    def loaded(path: Path) -> Module:
+        opened.append(path.name)
+        return Module(path.name)
+
+    slim = load.SlimModule({"bf16": Path("b.so"), "mxfp4": Path("m.so")}, lambda: Module("full"), loaded)
+    slim.set_deepgemm_jit_include_dirs(["here"])
+    none = (False,) * 6
+    assert slim.init(BF16, BF16, BF16, *none)[0] == "b.so"
+    assert slim.init(BF16, BF16, BF16, *none)[0] == "b.so"
+    assert slim.init(BF16, U8, BF16, False, True, False, False, False, False)[0] == "m.so"
+    assert opened == ["b.so", "m.so"]
+    assert slim.init(BF16, FP8, BF16, True, False, False, False, False, False)[0] == "full"
+    assert slim.init(torch.float16, torch.float16, torch.float16, *none)[0] == "full"
+    assert {module.name for module in slim._loaded.values()} == {"b.so", "m.so", "full"}
+    assert all(module.folders == ["here"] for module in slim._loaded.values())
+
+
+def test_slim_modules_are_used_only_where_the_full_one_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = SimpleNamespace(is_compiled=True, build_and_load=lambda: Module("full"))
+    monkeypatch.setattr(load, "built", lambda: {"bf16": Path("b.so")})
+    assert load.choose(lambda: full) is full
+    full.is_compiled = False
+    assert isinstance(load.choose(lambda: full).build_and_load(), load.SlimModule)
+    monkeypatch.setattr(load, "built", dict)
+    assert load.choose(lambda: full) is full
+
+
+OPEN = """
+import sys, torch
+from pathlib import Path
+from sglang_dwdp.kernels_build.load import load_library
+module = load_library(Path(sys.argv[1]))
+print(hasattr(module, "init"), hasattr(module, "interleave_moe_weights_for_sm90_mixed_gemm"))
+try:
+    module.init(torch.float16, torch.float16, torch.float16, False, False, False, False, False, False)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("name", load.FORMATS)
+def test_a_built_module_opens_and_names_itself_where_a_format_is_missing(name: str, tmp_path: Path) -> None:
+    library = load.built().get(name)
+    if library is None:
+        pytest.skip(f"`sglang-dwdp build-kernels --format {name}` was not run for this FlashInfer's cache")
+    needed = undefined(library)
+    assert of_flashinfer(needed) == []
+    # In place of the driver's library, for machines without one: its functions, which are not called here.
+    driver = [symbol for symbol in needed if symbol.startswith("cu") and "@" not in symbol]
+    (tmp_path / "driver.c").write_text("\n".join(f"int {symbol}(void) {{ return 100; }}" for symbol in driver))
+    stub = tmp_path / "libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(tmp_path / "driver.c"), "-o", str(stub)])
+    if not torch.cuda.is_available():
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    else:
+        environment = dict(os.environ)
+    said = subprocess.run(
+        [sys.executable, "-c", OPEN, str(library)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert said.stdout.startswith("True True"), said.stderr
+    assert f"for {name} weights only" in said.stdout

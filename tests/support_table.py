@@ -1,0 +1,137 @@
+"""Writes docs/support.md from test results, so that it says nothing that no test has shown.
+
+    python -m pytest … --junitxml results.xml
+    python -m tests.support_table results.xml …
+
+Tests that passed are remembered in docs/support.json; one that fails or is skipped in newer results is not any more
+(skipped ones stay, if they passed elsewhere: GPU tests are skipped on machines without a GPU).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sglang_dwdp.backends import FLASHINFER_FP8, WAYS, Status, Way
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+RECORD, PAGE = DOCS / "support.json", DOCS / "support.md"
+
+# The tests that have to pass for a cell, as patterns; all that match must have passed, and at least one must match.
+PARITY, MODELS = "tests/e2e/test_parity.py::", "tests/e2e/test_models.py::"
+CPU_MODELS: Mapping[str, str] = {
+    "Qwen3-MoE": rf"{PARITY}test_qwen3_moe\[",
+    "Qwen2-MoE": rf"{PARITY}test_qwen2_moe",
+    "DeepSeek-V2": rf"{PARITY}test_deepseek\w*\[deepseek_v2",
+    "DeepSeek-V3, R1": rf"{PARITY}test_deepseek\w*\[deepseek_v3",
+    "Kimi-K2": rf"{MODELS}test_parity\[kimi_k2-",
+    "GLM-4.5": rf"{MODELS}test_parity\[glm4_moe-",
+    "gpt-oss (bf16 experts, attention without sinks)": rf"{MODELS}test_parity\[gpt_oss-",
+    "MiniMax-M2": rf"{MODELS}test_parity\[minimax_m2-",
+}
+REFUSED_MODELS: Mapping[str, tuple[str, str]] = {
+    "Mixtral": (rf"{MODELS}test_mixtral_is_refused", "SGLang has no attention data parallelism for it"),
+}
+ON_GPU = "tests/test_flashinfer_on_gpu.py::test_bitwise_on_views_gpu"
+LAYERS: Mapping[tuple[str, str], str] = {
+    ("bf16", "triton"): r"tests/srt_patches/test_moe_on_gpu\.py::test_moe_on_views_gpu\[",
+    ("bf16", "flashinfer_cutlass"): rf"{ON_GPU}\[bf16-",
+    ("block-FP8", FLASHINFER_FP8): rf"{ON_GPU}\[fp8-block-",
+    ("MXFP4", "flashinfer_mxfp4"): rf"{ON_GPU}\[mxfp4-",
+}
+
+_TOP = """# What is supported
+
+Written by `python -m tests.support_table` from test results (`docs/support.json`); not by hand. *Verified* cells
+name the test; *unverified* ones fit by reading SGLang's code, and a server warns when it uses one.
+
+## Models
+
+Every rank of a server of 2 and of 3 ranks gives the tokens of a single rank that holds all experts: small random
+checkpoints with the real layer types, on SGLang's CPU engine, in float32.
+
+| model | CPU engine |
+|---|---|
+"""
+_MIDDLE = """
+On GPUs, any model of these families takes the way of its weight format below. What servers with GPUs have been
+compared on is in [limits.md](limits.md).
+
+## Weight formats and MoE backends on GPUs
+
+Verified: a layer on views gives bitwise what it gives on resident experts. What is not listed is refused.
+
+| experts | backend | Hopper | Blackwell |
+|---|---|---|---|
+"""
+
+
+def outcomes(results: Iterable[Path]) -> dict[str, str]:
+    """ "passed", "failed" or "skipped" by test, from JUnit files that pytest wrote."""
+    found = {}
+    for path in results:
+        for case in ElementTree.parse(path).iter("testcase"):
+            name = case.get("classname", "").replace(".", "/") + ".py::" + case.get("name", "")
+            kinds = {child.tag for child in case}
+            found[name] = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+    return found
+
+
+def remember(passed: Mapping[str, str], new: Mapping[str, str], day: str) -> dict[str, str]:
+    """The day on which each test last passed, without those that failed since."""
+    kept = {name: when for name, when in passed.items() if new.get(name) != "failed"}
+    return dict(sorted((kept | {name: day for name, outcome in new.items() if outcome == "passed"}).items()))
+
+
+def evidence(passed: Mapping[str, str], pattern: str) -> str | None:
+    """The tests that match, in short, and the day of the oldest pass; None if none passed."""
+    found = [name for name in passed if re.match(pattern, name)]
+    if not found:
+        return None
+    names = sorted({re.sub(r"\[.*", "", name.split("::")[-1]) for name in found})
+    return f"verified: `{', '.join(names)}` ({len(found)} passed, {min(passed[name] for name in found)})"
+
+
+def page(passed: Mapping[str, str]) -> str:
+    """docs/support.md."""
+    lines = _TOP.splitlines()
+    lines += [f"| {model} | {evidence(passed, pattern) or 'unverified'} |" for model, pattern in CPU_MODELS.items()]
+    for model, (pattern, reason) in REFUSED_MODELS.items():
+        shown = evidence(passed, pattern)
+        lines.append(
+            f"| {model} | {shown.replace('verified', 'refused', 1) + ': ' + reason if shown else 'unverified'} |"
+        )
+    lines += _MIDDLE.splitlines()
+    for way in WAYS:
+        name = "`flashinfer_cutlass`" if way.backend == FLASHINFER_FP8 else f"`{way.backend}`"
+        lines.append(f"| {way.weights} | {name} | {_cell(passed, way, 'Hopper')} | {_cell(passed, way, 'Blackwell')} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(passed: Mapping[str, str], way: Way, gpu: str) -> str:
+    if gpu not in way.gpus:
+        return "–"
+    if way.status is Status.REFUSED:
+        return f"refused: {way.reason}"
+    pattern = LAYERS.get((way.weights, way.backend))
+    shown = evidence(passed, pattern) if pattern is not None and gpu == "Hopper" else None
+    return shown or "unverified"
+
+
+def main(results: list[Path]) -> None:
+    """Update the record and the page."""
+    passed = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    patterns = (*CPU_MODELS.values(), *(pattern for pattern, _ in REFUSED_MODELS.values()), *LAYERS.values())
+    new = {name: one for name, one in outcomes(results).items() if any(re.match(p, name) for p in patterns)}
+    passed = remember(passed, new, datetime.now(UTC).date().isoformat())
+    RECORD.write_text(json.dumps(passed, indent=1) + "\n")
+    PAGE.write_text(page(passed))
+
+
+if __name__ == "__main__":
+    main([Path(name) for name in sys.argv[1:]])

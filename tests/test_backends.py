@@ -1,0 +1,39 @@
+"""The table of MoE backends."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_dwdp.backends import FLASHINFER_FP8, WAYS, Status, check, way_of
+from sglang_dwdp.errors import DwdpConfigError
+
+
+def test_every_way_is_listed_once_and_every_refusal_has_a_reason() -> None:
+    assert len({(way.method, way.backend) for way in WAYS}) == len(WAYS)
+    for way in WAYS:
+        assert bool(way.reason) == (way.status is Status.REFUSED)
+        assert set(way.gpus) <= {"Hopper", "Blackwell"}
+        assert way.gpus
+
+
+def test_what_is_not_listed_is_refused() -> None:
+    assert way_of("SomeNewMethod", "triton").status is Status.REFUSED
+    with pytest.raises(DwdpConfigError, match=r"SomeNewMethod .* it was not examined\. Use another quantization"):
+        check(0, "SomeNewMethod", "triton")
+
+
+def test_a_refusal_names_what_works_instead() -> None:
+    with pytest.raises(DwdpConfigError, match=r"Use --moe-runner-backend flashinfer_mxfp4 or triton, or serve without"):
+        check(2, "Mxfp4MoEMethod", "triton_kernel")
+
+
+def test_flashinfer_for_block_fp8_is_asked_for_by_its_usual_name() -> None:
+    assert check(0, "Fp8MoEMethod", FLASHINFER_FP8).weights == "block-FP8"
+    with pytest.raises(DwdpConfigError) as caught:
+        check(0, "Fp8MoEMethod", "cutlass")
+    assert "flashinfer_cutlass" in str(caught.value)
+    assert FLASHINFER_FP8 not in str(caught.value)
+
+
+def test_nothing_on_blackwell_alone_is_called_verified() -> None:
+    assert all(way.status is not Status.VERIFIED for way in WAYS if way.gpus == ("Blackwell",))
