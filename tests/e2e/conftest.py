@@ -24,6 +24,8 @@ from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 
 # float32: in bf16 two tokens of a random model tie now and then.
 FLAGS = ("--dtype", "float32", "--skip-server-warmup", "--random-seed", "1")
+# On the CPU SGLang pads experts to multiples of 32, but loads a tensor of all of them unpadded.
+SHAPES: dict[Family, dict[str, int]] = {"gpt_oss": {"moe_intermediate_size": 96}}
 STOPS = cycle((signal.SIGTERM, signal.SIGINT))
 
 Running = Callable[..., AbstractContextManager[Server]]
@@ -117,7 +119,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family, int], 
         key = (family, num_experts)
         if key not in made:
             made[key] = tmp_path_factory.mktemp(f"{family}-{num_experts}")
-            make_checkpoint(made[key], family, num_experts=num_experts, dtype=torch.float32)
+            shape = SHAPES.get(family, {}) | {"num_experts": num_experts}
+            make_checkpoint(made[key], family, dtype=torch.float32, **shape)
         return made[key]
 
     return model
