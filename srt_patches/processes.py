@@ -56,9 +56,9 @@ def _install(role: str, config: DwdpConfig, device: str | None) -> None:
             install(moe_layer.AUDIT_HOOKS)
             audit.count_collectives()
     elif role == "dp_controller":
-        from sglang_dwdp.srt_patches import reports
+        from sglang_dwdp.srt_patches import controller, reports
 
-        install(reports.CONTROLLER_HOOKS)
+        install((*controller.HOOKS, *reports.CONTROLLER_HOOKS))
     elif role == "tokenizer":
         from sglang_dwdp import cleanup
         from sglang_dwdp.srt_patches import weight_updates

@@ -122,6 +122,9 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         # A fused shared expert is one more row of the expert tensors, replicated on every rank.
         disable_shared_experts_fusion=True,
     )
+    if view.device == "cpu":
+        # An idle rank would spin on a core, and on a CPU the busy ranks compute with those.
+        declare_resolution(server_args, _SOURCE, sleep_on_idle=True)
     if view.device == "cpu" or not config.has_direct:
         # A graph holds addresses, and what a slot holds changes from layer to layer.
         declare_resolution(server_args, _SOURCE, disable_cuda_graph=True)

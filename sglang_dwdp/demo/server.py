@@ -69,6 +69,7 @@ class Server:
             defaults = cpu_engine.default_flags()
             for name in ("attention_backend", "max_total_tokens"):
                 command += ["--" + name.replace("_", "-"), str(defaults[name])]
+            command += ["--sleep-on-idle"]
         else:
             variables["SGLANG_USE_CPU_ENGINE"] = "1"
             command += ["--enable-dwdp", *dwdp]

@@ -7,6 +7,7 @@ from importlib.metadata import version
 import pytest
 
 from sglang_dwdp.srt_patches import (
+    controller,
     flashinfer_fp8,
     graphs,
     linear,
@@ -23,6 +24,7 @@ ENTRIES = entries()
 HOOKS = (
     *processes.HOOKS,
     *server_args.HOOKS,
+    *controller.HOOKS,
     *flashinfer_fp8.HOOKS,
     *graphs.HOOKS,
     *linear.HOOKS,

@@ -99,6 +99,7 @@ def test_with_the_flag(model: str) -> None:
         "load_balance_method": "total_tokens",
         "attention_backend": "torch_native",
         "max_total_tokens": 32768,
+        "sleep_on_idle": True,
     }
     assert {name: resolved[name] for name in expected} == expected
     assert result["hooked"] is True

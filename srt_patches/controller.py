@@ -1,0 +1,40 @@
+"""The controller process that hands requests to ranks: it waits for them, where SGLang's spins on a core.
+
+A core that spins is missing to the ranks wherever there are few, as on a laptop, and slows its neighbours elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import zmq
+from sglang.srt.plugins.hook_registry import HookType
+
+from sglang_dwdp.srt_patches.hooks import Hook
+
+_POLL_MS = 1000  # the watchdog is fed at least this often
+
+
+def event_loop(controller: Any) -> None:
+    """In place of `DataParallelController.event_loop`: the same dispatch, asleep while nothing comes."""
+    from sglang.srt.managers.io_struct import sock_recv
+
+    socket = controller.recv_from_tokenizer
+    while True:
+        controller.soft_watchdog.feed()
+        if not socket.poll(_POLL_MS):
+            continue
+        while True:
+            try:
+                request = sock_recv(socket, flags=zmq.NOBLOCK)
+            except zmq.ZMQError:
+                break
+            controller._request_dispatcher(request)
+            controller.soft_watchdog.feed()
+
+
+HOOKS = (
+    Hook(
+        "sglang.srt.managers.data_parallel_controller.DataParallelController.event_loop", HookType.REPLACE, event_loop
+    ),
+)
