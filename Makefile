@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-gpu test-models smoke lint types clean
+.PHONY: demo test test-fast test-gpu test-models test-serving smoke lint types clean
 
 demo: $(VENV)/.installed  ## serve a small MoE model with DWDP on this machine's CPU
 	$(BIN)/sglang-dwdp demo
@@ -13,6 +13,9 @@ test: $(VENV)/.installed  ## all tests, with real servers on the CPU engine
 
 test-fast: $(VENV)/.installed  ## the tests that start no server
 	$(BIN)/python -m pytest -m "not e2e"
+
+test-serving: $(VENV)/.installed  ## a prefill server with DWDP beside a decode server; mixed chunks
+	$(BIN)/python -m pytest -m serving
 
 test-models: $(VENV)/.installed  ## more model families on real servers, about a minute for each server
 	$(BIN)/python -m pytest -m models

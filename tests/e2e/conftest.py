@@ -36,10 +36,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.e2e)
-    if "models" not in config.option.markexpr:  # they take long, so they have to be asked for: make test-models
-        unwanted = [item for item in items if item.get_closest_marker("models")]
-        config.hook.pytest_deselected(items=unwanted)
-        items[:] = [item for item in items if item not in unwanted]
+    # Those that take long have to be asked for: make test-serving, make test-models.
+    for name in ("serving", "models"):
+        if name not in config.option.markexpr:
+            unwanted = [item for item in items if item.get_closest_marker(name)]
+            config.hook.pytest_deselected(items=unwanted)
+            items[:] = [item for item in items if item not in unwanted]
 
 
 class Footprint:

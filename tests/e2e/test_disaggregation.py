@@ -90,6 +90,7 @@ def group(
             router.stop(0)
 
 
+@pytest.mark.serving
 def test_prefill_with_dwdp(group: tuple[Server, str], expected: Answers) -> None:
     prefill, url = group
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from sglang_dwdp.demo.families import Family
 from tests.e2e.conftest import Answers, Running
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
@@ -25,6 +27,7 @@ def register():
 """
 
 
+@pytest.mark.serving
 def test_mixed_chunks_give_the_same_tokens(
     running: Running,
     models: Callable[[Family, int], Path],
