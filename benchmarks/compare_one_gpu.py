@@ -2,7 +2,9 @@
 
 Two ranks share the GPU: rank 0 is busy, rank 1 idle. Their "link" is the GPU's own memory, several times faster
 than NVLink, so this proves tokens and host overhead and bounds what copies cost; it says nothing about NVLink.
-Compare ratios of one run. MODEL is a checkpoint folder; its tokenizer is not used.
+All engines are started first and then take turns, workload by workload: the speed of a host drifts by tens of percent
+within minutes, which would pass for a difference between engines that are measured one after the other. Whoever waits
+sleeps. Compare ratios of one run. MODEL is a checkpoint folder; its tokenizer is not used.
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,114 +33,174 @@ from rich.console import Console
 from rich.table import Table
 from setup_memory import probe_environment, readings
 
+DWDP = {"tp_size": 2, "enable_dwdp": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "resident": {"tp_size": 1},
-    "dwdp": {"tp_size": 2, "enable_dwdp": True},
-    "dwdp-direct": {"tp_size": 2, "enable_dwdp": True, "dwdp_view": "direct"},
+    "dwdp": DWDP,
     "in-tree": {"tp_size": 2, "dwdp_size": 2},
+    "dwdp-direct": {**DWDP, "dwdp_view": "direct"},
+    "dwdp-small-slices": {**DWDP, "dwdp_slice_kib": 4096},
 }
 CHUNK = 8192
 PREFILLS = ((4, 8192), (1, 1024))
 DECODES = (1, 8, 32)
-STEPS = 128
+STEPS = 96
 LENGTHS = (1, 7, 33, 130, 300, 513, 1025, 4097)
 REPEATS = 5
+WARM_UP = 2
+READY = "ready"
+
+Prompts = list[list[int]]
 
 
-def measure(name: str, model: str) -> dict[str, Any]:
-    """In a process of its own: one variant's tokens, tokens per second, and reports."""
+def serve(name: str, model: str, descriptor: int) -> None:
+    """In a process of its own: an engine that answers the parent's requests until there are no more."""
     import sglang
 
     options = VARIANTS[name]
-    ranks = options["tp_size"]
     # SGLang divides the chunk by the ranks for its own DWDP; a rank's chunk is the same for all variants.
-    chunk = CHUNK * (ranks if "dwdp_size" in options else 1)
-    start = time.perf_counter()
+    chunk = CHUNK * (options["tp_size"] if "dwdp_size" in options else 1)
     engine = sglang.Engine(
         model_path=model,
         skip_tokenizer_init=True,
+        port=31000 + 500 * list(VARIANTS).index(name),  # engines that start together draw the same ports
         attention_backend="triton",
         moe_runner_backend="triton",
         disable_custom_all_reduce=True,
         cuda_graph_backend_prefill="disabled",
         cuda_graph_max_bs_decode=max(DECODES),
         disable_radix_cache=True,
+        sleep_on_idle=True,
         chunked_prefill_size=chunk,
         max_prefill_tokens=CHUNK,
-        max_total_tokens=65536,
-        max_running_requests=64,
-        mem_fraction_static=0.35,
+        max_total_tokens=36864,
+        max_running_requests=max(DECODES),
+        mem_fraction_static=0.97,  # of what the other engines leave
         log_level="info",
         **options,
     )
-    start_s = time.perf_counter() - start
-    draw = random.Random(0)
-
-    def prompt(length: int) -> list[int]:
-        return [draw.randrange(10, 2000) for _ in range(length)]
-
-    def run(prompts: list[list[int]], new: int) -> tuple[float, list[list[int]]]:
-        sampling = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
-        where = {"routed_dp_rank": 0} if ranks > 1 else {}
-        begin = time.perf_counter()
-        answers = engine.generate(input_ids=prompts, sampling_params=sampling, **where)
-        return time.perf_counter() - begin, [answer["output_ids"] for answer in answers]
-
-    tokens = [run([prompt(length)], 16)[1][0] for length in LENGTHS]
-    if ranks > 1:
-        draw = random.Random(0)
-        other = [
-            engine.generate(
-                input_ids=prompt(length),
-                sampling_params={"temperature": 0, "max_new_tokens": 16, "ignore_eos": True},
-                routed_dp_rank=1,
-            )["output_ids"]
-            for length in LENGTHS
-        ]
-    else:
-        other = tokens
-    rates: dict[str, float] = {}
-    for batch, length in PREFILLS:
-        prompts = [prompt(length) for _ in range(batch)]
-        times = [run(prompts, 1)[0] for _ in range(REPEATS + 2)][2:]
-        rates[f"prefill {batch} x {length}"] = batch * length / statistics.median(times)
-    for batch in () if options.get("dwdp_view") == "direct" else DECODES:  # as decode is on direct views anyway
-        prompts = [prompt(16) for _ in range(batch)]
-        run(prompts, STEPS + 1)
-        times = [run(prompts, STEPS + 1)[0] - run(prompts, 1)[0] for _ in range(REPEATS)]
-        rates[f"decode, {batch}"] = batch * STEPS / statistics.median(times)
-    states = engine.get_server_info()["internal_states"]
+    with Connection(descriptor) as parent:
+        parent.send(READY)
+        while (request := parent.recv()) is not None:
+            prompts, new_tokens, rank = request
+            sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+            where = {"routed_dp_rank": rank} if options["tp_size"] > 1 else {}
+            begin = time.perf_counter()
+            answers = engine.generate(input_ids=prompts, sampling_params=sampling, **where)
+            parent.send((time.perf_counter() - begin, [answer["output_ids"] for answer in answers]))
+        states = engine.get_server_info()["internal_states"]
+        parent.send([state.get("dwdp") for state in states])
     engine.shutdown()
-    return {
-        "start_s": start_s,
-        "tokens": tokens,
-        "tokens_rank_1": other,
-        "tokens_per_s": rates,
-        "reports": [state.get("dwdp") for state in states],
-    }
 
 
-def run_variant(name: str, model: str, log: Path, timeout_s: float) -> dict[str, Any]:
-    """A variant's result, or its error."""
-    with tempfile.TemporaryDirectory() as directory, log.open("w") as output:
-        result = Path(directory) / "result.json"
-        environment = dict(os.environ)
-        if VARIANTS[name]["tp_size"] > 1:
-            environment |= one_gpu_environment(Path(directory)) | probe_environment(Path(directory))
-        command = [sys.executable, __file__, model, "--measure", name, "--out", str(result)]
-        process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+class Variant:
+    """An engine in another process."""
+
+    def __init__(self, name: str, connection: Connection) -> None:
+        self.name = name
+        self._connection = connection
+
+    def run(self, prompts: Prompts, new_tokens: int, rank: int = 0) -> tuple[float, Prompts]:
+        """Seconds for all prompts together, and their new tokens."""
+        result: tuple[float, Prompts] = self._ask((prompts, new_tokens, rank))
+        return result
+
+    def stop(self) -> list[Any]:
+        """Let the engine end; the ranks' reports."""
+        reports: list[Any] = self._ask(None)
+        return reports
+
+    def _ask(self, request: object) -> Any:
         try:
-            code = process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            code = -1
+            self._connection.send(request)
+            return self._connection.recv()
+        except (EOFError, OSError):
+            raise SystemExit(f"the engine of {self.name} ended while it was measured; see its log") from None
+
+
+@contextmanager
+def process_of(name: str, model: str, directory: Path, logs: Path) -> Iterator[Connection]:
+    """A variant's process, which says when its engine is ready. Everything it started is gone afterwards."""
+    directory.mkdir()
+    environment = dict(os.environ)
+    if VARIANTS[name]["tp_size"] > 1:
+        environment |= one_gpu_environment(directory) | probe_environment(directory)
+    mine, theirs = Pipe()
+    command = [sys.executable, __file__, model, "--serve", name, "--connection", str(theirs.fileno())]
+    with mine, (logs / f"{name}.log").open("w") as output:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        try:
+            yield mine
         finally:
             subprocess.run(["pkill", "-9", "-s", str(process.pid)], check=False)  # its session, whatever is left
-        if result.exists():
-            done: dict[str, Any] = json.loads(result.read_text())
-            return done | {"setup_memory": readings(Path(directory))}
-    return {"error": f"exit code {code}", "log": log.read_text().splitlines()[-30:]}
+            process.wait()
+
+
+def ready(connection: Connection, deadline: float) -> bool:
+    """Whether the engine at the other end came up before the deadline."""
+    if not connection.poll(max(0.0, deadline - time.monotonic())):
+        return False
+    try:
+        return bool(connection.recv() == READY)
+    except EOFError:  # its process ended
+        return False
+
+
+def take_turns(variants: list[Variant], console: Console) -> dict[str, dict[str, Any]]:
+    """Tokens, then every workload's seconds, the variants one after the other in every repeat."""
+    draw = random.Random(0)
+
+    def prompts(count: int, length: int) -> Prompts:
+        return [[draw.randrange(10, 2000) for _ in range(length)] for _ in range(count)]
+
+    results: dict[str, dict[str, Any]] = {v.name: {"tokens": [], "tokens_rank_1": [], "times_s": {}} for v in variants}
+    for length in LENGTHS:
+        prompt = prompts(1, length)
+        for variant in variants:
+            results[variant.name]["tokens"] += variant.run(prompt, 16)[1]
+            other = 1 if VARIANTS[variant.name]["tp_size"] > 1 else 0
+            results[variant.name]["tokens_rank_1"] += variant.run(prompt, 16, other)[1]
+    workloads = [(f"prefill {n} x {length}", n, length, 0) for n, length in PREFILLS]
+    workloads += [(f"decode, {n}", n, 16, STEPS) for n in DECODES]
+    for row, count, length, steps in workloads:
+        console.print(f"{row} …")
+        for repeat in range(REPEATS + WARM_UP):
+            # Each time another variant begins, and is the one that finds the GPU as the last workload left it.
+            for variant in variants[repeat % len(variants) :] + variants[: repeat % len(variants)]:
+                given = prompts(count, length)
+                seconds = variant.run(given, steps + 1)[0] - (variant.run(given, 1)[0] if steps else 0)
+                if repeat >= WARM_UP:
+                    results[variant.name]["times_s"].setdefault(row, []).append(seconds)
+        for result in results.values():
+            done = count * (steps or length)
+            result.setdefault("tokens_per_s", {})[row] = done / statistics.median(result["times_s"][row])
+    return results
+
+
+def run_all(names: list[str], model: str, logs: Path, timeout_s: float, console: Console) -> dict[str, dict[str, Any]]:
+    """Every variant's result, or its error."""
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        started = {name: stack.enter_context(process_of(name, model, root / name, logs)) for name in names}
+        console.print(f"starting {', '.join(names)} …")
+        deadline = time.monotonic() + timeout_s
+        variants = [Variant(name, connection) for name, connection in started.items() if ready(connection, deadline)]
+        results = take_turns(variants, console) if variants else {}
+        for variant in variants:
+            results[variant.name] |= {"reports": variant.stop(), "setup_memory": readings(root / variant.name)}
+    for name in names:
+        if name not in results:
+            lines = (logs / f"{name}.log").read_text().splitlines()[-30:]
+            results[name] = {"error": f"did not start within {timeout_s:.0f} s", "log": lines}
+    return {name: results[name] for name in names}
 
 
 def show(results: dict[str, dict[str, Any]], console: Console) -> None:
@@ -184,27 +250,23 @@ def describe() -> dict[str, str]:
 
 
 def main() -> None:
-    """Run the variants one after the other; print the table, write the JSON."""
+    """Start the variants, let them take turns; print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="default: eight layers of Qwen3-30B-A3B's shape, made on first use")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["resident", "dwdp", "in-tree"])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS)[:4])
     parser.add_argument("--out", type=Path, default=Path("compare_one_gpu.json"))
     parser.add_argument("--logs", type=Path, default=Path())
-    parser.add_argument("--timeout", type=float, default=400, help="seconds for one variant")
-    parser.add_argument("--measure", choices=list(VARIANTS), help=argparse.SUPPRESS)
+    parser.add_argument("--timeout", type=float, default=400, help="seconds for all variants to start")
+    parser.add_argument("--serve", choices=list(VARIANTS), help=argparse.SUPPRESS)
+    parser.add_argument("--connection", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        args.out.write_text(json.dumps(measure(args.measure, args.model)))
+    if args.serve:
+        serve(args.serve, args.model, args.connection)
         return
     console = Console(width=120)
-    model = model_path(args.model)
-    results: dict[str, dict[str, Any]] = {}
-    if args.out.exists():  # variants of an earlier call on this machine stay in the table
-        results = json.loads(args.out.read_text())["results"]
-    for name in args.variants:
-        console.print(f"{name} …")
-        results[name] = run_variant(name, model, args.logs / f"{name}.log", args.timeout)
-        args.out.write_text(json.dumps({"machine": describe(), "results": results}, indent=1))
+    args.logs.mkdir(parents=True, exist_ok=True)
+    results = run_all(args.variants, model_path(args.model), args.logs, args.timeout, console)
+    args.out.write_text(json.dumps({"machine": describe(), "results": results}, indent=1) + "\n")
     show(results, console)
 
 

@@ -89,14 +89,16 @@ class Workspace:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buffers: list[torch.Tensor] = []
-        self._enough: dict[Sizes, int] = {}  # tokens that the buffer was found large enough for
+        # Tokens that the buffer was found large enough for.
+        self._enough: dict[tuple[Sizes, bool], int] = {}
 
-    def take(self, sizes: Sizes, num_tokens: int) -> torch.Tensor | None:
-        """At least what `num_tokens` tokens need, uint8; None while a graph is captured and there is too little
-        (FlashInfer then allocates from the graph's own pool)."""
+    def take(self, sizes: Sizes, num_tokens: int, *, fused_finalize: bool = True) -> torch.Tensor | None:
+        """At least what `block_fp8_moe` needs for `num_tokens` tokens, uint8; None while a graph is captured and
+        there is too little (FlashInfer then allocates from the graph's own pool)."""
         from flashinfer.fused_moe.core import cutlass_fused_moe_workspace_size
 
-        if self._enough.get(sizes, 0) >= num_tokens:
+        key = (sizes, fused_finalize)
+        if self._enough.get(key, 0) >= num_tokens:
             return self._buffers[-1]
         needed = cutlass_fused_moe_workspace_size(
             num_tokens,
@@ -107,13 +109,14 @@ class Workspace:
             x_dtype=torch.bfloat16,
             weight_dtype=torch.float8_e4m3fn,
             use_deepseek_fp8_block_scale=True,
+            use_fused_finalize=fused_finalize,
             device=self._device,
         )
         if not self._buffers or self._buffers[-1].numel() < needed:
             if torch.cuda.is_current_stream_capturing():
                 return None
             self._buffers.append(torch.empty(needed, dtype=torch.uint8, device=self._device))
-        self._enough[sizes] = max(num_tokens, self._enough.get(sizes, 0))
+        self._enough[key] = max(num_tokens, self._enough.get(key, 0))
         return self._buffers[-1]
 
 

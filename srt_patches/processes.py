@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from sglang.srt.environ import envs
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.config import DwdpConfig
@@ -37,7 +36,7 @@ def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_
 
 def _install(role: str, config: DwdpConfig, device: str | None) -> None:
     if role == "scheduler":
-        from sglang_dwdp.srt_patches import audit, graphs, linear, model_runner, moe_layer, reports, weight_updates
+        from sglang_dwdp.srt_patches import audit, linear, model_runner, moe_layer, reports, steps, weight_updates
 
         if device == "cuda":
             from sglang_dwdp.kernels_build import load
@@ -47,10 +46,8 @@ def _install(role: str, config: DwdpConfig, device: str | None) -> None:
             flashinfer_fp8.register()
             install(flashinfer_fp8.HOOKS)
 
-        # Set here and not in the launcher, where a later engine without DWDP would find it.
-        envs.SGLANG_SCHEDULER_SKIP_ALL_GATHER.set(True)
         moe_layer.install_shard_count()
-        install((*graphs.HOOKS, *linear.HOOKS, *moe_layer.HOOKS, *model_runner.HOOKS))
+        install((*linear.HOOKS, *steps.HOOKS, *moe_layer.HOOKS, *model_runner.HOOKS))
         install((*reports.SCHEDULER_HOOKS, *weight_updates.SCHEDULER_HOOKS))
         if config.audit:
             install(moe_layer.AUDIT_HOOKS)

@@ -5,7 +5,10 @@ One Hopper GPU is enough. FlashInfer's kernels must be there: `sglang-dwdp build
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,9 +59,9 @@ def weight_format(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def sglang_published(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Server arguments, as SGLang's kernels ask for them."""
-    from sglang.srt.runtime_context import publish
+def sglang_published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Server arguments and groups of one rank, as SGLang's kernels ask for them."""
+    from sglang.srt.runtime_context import get_parallel, publish
     from sglang.srt.server_args import ServerArgs
 
     from sglang_dwdp.demo.checkpoint import make_checkpoint
@@ -66,6 +69,8 @@ def sglang_published(tmp_path_factory: pytest.TempPathFactory) -> None:
     path: Path = tmp_path_factory.mktemp("model")
     make_checkpoint(path, "qwen3_moe", num_experts=8)
     publish(ServerArgs(model_path=str(path), device="cuda", skip_tokenizer_init=True), role="scheduler")
+    with get_parallel().override(tp_group=SimpleNamespace(world_size=1, rank_in_group=0), tp_size=1, moe_tp_size=1):
+        yield
 
 
 def layers_of(name: str) -> list[dict[str, torch.Tensor]]:
@@ -121,9 +126,17 @@ def test_in_a_cuda_graph_gpu(weight_format: str, tokens: int) -> None:
     first, second = (make_case(SHAPES[weight_format], tokens, seed=seed) for seed in (1, 2))
     expected = [[run_flashinfer(weight_format, case, layer) for layer in full] for case in (first, second)]
 
+    done = threading.Event()
+
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> bool:
-        if runtime.rank:  # captures of several threads would disturb each other
-            return True
+        if runtime.rank:  # captures of several threads would disturb each other, and so would this one's end
+            return done.wait(60)
+        try:
+            return replays(layers)
+        finally:
+            done.set()
+
+    def replays(layers: list[PlainLayer]) -> bool:
         held = Case(first.x.clone(), first.ids.clone(), first.weights.clone())
         for layer in layers:
             run_flashinfer(weight_format, held, layer.tensors)
@@ -153,6 +166,6 @@ def test_the_workspace_changes_nothing_gpu(weight_format: str) -> None:
     sizes = Sizes(shape.num_experts, shape.hidden, shape.inter, shape.top_k)
     for tokens in (1, 1000, 4096, 64):
         case = make_case(shape, tokens)
-        buffer = workspace.take(sizes, tokens)
+        buffer = workspace.take(sizes, tokens, fused_finalize=False)
         expected = run_flashinfer(weight_format, case, experts)
         assert torch.equal(run_flashinfer(weight_format, case, experts, workspace=buffer), expected)

@@ -9,13 +9,13 @@ import pytest
 from sglang_dwdp.srt_patches import (
     controller,
     flashinfer_fp8,
-    graphs,
     linear,
     model_runner,
     moe_layer,
     processes,
     reports,
     server_args,
+    steps,
     weight_updates,
 )
 from sglang_dwdp.srt_patches.ledger import Entry, entries, source_hash
@@ -26,7 +26,7 @@ HOOKS = (
     *server_args.HOOKS,
     *controller.HOOKS,
     *flashinfer_fp8.HOOKS,
-    *graphs.HOOKS,
+    *steps.HOOKS,
     *linear.HOOKS,
     *moe_layer.HOOKS,
     *moe_layer.AUDIT_HOOKS,

@@ -1,0 +1,42 @@
+"""Steps of a rank: each is the rank's own, so its kind and its CUDA graph are chosen without the others.
+
+With attention data parallelism SGLang's schedulers tell each other in every step what they are about to run, and
+choose graphs by the largest batch of all. DWDP's ranks never wait for each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from sglang_dwdp.srt_patches.hooks import Hook
+
+
+def is_local(_model_runner: Any) -> bool:
+    """In place of `DecodeCudaGraphRunner._forward_is_dp_local`: a graph fits the rank's own batch."""
+    return True
+
+
+def decide_alone(_adapter: Any, batch: Any) -> Any:
+    """In place of `SchedulerDPAttnAdapter.prepare_mlp_sync_batch`: what the all-gather would have told this rank if
+    there were no other.  batch: a `ScheduleBatch`, or None in an idle step, which stays one."""
+    if batch is not None:
+        mode = batch.forward_mode
+        batch.is_extend_in_batch = mode.is_extend()
+        batch.can_run_decode_cuda_graph = mode.is_decode_or_idle() or mode.is_prebuilt()
+    return batch
+
+
+HOOKS = (
+    Hook(
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner._forward_is_dp_local",
+        HookType.REPLACE,
+        is_local,
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler_components.dp_attn.SchedulerDPAttnAdapter.prepare_mlp_sync_batch",
+        HookType.REPLACE,
+        decide_alone,
+    ),
+)
