@@ -133,5 +133,8 @@ class Memory(Protocol):
     def trim(self) -> None:
         """Give memory that this process has freed, but its allocator kept, back to the device."""
 
+    def settle(self) -> None:
+        """Wait until what this process has written into blocks is there for its peers."""
+
     def copy_engine(self, timeout_s: float) -> CopyEngine:
         """A copy stream whose waits end after `timeout_s` seconds."""

@@ -170,5 +170,8 @@ class CudaMemory:
     def trim(self) -> None:
         torch.cuda.empty_cache()
 
+    def settle(self) -> None:
+        torch.cuda.synchronize(self._device)
+
     def copy_engine(self, timeout_s: float) -> CudaCopyEngine:
         return CudaCopyEngine(self._device)
