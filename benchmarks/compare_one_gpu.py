@@ -82,6 +82,9 @@ def serve(name: str, model: str, descriptor: int) -> None:
     with Connection(descriptor) as parent:
         parent.send(READY)
         while (request := parent.recv()) is not None:
+            if isinstance(request, Path):
+                parent.send(trace(engine, request, options["tp_size"]))
+                continue
             prompts, new_tokens, rank = request
             sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
             where = {"routed_dp_rank": rank} if options["tp_size"] > 1 else {}
@@ -91,6 +94,15 @@ def serve(name: str, model: str, descriptor: int) -> None:
         states = engine.get_server_info()["internal_states"]
         parent.send([state.get("dwdp") for state in states])
     engine.shutdown()
+
+
+def trace(engine: Any, folder: Path, ranks: int) -> None:
+    """Leave SGLang's profile of 16 steps of one sequence, after a prefill of 1,024 tokens, in `folder`."""
+    where = {"routed_dp_rank": 0} if ranks > 1 else {}
+    sampling = {"temperature": 0, "max_new_tokens": 17, "ignore_eos": True}
+    engine.start_profile(output_dir=str(folder), activities=["CPU", "GPU"], with_stack=False, record_shapes=False)
+    engine.generate(input_ids=[[11] * 1024], sampling_params=sampling, **where)
+    engine.stop_profile()
 
 
 class Variant:
@@ -104,6 +116,10 @@ class Variant:
         """Seconds for all prompts together, and their new tokens."""
         result: tuple[float, Prompts] = self._ask((prompts, new_tokens, rank))
         return result
+
+    def profile(self, folder: Path) -> None:
+        """See `trace`."""
+        self._ask(folder)
 
     def stop(self) -> list[Any]:
         """Let the engine end; the ranks' reports."""
@@ -185,8 +201,10 @@ def take_turns(variants: list[Variant], console: Console) -> dict[str, dict[str,
     return results
 
 
-def run_all(names: list[str], model: str, logs: Path, timeout_s: float, console: Console) -> dict[str, dict[str, Any]]:
-    """Every variant's result, or its error."""
+def run_all(
+    names: list[str], model: str, logs: Path, timeout_s: float, console: Console, traces: Path | None = None
+) -> dict[str, dict[str, Any]]:
+    """Every variant's result, or its error.  traces: where profiles of all variants go, if any are wanted."""
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         started = {name: stack.enter_context(process_of(name, model, root / name, logs)) for name in names}
@@ -194,6 +212,8 @@ def run_all(names: list[str], model: str, logs: Path, timeout_s: float, console:
         deadline = time.monotonic() + timeout_s
         variants = [Variant(name, connection) for name, connection in started.items() if ready(connection, deadline)]
         results = take_turns(variants, console) if variants else {}
+        for variant in variants if traces is not None else ():
+            variant.profile(traces / variant.name)
         for variant in variants:
             results[variant.name] |= {"reports": variant.stop(), "setup_memory": readings(root / variant.name)}
     for name in names:
@@ -257,6 +277,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("compare_one_gpu.json"))
     parser.add_argument("--logs", type=Path, default=Path())
     parser.add_argument("--timeout", type=float, default=400, help="seconds for all variants to start")
+    parser.add_argument("--traces", type=Path, help="a folder for SGLang's profile of a few steps of every variant")
     parser.add_argument("--serve", choices=list(VARIANTS), help=argparse.SUPPRESS)
     parser.add_argument("--connection", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -265,7 +286,7 @@ def main() -> None:
         return
     console = Console(width=120)
     args.logs.mkdir(parents=True, exist_ok=True)
-    results = run_all(args.variants, model_path(args.model), args.logs, args.timeout, console)
+    results = run_all(args.variants, model_path(args.model), args.logs, args.timeout, console, args.traces)
     args.out.write_text(json.dumps({"machine": describe(), "results": results}, indent=1) + "\n")
     show(results, console)
 
