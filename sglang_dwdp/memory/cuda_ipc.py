@@ -94,5 +94,8 @@ class CudaIpcMemory:
     def trim(self) -> None:
         torch.cuda.empty_cache()
 
+    def finish_writes(self) -> None:
+        torch.cuda.synchronize(self._device)
+
     def copy_engine(self, timeout_s: float) -> CudaCopyEngine:
         return CudaCopyEngine(self._device)

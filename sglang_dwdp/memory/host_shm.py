@@ -246,5 +246,8 @@ class HostMemory:
     def trim(self) -> None:
         """The host's allocator returns large blocks by itself."""
 
+    def finish_writes(self) -> None:
+        """The host writes at once."""
+
     def copy_engine(self, timeout_s: float) -> HostCopyEngine:
         return HostCopyEngine(timeout_s)
