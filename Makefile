@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-gpu test-models test-serving smoke lint types clean
+.PHONY: demo test test-fast test-gpu test-gpus test-models test-serving smoke lint types clean
 
 demo: $(VENV)/.installed  ## serve a small MoE model with DWDP on this machine's CPU
 	$(BIN)/sglang-dwdp demo
@@ -22,6 +22,9 @@ test-models: $(VENV)/.installed  ## more model families on real servers, about a
 
 test-gpu: $(VENV)/.installed  ## the tests that need a GPU; one is enough, its ranks share it
 	$(BIN)/python -m pytest -m gpu
+
+test-gpus: $(VENV)/.installed  ## the tests that need two GPUs or more
+	$(BIN)/python -m pytest -m gpus
 
 smoke: $(VENV)/.installed  ## two small servers under SGLang's serving benchmark; report in out/serving/smoke_cpu
 	rm -rf out/serving/smoke_cpu

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from sglang_dwdp.layout import Slice, Span
+from sglang_dwdp.layout import Slice, Span, overlap
 from sglang_dwdp.memory.base import Block, Memory
 from sglang_dwdp.views import SlotMemory, TensorSpec, View, view_of
 
@@ -50,13 +50,21 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
+def _by_block(parts: Parts, span: Span) -> Iterator[Span]:
+    """`span`, cut where blocks meet: they may lie on different GPUs, and no one copy is to touch two of them."""
+    for _, held, _ in parts:
+        piece = overlap(held, span)
+        if piece.nbytes:
+            yield piece
+
+
 class Mapped:
     """Memory that can be mapped: tensors are views over everybody's blocks."""
 
     def __init__(self, memory: Memory, rank: int, slots: SlotMemory, owned: ExitStack) -> None:
         self._memory, self._rank, self._slots, self._owned = memory, rank, slots, owned
         self._views: list[View] = []
-        self._replicas: list[tuple[View, View, Sequence[Span]]] = []
+        self._replicas: list[tuple[View, View, Sequence[Span]]] = []  # owners' view, own view, what is fetched
 
     def _view(self, spec: TensorSpec, placed: Sequence[tuple[int, Block]]) -> View:
         view = view_of(self._memory, spec, placed)
@@ -66,7 +74,9 @@ class Mapped:
     def _written(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int) -> View:
         """A view on the owners' blocks; this rank's experts are written through it."""
         view = self._view(spec, [(span.offset, block) for _, span, block in parts])
-        view.piece(spec.layout.expert_span(range(first, first + len(shard)))).copy_(_bytes(shard))
+        experts, source = spec.layout.expert_span(range(first, first + len(shard))), _bytes(shard)
+        for piece in _by_block(parts, experts):
+            view.piece(piece).copy_(source[piece.offset - experts.offset : piece.end - experts.offset])
         return view
 
     def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> Placed:
@@ -87,7 +97,7 @@ class Mapped:
                 ]
                 direct = self._view(spec, [*local, *peers])
                 staged = self._staged(spec, local, slot)
-            self._replicas.append((owners, direct, runs))
+            self._replicas.append((owners, direct, [piece for run in runs for piece in _by_block(parts, run)]))
         else:
             staged = self._staged(spec, local, slot)
         self._views.append(direct)
@@ -105,16 +115,19 @@ class Mapped:
         view = self._written(spec, parts, shard, first)
 
         def copy() -> torch.Tensor:
-            full = view.tensor.clone()
+            full = torch.empty_like(view.tensor)
+            whole = _bytes(full)
+            for piece in _by_block(parts, Span(0, spec.layout.nbytes)):
+                whole[piece.offset : piece.end].copy_(view.piece(piece))
             view.close()
             return full
 
         return copy
 
     def finish(self) -> None:
-        for owners, direct, runs in self._replicas:
-            for run in runs:
-                direct.piece(run).copy_(owners.piece(run))
+        for owners, direct, pieces in self._replicas:
+            for piece in pieces:
+                direct.piece(piece).copy_(owners.piece(piece))
             owners.close()
         for view in self._views:
             view.protect()

@@ -99,11 +99,11 @@ class _Sharing:
             self.at = f"layer {layer.layer_id}"
             self._share(position, layer, specs[position])
         self.at = "last steps"
-        self.memory.settle()
+        self.memory.finish_writes()
         self.exchange.barrier()  # every rank has written its experts
         replicated_bytes = self._replicate()
         self.placer.finish()
-        self.memory.settle()
+        self.memory.finish_writes()
         self.exchange.barrier()  # no rank serves while another may still fail
         return SharedExperts(
             self.layers,

@@ -14,11 +14,15 @@ if not cpu_engine.has_cuda_driver():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu(ranks)` where there is no GPU; one is enough for all ranks of a test."""
+    """Skip what needs more GPUs than there are.
+
+    One is enough for all ranks of a test marked `gpu(ranks)`; `gpus(count)` asks for so many, that reach each other.
+    """
     import torch
 
-    if torch.cuda.is_available():
-        return
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
-        if mark := item.get_closest_marker("gpu"):
+        if (mark := item.get_closest_marker("gpu")) and not found:
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU (for up to {mark.args[0]} ranks): make test-gpu"))
+        if (mark := item.get_closest_marker("gpus")) and found < mark.args[0]:
+            item.add_marker(pytest.mark.skip(reason=f"needs {mark.args[0]} GPUs, there are {found}: make test-gpus"))

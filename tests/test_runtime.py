@@ -290,7 +290,8 @@ class FailingMemory:
         self.left = fail_at
         self.page_bytes, self.transport = memory.page_bytes, memory.transport
         self.create, self.export = self._failing(memory.create), self._failing(memory.export)
-        self.copy_engine, self.trim, self.settle = memory.copy_engine, memory.trim, memory.settle
+        self.copy_engine, self.trim = memory.copy_engine, memory.trim
+        self.finish_writes = self._failing(memory.finish_writes)
         self.maps, self.handle_kinds, self.use_handles = memory.maps, memory.handle_kinds, memory.use_handles
 
     @property

@@ -36,7 +36,7 @@ class Range(Protocol):
         """Make the whole of `block` readable and writable at `offset`."""
 
     def protect(self, offset: int, nbytes: int) -> None:
-        """Make a mapped piece read-only in this process."""
+        """Make what is mapped there read-only in this process; whole blocks."""
 
     def tensor(self, nbytes: int) -> torch.Tensor:
         """`[nbytes]` uint8 over the beginning of the range. Must not be used after `close`."""
@@ -133,8 +133,8 @@ class Memory(Protocol):
     def trim(self) -> None:
         """Give memory that this process has freed, but its allocator kept, back to the device."""
 
-    def settle(self) -> None:
-        """Wait until what this process has written into blocks is there for its peers."""
+    def finish_writes(self) -> None:
+        """Return when all that this process has written is in memory, so that a peer who is told so can read it."""
 
     def copy_engine(self, timeout_s: float) -> CopyEngine:
         """A copy stream whose waits end after `timeout_s` seconds."""

@@ -20,27 +20,26 @@ def call(function: Any, *arguments: Any) -> Any:
     return values[0] if values else None
 
 
-class _Pointer:
-    """What torch needs to see memory as a tensor without a copy."""
-
-    def __init__(self, address: int, nbytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "strides": None,
-            "version": 3,
-        }
-
-
 def tensor_at(address: int, nbytes: int, device: int) -> torch.Tensor:
-    """`[nbytes]` uint8 over memory of the GPU `device`, which must stay mapped while the tensor is used."""
-    return torch.as_tensor(_Pointer(address, nbytes), device=f"cuda:{device}")
+    """`[nbytes]` uint8 over memory that kernels of the GPU `device` can reach, wherever it lies.
+
+    The memory must stay mapped while the tensor is used. The device is the one that is named, not the one that the
+    driver names for the address: a view may begin with a peer's pages. (By `__cuda_array_interface__` torch asks the
+    driver, and `torch.as_tensor(…, device=…)` would then return a copy, so that writes are lost.) Private to torch,
+    which rebuilds the tensors of CUDA graphs with it; SGLang uses it alike.
+    """
+    where = torch.device("cuda", device)
+    storage = torch._C._construct_storage_from_data_pointer(address, where, nbytes)
+    return torch.empty(0, dtype=torch.uint8, device=where).set_(storage)
 
 
 def make_current(device: int) -> None:
-    """Make the device's primary context, which torch uses too, this thread's current one."""
+    """Make `device` torch's device in this thread, and its primary context, which torch uses too, the driver's.
+
+    Calls that name no device (cuMemAlloc, cuIpcOpenMemHandle, whether a stream is capturing) then mean this one.
+    """
     torch.cuda.init()  # type: ignore[no-untyped-call]
+    torch.cuda.set_device(device)
     torch.zeros(1, device=f"cuda:{device}")
 
 

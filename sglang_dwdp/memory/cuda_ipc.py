@@ -94,7 +94,7 @@ class CudaIpcMemory:
     def trim(self) -> None:
         torch.cuda.empty_cache()
 
-    def settle(self) -> None:
+    def finish_writes(self) -> None:
         torch.cuda.synchronize(self._device)
 
     def copy_engine(self, timeout_s: float) -> CudaCopyEngine:

@@ -2,6 +2,9 @@
 
 A block is a driver allocation, exported as a POSIX file descriptor; a peer's block is mapped like one's own, and
 kernels and copy engines read it over the link. The driver wants a handle mapped whole and at offset 0.
+
+Where ranks have a GPU each, a range lies on several GPUs. Only this rank's GPU is given access to it, so only streams
+of that GPU may work on it.
 """
 
 from __future__ import annotations
@@ -75,7 +78,10 @@ class CudaRange:
         self._allow(address, block.nbytes, _ACCESS.CU_MEM_ACCESS_FLAGS_PROT_READWRITE)
 
     def protect(self, offset: int, nbytes: int) -> None:
-        self._allow(self._at(offset, nbytes), nbytes, _ACCESS.CU_MEM_ACCESS_FLAGS_PROT_READ)
+        first = self._at(offset, nbytes)
+        for address, size in self._mapped:  # block by block: each may lie on another GPU
+            if first <= address < first + nbytes:
+                self._allow(address, size, _ACCESS.CU_MEM_ACCESS_FLAGS_PROT_READ)
 
     def _allow(self, address: int, nbytes: int, what: Any) -> None:
         access = driver.CUmemAccessDesc()
@@ -170,7 +176,7 @@ class CudaMemory:
     def trim(self) -> None:
         torch.cuda.empty_cache()
 
-    def settle(self) -> None:
+    def finish_writes(self) -> None:
         torch.cuda.synchronize(self._device)
 
     def copy_engine(self, timeout_s: float) -> CudaCopyEngine:

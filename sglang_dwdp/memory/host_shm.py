@@ -246,8 +246,8 @@ class HostMemory:
     def trim(self) -> None:
         """The host's allocator returns large blocks by itself."""
 
-    def settle(self) -> None:
-        """Writes to shared pages are there at once."""
+    def finish_writes(self) -> None:
+        """The host writes at once."""
 
     def copy_engine(self, timeout_s: float) -> HostCopyEngine:
         return HostCopyEngine(timeout_s)
