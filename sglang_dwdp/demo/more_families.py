@@ -67,7 +67,7 @@ def config(family: str, s: Shape) -> dict[str, Any]:
         "intermediate_size": s.moe_intermediate_size,
         "scoring_func": "sigmoid",
         "use_routing_bias": True,
-        "use_qk_norm": False,  # SGLang has this model's norm for CUDA and AMX only
+        "use_qk_norm": bool(s.qk_norm),
         "num_mtp_modules": 0,
         "use_mtp": False,
     }
@@ -88,6 +88,9 @@ def attention(prefix: str, family: str, s: Shape) -> Iterator[TensorSpec]:
     if family == "glm4_moe":
         yield prefix + "q_norm.weight", (head,), 1.5
         yield prefix + "k_norm.weight", (head,), 1.5
+    if family == "minimax_m2" and s.qk_norm:  # over all heads together
+        yield prefix + "q_norm.weight", (s.num_heads * head,), 1.5
+        yield prefix + "k_norm.weight", (s.num_kv_heads * head,), 1.5
 
 
 def ffn(layer: str, family: str, s: Shape, index: int) -> Iterator[TensorSpec]:

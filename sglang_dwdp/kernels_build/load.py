@@ -32,6 +32,18 @@ def built(architecture: str = ARCHITECTURES[0]) -> dict[str, Path]:
     return found
 
 
+def ready(name: str, architecture: str = ARCHITECTURES[0]) -> bool:
+    """Whether FlashInfer can run a format at once: with a slim module, or with its full one."""
+    if name in built(architecture):
+        return True
+    try:
+        from flashinfer.jit.fused_moe import gen_cutlass_fused_moe_sm90_module
+
+        return bool(gen_cutlass_fused_moe_sm90_module().is_compiled)
+    except Exception:  # noqa: BLE001  (no FlashInfer, or no toolchain that it could describe a build for)
+        return False
+
+
 def format_of(
     input_dtype: Any, weight_dtype: Any, *, block_scale: bool, group_scaling: bool, humming: bool
 ) -> str | None:
