@@ -12,7 +12,7 @@ from sglang_dwdp.demo.quantized import Quantization
 # Sizes that kernels for GPUs take: heads as in the released models, multiples of 128 for blocks of FP8. 14 experts
 # over 3 ranks are shards of different sizes; an expert's bytes are no whole number of pages, so ranks share pages.
 BASE = {
-    "num_layers": 3,
+    "num_layers": 4,  # more MoE layers than slots, also where the first layer is dense
     "hidden_size": 512,
     "moe_intermediate_size": 256,
     "num_heads": 8,
@@ -26,7 +26,7 @@ LATENT = {"kv_lora_rank": 512, "q_lora_rank": 256, "rope_head_dim": 64}
 R1 = {**BASE, **LATENT, "num_experts": 256, "moe_intermediate_size": 128, "top_k": 8}
 K2 = {**R1, "num_experts": 384}
 # Like gpt-oss's own sizes, these are no multiples of 128, so experts are padded after loading.
-GPT_OSS = {**BASE, "num_layers": 4, "hidden_size": 576, "moe_intermediate_size": 320, "head_dim": 64}
+GPT_OSS = {**BASE, "hidden_size": 576, "moe_intermediate_size": 320, "head_dim": 64}
 
 # The bits of a sum of atomics differ from call to call, and tactics would be chosen by timing.
 FIXED = {"disable_flashinfer_autotune": True}

@@ -40,7 +40,7 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
         chunked_prefill_size=CHUNK,
         max_prefill_tokens=CHUNK,
         max_total_tokens=8192,
-        max_running_requests=4,
+        max_running_requests=12,  # shared out among ranks
         mem_fraction_static=0.9,  # of what the other engines leave; the number of tokens is what limits the cache
         log_level="info",
         **options,

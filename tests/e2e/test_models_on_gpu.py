@@ -68,10 +68,12 @@ class Engines:
         self.logs = Path(logs) if logs else directory
         self.logs.mkdir(parents=True, exist_ok=True)
         self._directory, self._models = directory, models
-        at_a_time = int(os.environ.get("DWDP_ENGINES_AT_A_TIME") or max(1, len(os.sched_getaffinity(0)) * 2 // 5))
+        at_a_time = int(os.environ.get("DWDP_ENGINES_AT_A_TIME") or max(1, len(os.sched_getaffinity(0)) // 2))
         self._pool = ThreadPoolExecutor(at_a_time)
         self._deadline = time.monotonic() + float(os.environ.get("DWDP_ENGINES_DEADLINE_S") or 3600)
-        self._ranks_on = Counter(dict.fromkeys(range(torch.cuda.device_count()), 0))
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+        self._ranks_on = Counter(dict.fromkeys(gpus, 0))
         self._lock = threading.Lock()
         self._count = itertools.count()
         self._futures: dict[str, Future[dict[str, Any]]] = {}
@@ -114,13 +116,13 @@ class Engines:
             with self._lock:
                 self._ranks_on[gpu] -= ranks
 
-    def _run_on(self, gpu: int, name: str, case: Case, ranks: int, fused: bool) -> dict[str, Any]:
+    def _run_on(self, gpu: str, name: str, case: Case, ranks: int, fused: bool) -> dict[str, Any]:
         own = self._directory / name
         own.mkdir(parents=True)
         spec, out, log = own / "spec.json", self.logs / f"{name}.json", self.logs / f"{name}.log"
         out.unlink(missing_ok=True)
         spec.write_text(json.dumps(self.options(case, ranks, fused) | {"model_path": str(self._models(case))}))
-        environment = {**os.environ, **fewer_models(), **QUIET, **case.environment, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        environment = {**os.environ, **fewer_models(), **QUIET, **case.environment, "CUDA_VISIBLE_DEVICES": gpu}
         environment |= {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
         environment |= {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
         environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "HF_HUB_OFFLINE": "1"}
