@@ -49,6 +49,7 @@ FAMILIES: Mapping[str, str] = {
     "glm4_moe": "GLM-4.5",
     "gpt_oss": "gpt-oss",
     "minimax_m2": "MiniMax-M2",
+    "llama4": "Llama-4 (text)",
 }
 WEIGHTS: Mapping[str, str] = {"bf16": "bf16", "fp8": "block-FP8", "mxfp4": "MXFP4"}
 ON_GPU = "tests/test_flashinfer_on_gpu.py::test_bitwise_on_views_gpu"

@@ -19,6 +19,7 @@ Family = Literal[
     "kimi_k2",
     "gpt_oss",
     "minimax_m2",
+    "llama4",
 ]
 TensorSpec = tuple[str, tuple[int, ...], float]  # name, size, gain
 _ARCHITECTURES: dict[str, str] = {
@@ -103,6 +104,10 @@ def config(family: Family, s: Shape, dtype: str, vocab_size: int) -> dict[str, A
         result |= {"num_experts": s.num_experts, "decoder_sparse_step": 1, "mlp_only_layers": []}
         return result
 
+    if family == "llama4":
+        text = result | more.config(family, s)
+        outer = ("architectures", "torch_dtype", "tie_word_embeddings", "eos_token_id", "bos_token_id", "pad_token_id")
+        return {"model_type": family, "text_config": text, **{name: text[name] for name in outer}}
     if family not in _LATENT:
         return result | more.config(family, s)
 

@@ -90,6 +90,14 @@ ALL = (
     Case("kimi_k2", "bf16", "triton", "bf16 experts with triton", K2),
     Case("minimax_m2", "bf16", "triton", "bf16 experts with triton", {**BASE, "qk_norm": 1}),
     Case("gpt_oss", "bf16", "triton", "bf16 experts with triton", GPT_OSS),
+    Case(
+        "llama4",
+        "bf16",
+        "triton",
+        "bf16 experts with triton",
+        {**BASE, "top_k": 1},
+        options={"disable_hybrid_swa_memory": True},
+    ),
     # The other backends, on 3 ranks.
     Case(
         "qwen3_moe",
