@@ -170,6 +170,7 @@ def measure(
         views = Views()
         resident: Experts = {}
         on_view: Experts = {}
+        runs: list[Callable[[], object]] = []
         left = list(tokens)
         try:
             if time.monotonic() > deadline:
@@ -197,6 +198,7 @@ def measure(
         finally:
             views.close()
             resident = on_view = {}
+            runs = []
             torch.cuda.empty_cache()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -135,13 +136,17 @@ class _SlimSpec:
 
 
 def load_library(path: Path) -> Any:
-    """Open a module, with the libraries that it needs and that pip packages hide from the system's search."""
+    """Open a module, with the libraries that it needs and that the system's search may not find: those of pip packages,
+    or of a toolkit."""
     import torch
     import tvm_ffi
 
     major = (torch.version.cuda or "").split(".")[0]
+    toolkits = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    folders = [folder / "lib" for folder in pip_folders(major)]
+    folders += [Path(toolkit) / "lib64" for toolkit in toolkits if toolkit]
     for name in (f"libcudart.so.{major}", f"libnvrtc.so.{major}"):
-        found = next((f / "lib" / name for f in pip_folders(major) if (f / "lib" / name).exists()), None)
+        found = next((folder / name for folder in folders if (folder / name).exists()), None)
         if found is not None:
             ctypes.CDLL(str(found), mode=ctypes.RTLD_GLOBAL)
     return tvm_ffi.load_module(str(path))

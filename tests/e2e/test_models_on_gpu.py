@@ -50,6 +50,7 @@ def install(_result, _server_args, *_args, role, **_kwargs):
         load.install()
         flashinfer_fp8.register()
         install_hooks(flashinfer_fp8.HOOKS)
+        print("this rank has the kernels that DWDP brings", flush=True)
 
 def register():
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -247,7 +248,9 @@ def skip_without_kernels(case: Case) -> None:
 def test_parity(engines: Engines, name: str, ranks: int) -> None:
     case = BY_NAME[name]
     skip_without_kernels(case)
-    expected = engines.result(case, 1)["answers"][0]
+    resident = engines.result(case, 1)
+    assert case.kernels is None or "this rank has the kernels that DWDP brings" in resident["log"]
+    expected = resident["answers"][0]
     result = engines.result(case, ranks)
     different = {tuple(tokens) for tokens, _, _ in expected}
     assert len(different) > len(LENGTHS) // 2, "degenerate answers compare nothing"
