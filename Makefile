@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-gpu test-gpus test-models test-serving smoke lint types clean
+.PHONY: demo test test-fast test-gpu test-gpus test-models test-models-gpu test-serving smoke lint types clean
 
 demo: $(VENV)/.installed  ## serve a small MoE model with DWDP on this machine's CPU
 	$(BIN)/sglang-dwdp demo
@@ -18,7 +18,10 @@ test-serving: $(VENV)/.installed  ## a prefill server with DWDP beside a decode 
 	$(BIN)/python -m pytest -m serving
 
 test-models: $(VENV)/.installed  ## more model families on real servers, about a minute for each server
-	$(BIN)/python -m pytest -m models
+	$(BIN)/python -m pytest -m "models and not gpu"
+
+test-models-gpu: $(VENV)/.installed  ## all model families on engines that share the GPUs there are
+	$(BIN)/python -m pytest -m "models and gpu"
 
 test-gpu: $(VENV)/.installed  ## the tests that need a GPU; one is enough, its ranks share it
 	$(BIN)/python -m pytest -m gpu

@@ -1,11 +1,13 @@
 """One MoE layer, kernels side by side: FlashInfer, Triton and DeepGEMM, on resident experts and on views.
 
     python benchmarks/moe_layer.py --out results.json [--shapes qwen r1 gpt-oss] [--tokens 1 8 64 1024 8192]
+    python benchmarks/moe_layer.py --docs results.json …     # the table in docs/kernels.md, from files
 
 Needs one Hopper GPU. A view has half of its experts in a block of memory that was exported and imported again, as a
 peer's would be; both halves lie on this GPU, so the figures say what mapping costs a kernel, and nothing of NVLink.
-Each figure is the median of several rounds, in which resident and view take turns. A kernel that cannot run is
-listed with its error.
+FlashInfer's tactics are tuned first, as SGLang does it at start. Each figure is the median of several rounds, in which
+resident and view take turns; there are as many as fit into --seconds. A kernel that cannot run is listed with its
+error, and what --limit-s leaves no time for is listed as not measured. The file is written after every figure.
 """
 
 from __future__ import annotations
@@ -15,17 +17,23 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+# DeepGEMM would compile kernels for every number of tokens at its first call; here each is compiled when it is used.
+os.environ.setdefault("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
+
 import torch
 from rich.console import Console
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import moe_table
 from benchmarks.moe_problems import (
     DEEPSEEK_R1,
     GPT_OSS_120B,
@@ -40,6 +48,7 @@ from benchmarks.moe_problems import (
     run_flashinfer,
     run_triton,
 )
+from benchmarks.sglang_kernels import deep_gemm, published
 from sglang_dwdp.kernels_build import load
 from sglang_dwdp.layout import tensor_layout
 from sglang_dwdp.memory.cuda_vmm import CudaMemory
@@ -47,10 +56,12 @@ from sglang_dwdp.placement import balanced
 from sglang_dwdp.views import TensorSpec, view_of
 
 LAYERS = {
-    "qwen": ((QWEN3_30B, "bf16"), (QWEN3_30B, "fp8-block")),
-    "r1": ((DEEPSEEK_R1, "fp8-block"),),
-    "gpt-oss": ((GPT_OSS_120B, "mxfp4"),),
+    "qwen-bf16": (QWEN3_30B, "bf16"),
+    "qwen-fp8": (QWEN3_30B, "fp8-block"),
+    "r1": (DEEPSEEK_R1, "fp8-block"),
+    "gpt-oss": (GPT_OSS_120B, "mxfp4"),
 }
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 Kernel = Callable[[Case, Experts], torch.Tensor]
 
 
@@ -75,7 +86,10 @@ class Views:
             block = self._memory.create(span.nbytes)
             made.append(block)
             if rank == 1:
-                block = self._memory.import_handle(self._memory.export(block), span.nbytes)
+                handle = self._memory.export(block)
+                # A peer would get a descriptor of its own, and both ends close theirs.
+                handle = os.dup(handle) if isinstance(handle, int) else handle
+                block = self._memory.import_handle(handle, span.nbytes)
                 made.append(block)
             placed.append((span.offset, block))
         view = view_of(self._memory, TensorSpec(name, tensor.dtype, tuple(tensor.shape[1:]), layout), placed)
@@ -91,84 +105,29 @@ class Views:
         self._open = []
 
 
-def deep_gemm(shape: Shape) -> Kernel:
-    """SGLang's DeepGEMM runner for block-FP8 experts in checkpoint order."""
-    from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
-    from sglang.srt.layers.moe.moe_runner.deep_gemm import DeepGemmMoeQuantInfo
-    from sglang.srt.layers.moe.moe_runner.runner import MoeRunner
-    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
-    from sglang.srt.layers.moe.topk import StandardTopKOutput
-    from sglang.srt.layers.moe.utils import MoeRunnerBackend
-
-    config = MoeRunnerConfig(
-        num_experts=shape.num_experts,
-        num_local_experts=shape.num_experts,
-        hidden_size=shape.hidden,
-        intermediate_size_per_partition=shape.inter,
-        layer_id=0,
-        top_k=shape.top_k,
-        num_fused_shared_experts=0,
-        params_dtype=torch.bfloat16,
-        inplace=False,
-    )
-    runner = MoeRunner(MoeRunnerBackend.DEEP_GEMM, config)
-
-    def run(case: Case, experts: Experts) -> torch.Tensor:
-        info = DeepGemmMoeQuantInfo(
-            w13_weight=experts["w13"],
-            w2_weight=experts["w2"],
-            use_fp8=True,
-            w13_scale=experts["s13"],
-            w2_scale=experts["s2"],
-            block_shape=[128, 128],
-        )
-        # A clone each time: the runner may give its input's memory away.
-        given = StandardDispatchOutput(case.x.clone(), None, StandardTopKOutput(case.weights, case.ids, None))
-        result: torch.Tensor = runner.run(given, info).hidden_states
-        return result
-
-    return run
-
-
-def publish_sglang() -> None:
-    """What SGLang's kernels ask for: server arguments, and groups of one process."""
-    import tempfile
-
-    from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
-    from sglang.srt.runtime_context import publish
-    from sglang.srt.server_args import ServerArgs
-
-    from sglang_dwdp.demo.checkpoint import make_checkpoint
-    from sglang_dwdp.demo.server import free_port
-
-    path = tempfile.mkdtemp(prefix="moe-layer-")
-    make_checkpoint(path, "qwen3_moe", num_experts=8)
-    publish(ServerArgs(model_path=path, device="cuda", skip_tokenizer_init=True), role="scheduler")
-    init_distributed_environment(
-        backend="nccl",
-        world_size=1,
-        rank=0,
-        local_rank=0,
-        distributed_init_method=f"tcp://127.0.0.1:{free_port()}",
-    )
-    initialize_model_parallel()
-
-
-def median_ms(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """The median time of each of `runs`, which take turns, on the GPU."""
+def median_ms(runs: Sequence[Callable[[], object]], seconds: float) -> tuple[list[float], int]:
+    """The median time on the GPU of each of `runs`, which take turns in being first, and the number of rounds."""
     for run in runs:
-        for _ in range(3):
+        for _ in range(2):
             run()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for run in runs:
+        run()
+    torch.cuda.synchronize()
+    rounds = max(5, min(101, round(seconds / (time.perf_counter() - begin))))
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in runs]
     times: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds):
-        for index, run in enumerate(runs):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            times[index].append(begin.elapsed_time(end))
-    return [statistics.median(one) for one in times]
+    for number in range(rounds):
+        order = list(range(len(runs)))[:: -1 if number % 2 else 1]
+        for index in order:
+            marks[index][0].record()
+            runs[index]()
+            marks[index][1].record()
+        torch.cuda.synchronize()
+        for index in order:
+            times[index].append(marks[index][0].elapsed_time(marks[index][1]))
+    return [statistics.median(one) for one in times], rounds
 
 
 def kernels_of(shape: Shape, weight_format: str, experts: Experts) -> dict[str, Callable[[], tuple[Kernel, Experts]]]:
@@ -176,7 +135,7 @@ def kernels_of(shape: Shape, weight_format: str, experts: Experts) -> dict[str, 
 
     def flashinfer() -> tuple[Kernel, Experts]:
         prepared = for_flashinfer(weight_format, experts)
-        return lambda case, given: run_flashinfer(weight_format, case, given, fused_finalize=True), prepared
+        return lambda case, given: run_flashinfer(weight_format, case, given), prepared
 
     def triton() -> tuple[Kernel, Experts]:
         given = as_bf16(weight_format, experts) if weight_format == "mxfp4" else experts
@@ -189,67 +148,98 @@ def kernels_of(shape: Shape, weight_format: str, experts: Experts) -> dict[str, 
     return made
 
 
-def measure(shape: Shape, weight_format: str, tokens: list[int], rounds: int, console: Console) -> list[dict[str, Any]]:
-    """All rows of one layer."""
+@contextmanager
+def tuning(kernel: str, tokens: Sequence[int]) -> Iterator[None]:
+    """FlashInfer's first call in it tunes for all these numbers of tokens."""
+    if kernel != "FlashInfer":
+        yield
+        return
+    from flashinfer.autotuner import autotune
+
+    with autotune(True, tuning_buckets=tuple(sorted(tokens))):
+        yield
+
+
+def measure(
+    shape: Shape, weight_format: str, tokens: list[int], seconds: float, deadline: float, add: Callable[..., None]
+) -> None:
+    """All rows of one layer; `add` takes each."""
     experts = make(weight_format, shape)
-    rows = []
     for name, prepare in kernels_of(shape, weight_format, experts).items():
         row: dict[str, Any] = {"model": shape.name, "format": weight_format, "kernel": name}
         views = Views()
+        resident: Experts = {}
+        on_view: Experts = {}
+        runs: list[Callable[[], object]] = []
+        left = list(tokens)
         try:
+            if time.monotonic() > deadline:
+                raise TimeoutError("not measured: out of time")
             kernel, resident = prepare()
             on_view = views.of(resident)
-            for count in tokens:
+            began = time.monotonic()
+            with tuning(name, tokens):
+                kernel(make_case(shape, max(tokens)), resident)
+                torch.cuda.synchronize()
+            prepared_s = time.monotonic() - began
+            while left:
+                count = left[0]
+                if time.monotonic() > deadline:
+                    raise TimeoutError("not measured: out of time")
                 case = make_case(shape, count)
                 runs = [partial(kernel, case, resident), partial(kernel, case, on_view)]
-                here, there = median_ms(runs, rounds)
-                rows.append({**row, "tokens": count, "resident_ms": here, "view_ms": there})
-                console.print(f"{shape.name} {weight_format} {name} {count}: {here:.3f} ms, on a view {there:.3f} ms")
+                (here, there), rounds = median_ms(runs, seconds)
+                times = {"tokens": count, "resident_ms": here, "view_ms": there, "rounds": rounds}
+                add(row | times | {"first_call_s": round(prepared_s, 1)})
+                left.pop(0)
         except Exception as error:  # noqa: BLE001  (a kernel that is missing must not end the comparison)
-            rows.append({**row, "error": f"{type(error).__name__}: {error}"[:500]})
-            console.print(f"{shape.name} {weight_format} {name}: {rows[-1]['error']}", style="red")
+            for count in left:
+                add(row | {"tokens": count, "error": f"{type(error).__name__}: {error}"[:500]})
         finally:
             views.close()
             resident = on_view = {}
+            runs = []
             torch.cuda.empty_cache()
-    return rows
-
-
-def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows for people."""
-    result = Table("model", "format", "kernel", "tokens", "resident ms", "view ms", "view over resident")
-    for row in rows:
-        if "error" in row:
-            result.add_row(row["model"], row["format"], row["kernel"], "", row["error"][:60], "", "")
-        else:
-            over = f"{100 * (row['view_ms'] / row['resident_ms'] - 1):+.1f} %"
-            times = (f"{row['resident_ms']:.3f}", f"{row['view_ms']:.3f}", over)
-            result.add_row(row["model"], row["format"], row["kernel"], str(row["tokens"]), *times)
-    return result
 
 
 def main() -> None:
-    """Measure, write JSON, print the table."""
+    """Measure, write JSON, print the table; or write the docs' table from files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--docs", type=Path, nargs="+", metavar="RESULTS", help="write docs/kernels.md's table")
     parser.add_argument("--shapes", nargs="+", choices=LAYERS, default=list(LAYERS))
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 1024, 8192])
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 1024, 64, 8, 1])
+    parser.add_argument("--seconds", type=float, default=0.6, help="of measuring, for each figure")
+    parser.add_argument("--limit-s", type=float, default=600, help="no new kernel or size is begun after this")
     args = parser.parse_args()
     console = Console(width=160)
+    if args.docs:
+        moe_table.insert(DOCS, moe_table.for_docs([json.loads(path.read_text()) for path in args.docs]))
+        return
+    if args.out is None:
+        parser.error("--out or --docs is needed")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         parser.error("needs a Hopper GPU")
+    deadline = time.monotonic() + args.limit_s
     load.install()
-    publish_sglang()
     rows: list[dict[str, Any]] = []
     content = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
-    for name in args.shapes:
-        for shape, weight_format in LAYERS[name]:
-            rows += measure(shape, weight_format, args.tokens, args.rounds, console)
-            args.out.write_text(json.dumps(content, indent=1) + "\n")  # after each, in case time runs out
-    console.print(table(rows))
-    sys.stdout.flush()
-    os._exit(0)  # NCCL's threads would keep the process
+    content |= {name: version(package) for name, package in (("sglang", "sglang"), ("flashinfer", "flashinfer-python"))}
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        shown = row.get("error") or f"{row['resident_ms']:.3f} ms, on a view {row['view_ms']:.3f} ms"
+        console.print(f"{row['model']} {row['format']} {row['kernel']} {row['tokens']}: {shown}", markup=False)
+
+    with published():
+        for name in args.shapes:
+            measure(*LAYERS[name], args.tokens, args.seconds, deadline, add)
+    console.print(moe_table.for_terminal(rows))
+    for verdict in moe_table.verdicts(rows):
+        console.print(verdict, markup=False)
+    for (model, weights), by_tokens in moe_table.fastest(rows).items():
+        console.print(f"fastest for {model} {weights}: {by_tokens}", markup=False)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ wrong tokens and no error.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -139,3 +140,40 @@ def check(layer_id: int, method: str, backend: str | None) -> Way:
             f"{advice}, or serve without --enable-dwdp."
         )
     return way
+
+
+@dataclass(frozen=True, slots=True)
+class Default:
+    """A backend that --moe-runner-backend auto may stand for.
+
+    backend: the flag's value.  kernels: the format of FlashInfer's kernels that it needs (see `kernels_build`).
+    reason: why it comes at its place.
+    """
+
+    backend: str
+    kernels: str | None
+    reason: str
+
+
+# By format, the best first, on Hopper. A format that is not here is left to SGLang. The table in docs/kernels.md
+# decides; what it says of a server is dominated by its largest forwards.
+DEFAULTS: Mapping[str, tuple[Default, ...]] = {
+    "MXFP4": (
+        Default("flashinfer_mxfp4", "mxfp4", "SGLang's own choice, triton_kernel, cannot read shared experts"),
+        Default(
+            "triton",
+            None,
+            "SGLang's own choice, triton_kernel, cannot read shared experts, and FlashInfer's kernels are not built "
+            "(sglang-dwdp build-kernels --format mxfp4); experts take four times the memory, as bf16",
+        ),
+    ),
+}
+
+
+def default_for(weights: str, has_kernels: Callable[[str], bool]) -> Default | None:
+    """What --moe-runner-backend auto stands for on Hopper; None: SGLang chooses.
+
+    has_kernels: whether FlashInfer's kernels of a format are there.
+    """
+    ready = (one for one in DEFAULTS.get(weights, ()) if one.kernels is None or has_kernels(one.kernels))
+    return next(ready, None)

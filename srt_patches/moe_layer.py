@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_dwdp.backends import Status
+from sglang_dwdp.backends import Status, Way
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.placement import Placement, balanced
 from sglang_dwdp.srt_patches.checks import refuse_own_forward, refuse_sharded, refuse_unknown_state, way_of_layer
@@ -178,14 +179,12 @@ def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:
             "Serve it without --enable-dwdp."
         )
     refuse_sharded(model)
-    unverified = set()
+    ways = Counter[Way]()
     for layer in found:
         refuse_own_forward(layer)
         if device == "cuda":
-            way = way_of_layer(layer)
+            ways[way_of_layer(layer)] += 1
             refuse_unknown_state(layer)
-            if way.status is Status.UNVERIFIED:
-                unverified.add(f"{way.weights} experts with {way.backend}")
         if layer.num_fused_shared_experts:
             raise DwdpConfigError(
                 f"layer {layer.layer_id} fuses shared experts into the routed ones. "
@@ -198,8 +197,14 @@ def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:
                 f"{type(layer.quant_method).__name__} keeps experts in a way that DWDP does not know. Use another "
                 "quantization or --moe-runner-backend, or serve without --enable-dwdp."
             )
-    for words in sorted(unverified):
-        logger.warning("DWDP: %s has not been compared with a single rank on this kind of GPU yet", words)
+    for way, count in ways.items():
+        logger.info("DWDP: %d MoE layers run %s experts with %s", count, way.weights, way.backend)
+        if way.status is Status.UNVERIFIED:
+            logger.warning(
+                "DWDP: %s experts with %s have not been compared with a single rank on this kind of GPU yet",
+                way.weights,
+                way.backend,
+            )
     return [SglangLayer(layer) for layer in sorted(found, key=lambda layer: int(layer.layer_id))]
 
 

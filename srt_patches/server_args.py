@@ -20,6 +20,7 @@ from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.conflicts import refuse_conflicts
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.placement import balanced
+from sglang_dwdp.srt_patches import moe_backend
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.planned import with_direct_limit
 
@@ -122,6 +123,9 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         # A fused shared expert is one more row of the expert tensors, replicated on every rank.
         disable_shared_experts_fusion=True,
     )
+    backend = moe_backend.choose(server_args, view)
+    if backend is not None:
+        declare_resolution(server_args, _SOURCE, moe_runner_backend=backend)
     if view.device == "cpu":
         # An idle rank would spin on a core, and on a CPU the busy ranks compute with those.
         declare_resolution(server_args, _SOURCE, sleep_on_idle=True)

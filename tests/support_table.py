@@ -3,8 +3,8 @@
     python -m pytest … --junitxml results.xml
     python -m tests.support_table results.xml …
 
-Tests that passed are remembered in docs/support.json; one that fails or is skipped in newer results is not any more
-(skipped ones stay, if they passed elsewhere: GPU tests are skipped on machines without a GPU).
+What passed and what failed last is remembered in docs/support.json. A test that is skipped in newer results keeps
+what it had: GPU tests are skipped on machines without a GPU.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sglang_dwdp.backends import FLASHINFER_FP8, WAYS, Status, Way
+from tests.e2e.gpu_cases import ALL, FUSED, Case
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 RECORD, PAGE = DOCS / "support.json", DOCS / "support.md"
 
 # The tests that have to pass for a cell, as patterns; all that match must have passed, and at least one must match.
+# Where a test runs over several ranks or sizes, all of them are run together.
 PARITY, MODELS = "tests/e2e/test_parity.py::", "tests/e2e/test_models.py::"
 CPU_MODELS: Mapping[str, str] = {
     "Qwen3-MoE": rf"{PARITY}test_qwen3_moe\[",
@@ -37,12 +39,27 @@ CPU_MODELS: Mapping[str, str] = {
 REFUSED_MODELS: Mapping[str, tuple[str, str]] = {
     "Mixtral": (rf"{MODELS}test_mixtral_is_refused", "SGLang has no attention data parallelism for it"),
 }
+GPU_MODELS = "tests/e2e/test_models_on_gpu.py::"
+FAMILIES: Mapping[str, str] = {
+    "qwen3_moe": "Qwen3-MoE",
+    "qwen2_moe": "Qwen2-MoE",
+    "deepseek_v2": "DeepSeek-V2",
+    "deepseek_v3": "DeepSeek-V3, R1",
+    "kimi_k2": "Kimi-K2",
+    "glm4_moe": "GLM-4.5",
+    "gpt_oss": "gpt-oss",
+    "minimax_m2": "MiniMax-M2",
+    "llama4": "Llama-4 (text)",
+}
+WEIGHTS: Mapping[str, str] = {"bf16": "bf16", "fp8": "block-FP8", "mxfp4": "MXFP4"}
 ON_GPU = "tests/test_flashinfer_on_gpu.py::test_bitwise_on_views_gpu"
+KERNELS = "tests/srt_patches/test_moe_kernels_on_gpu.py::"
 LAYERS: Mapping[tuple[str, str], str] = {
     ("bf16", "triton"): r"tests/srt_patches/test_moe_on_gpu\.py::test_moe_on_views_gpu\[",
     ("bf16", "flashinfer_cutlass"): rf"{ON_GPU}\[bf16-",
     ("block-FP8", FLASHINFER_FP8): rf"{ON_GPU}\[fp8-block-",
-    ("MXFP4", "flashinfer_mxfp4"): rf"{ON_GPU}\[mxfp4-",
+    ("block-FP8", "deep_gemm"): rf"{KERNELS}test_deep_gemm_on_views_gpu",
+    ("MXFP4", "flashinfer_mxfp4"): rf"({ON_GPU}\[mxfp4-|{KERNELS}test_mxfp4_on_views_gpu)",
 }
 
 _TOP = """# What is supported
@@ -50,18 +67,25 @@ _TOP = """# What is supported
 Written by `python -m tests.support_table` from test results (`docs/support.json`); not by hand. *Verified* cells
 name the test; *unverified* ones fit by reading SGLang's code, and a server warns when it uses one.
 
-## Models
+## Models on the CPU engine
 
 Every rank of a server of 2 and of 3 ranks gives the tokens of a single rank that holds all experts: small random
-checkpoints with the real layer types, on SGLang's CPU engine, in float32.
+checkpoints with the real layer types, in float32.
 
 | model | CPU engine |
 |---|---|
 """
-_MIDDLE = """
-On GPUs, any model of these families takes the way of its weight format below. What servers with GPUs have been
-compared on is in [limits.md](limits.md).
+_GPU_MODELS = """
+## Models on GPUs
 
+Every rank gives the tokens and, bitwise, the log-probabilities of a single rank that holds all experts, with CUDA
+graphs, forwards on both kinds of views, and heads and routing as in the released models. Any other pair of a model and
+a way below is unverified.
+
+| model | experts | backend | ranks | Hopper | Blackwell |
+|---|---|---|---|---|---|
+"""
+_MIDDLE = """
 ## Weight formats and MoE backends on GPUs
 
 Verified: a layer on views gives bitwise what it gives on resident experts. What is not listed is refused.
@@ -82,23 +106,37 @@ def outcomes(results: Iterable[Path]) -> dict[str, str]:
     return found
 
 
-def remember(passed: Mapping[str, str], new: Mapping[str, str], day: str) -> dict[str, str]:
-    """The day on which each test last passed, without those that failed since."""
-    kept = {name: when for name, when in passed.items() if new.get(name) != "failed"}
-    return dict(sorted((kept | {name: day for name, outcome in new.items() if outcome == "passed"}).items()))
+def remember(record: Mapping[str, str], new: Mapping[str, str], day: str) -> dict[str, str]:
+    """The day on which each test last passed, or "failed" and the day."""
+    words = {"passed": day, "failed": f"failed {day}"}
+    return dict(sorted((dict(record) | {name: words[one] for name, one in new.items() if one in words}).items()))
 
 
-def evidence(passed: Mapping[str, str], pattern: str) -> str | None:
-    """The tests that match, in short, and the day of the oldest pass; None if none passed."""
-    found = [name for name in passed if re.match(pattern, name)]
+def evidence(record: Mapping[str, str], pattern: str) -> str | None:
+    """The tests that match, in short, and the day of the oldest pass; which of them failed; None if none was run."""
+    found = [name for name in record if re.match(pattern, name)]
     if not found:
         return None
-    names = sorted({re.sub(r"\[.*", "", name.split("::")[-1]) for name in found})
-    return f"verified: `{', '.join(names)}` ({len(found)} passed, {min(passed[name] for name in found)})"
+    failed = [name for name in found if record[name].startswith("failed")]
+    names = sorted({re.sub(r"\[.*", "", name.split("::")[-1]) for name in failed or found})
+    if failed:
+        return (
+            f"FAILED: `{', '.join(names)}` ({len(failed)} of {len(found)}, {max(record[name][7:] for name in failed)})"
+        )
+    return f"verified: `{', '.join(names)}` ({len(found)} passed, {min(record[name] for name in found)})"
+
+
+def on_gpu(record: Mapping[str, str], case: Case) -> str:
+    """The cell of a model on Hopper: all its numbers of ranks have to be there."""
+    wanted = [f"{GPU_MODELS}test_parity[{case.name}-{ranks}]" for ranks in case.ranks]
+    wanted += [f"{GPU_MODELS}test_shared_experts_that_sglang_fuses[{case.name}]"] if case.name in FUSED else []
+    if not set(wanted) <= set(record):
+        return "unverified"
+    return evidence(record, "|".join(re.escape(name) + "$" for name in wanted)) or "unverified"
 
 
 def page(passed: Mapping[str, str]) -> str:
-    """docs/support.md."""
+    """docs/support.md, from a record."""
     lines = _TOP.splitlines()
     lines += [f"| {model} | {evidence(passed, pattern) or 'unverified'} |" for model, pattern in CPU_MODELS.items()]
     for model, (pattern, reason) in REFUSED_MODELS.items():
@@ -106,6 +144,11 @@ def page(passed: Mapping[str, str]) -> str:
         lines.append(
             f"| {model} | {shown.replace('verified', 'refused', 1) + ': ' + reason if shown else 'unverified'} |"
         )
+    lines += _GPU_MODELS.splitlines()
+    for case in ALL:
+        ranks = " and ".join(map(str, case.ranks))
+        cells = (FAMILIES[case.family], WEIGHTS[case.weights], f"`{case.backend}`", ranks, on_gpu(passed, case))
+        lines.append(f"| {' | '.join(cells)} | unverified |")
     lines += _MIDDLE.splitlines()
     for way in WAYS:
         name = "`flashinfer_cutlass`" if way.backend == FLASHINFER_FP8 else f"`{way.backend}`"
@@ -126,7 +169,8 @@ def _cell(passed: Mapping[str, str], way: Way, gpu: str) -> str:
 def main(results: list[Path]) -> None:
     """Update the record and the page."""
     passed = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    patterns = (*CPU_MODELS.values(), *(pattern for pattern, _ in REFUSED_MODELS.values()), *LAYERS.values())
+    refused = (pattern for pattern, _ in REFUSED_MODELS.values())
+    patterns = (*CPU_MODELS.values(), *refused, *LAYERS.values(), GPU_MODELS)
     new = {name: one for name, one in outcomes(results).items() if any(re.match(p, name) for p in patterns)}
     passed = remember(passed, new, datetime.now(UTC).date().isoformat())
     RECORD.write_text(json.dumps(passed, indent=1) + "\n")

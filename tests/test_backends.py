@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_dwdp.backends import FLASHINFER_FP8, WAYS, Status, check, way_of
+from sglang_dwdp.backends import DEFAULTS, FLASHINFER_FP8, WAYS, Status, check, default_for, way_of
 from sglang_dwdp.errors import DwdpConfigError
+from sglang_dwdp.kernels_build.formats import FORMATS
 
 
 def test_every_way_is_listed_once_and_every_refusal_has_a_reason() -> None:
@@ -37,3 +38,25 @@ def test_flashinfer_for_block_fp8_is_asked_for_by_its_usual_name() -> None:
 
 def test_nothing_on_blackwell_alone_is_called_verified() -> None:
     assert all(way.status is not Status.VERIFIED for way in WAYS if way.gpus == ("Blackwell",))
+
+
+def test_defaults_are_ways_that_work_and_end_with_one_that_needs_no_kernels() -> None:
+    backends = {"flashinfer_cutlass" if way.backend == FLASHINFER_FP8 else way.backend: way for way in WAYS}
+    for weights, choices in DEFAULTS.items():
+        for choice in choices:
+            way = next(w for w in WAYS if w.weights == weights and w.backend in (choice.backend, FLASHINFER_FP8))
+            assert way.status is not Status.REFUSED
+            assert "Hopper" in way.gpus
+            assert choice.backend in backends
+            assert choice.kernels is None or choice.kernels in FORMATS
+            assert choice.reason
+        assert choices[-1].kernels is None
+
+
+def test_a_default_without_its_kernels_is_passed_over() -> None:
+    with_kernels = default_for("MXFP4", lambda _format: True)
+    without = default_for("MXFP4", lambda _format: False)
+    assert with_kernels is not None
+    assert without is not None
+    assert (with_kernels.backend, without.backend) == ("flashinfer_mxfp4", "triton")
+    assert default_for("NVFP4", lambda _format: True) is None

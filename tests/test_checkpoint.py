@@ -14,7 +14,7 @@ from sglang_dwdp.demo.families import Family, Shape
 
 FAMILIES = get_args(Family)
 DENSE_FIRST = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe")
-NAMED_ALIKE = [family for family in FAMILIES if family not in ("mixtral", "minimax_m2", "gpt_oss")]
+NAMED_ALIKE = [family for family in FAMILIES if family not in ("mixtral", "minimax_m2", "gpt_oss", "llama4")]
 
 
 def _config(directory: Path) -> dict[str, Any]:
@@ -121,6 +121,7 @@ def test_gpt_oss_has_all_experts_in_one_tensor(tmp_path: Path) -> None:
         ("kimi_k2", "self_attn.q_b_proj.weight"),
         ("gpt_oss", "self_attn.sinks"),
         ("minimax_m2", "block_sparse_moe.e_score_correction_bias"),
+        ("llama4", "feed_forward.shared_expert.down_proj.weight"),
         ("qwen3_moe", "self_attn.q_norm.weight"),
         ("qwen2_moe", "mlp.shared_expert_gate.weight"),
         ("qwen2_moe", "self_attn.q_proj.bias"),

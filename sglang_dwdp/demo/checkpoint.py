@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from sglang_dwdp.demo import quantized
 from sglang_dwdp.demo.families import Family, Shape, TensorSpec, config, tensors
 
 VOCAB_SIZE = 2048
@@ -70,12 +71,14 @@ def make_checkpoint(
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     num_files: int = 2,
+    quantization: quantized.Quantization = "none",
     **shape: int,
 ) -> None:
     """Writes config.json, a tokenizer and `num_files` safetensors files with their index.
 
     `shape` sets fields of `Shape`. The same arguments give the same bytes; a tensor depends on the
     seed, its name and its size only, so two checkpoints that differ in one setting share the rest.
+    With a `quantization`, `dtype` is that of what it leaves alone.
     """
     if family not in get_args(Family):
         raise ValueError(f"unknown family {family!r}: one of {', '.join(get_args(Family))}")
@@ -85,14 +88,15 @@ def make_checkpoint(
     if not 1 <= sizes.top_k <= sizes.num_experts:
         raise ValueError(f"top_k={sizes.top_k} is not between 1 and num_experts={sizes.num_experts}")
     name = str(dtype).removeprefix("torch.")
-    _write_json(directory / "config.json", config(family, sizes, name, VOCAB_SIZE))
+    described = config(family, sizes, name, VOCAB_SIZE) | quantized.config(quantization, sizes.num_layers)
+    _write_json(directory / "config.json", described)
     _write_json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 0})
 
     specs = list(tensors(family, sizes, VOCAB_SIZE))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # one tensor's numbers are drawn by one core
         drawn = pool.map(lambda spec: _draw(spec, seed, dtype), specs)
         weights = {spec[0]: tensor for spec, tensor in zip(specs, drawn, strict=True)}
-    _write_weights(directory, weights, num_files)
+    _write_weights(directory, quantized.quantize(weights, quantization), num_files)
 
 
 def _draw(spec: TensorSpec, seed: int, dtype: torch.dtype) -> torch.Tensor:

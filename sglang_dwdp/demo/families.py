@@ -19,6 +19,7 @@ Family = Literal[
     "kimi_k2",
     "gpt_oss",
     "minimax_m2",
+    "llama4",
 ]
 TensorSpec = tuple[str, tuple[int, ...], float]  # name, size, gain
 _ARCHITECTURES: dict[str, str] = {
@@ -54,10 +55,13 @@ class Shape:
     q_lora_rank: int = 48  # DeepSeek-V3 only
     rope_head_dim: int = 16
     max_positions: int = 4096
+    qk_norm: int = 0  # 1: with it; MiniMax only: SGLang has this model's norm for CUDA and AMX
 
     def expert_groups(self) -> int:
-        """Groups for DeepSeek-V3's grouped top-k: at least two experts in each, 1 if nothing fits."""
-        return next((n for n in (4, 3, 2) if self.num_experts % n == 0 and self.num_experts >= 2 * n), 1)
+        """Groups for DeepSeek-V3's grouped top-k: 8 as released for many experts, else at least two experts in
+        each, 1 if nothing fits."""
+        choices = ((8, 64), (4, 8), (3, 6), (2, 4))
+        return next((n for n, least in choices if self.num_experts % n == 0 and self.num_experts >= least), 1)
 
 
 def config(family: Family, s: Shape, dtype: str, vocab_size: int) -> dict[str, Any]:
@@ -100,6 +104,10 @@ def config(family: Family, s: Shape, dtype: str, vocab_size: int) -> dict[str, A
         result |= {"num_experts": s.num_experts, "decoder_sparse_step": 1, "mlp_only_layers": []}
         return result
 
+    if family == "llama4":
+        text = result | more.config(family, s)
+        outer = ("architectures", "torch_dtype", "tie_word_embeddings", "eos_token_id", "bos_token_id", "pad_token_id")
+        return {"model_type": family, "text_config": text, **{name: text[name] for name in outer}}
     if family not in _LATENT:
         return result | more.config(family, s)
 

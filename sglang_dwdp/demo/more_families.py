@@ -17,6 +17,7 @@ ARCHITECTURES: dict[str, str] = {
     "kimi_k2": "DeepseekV3ForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
     "minimax_m2": "MiniMaxM2ForCausalLM",
+    "llama4": "Llama4ForConditionalGeneration",  # a checkpoint without its vision part is served as text only
 }
 Tensors = Callable[["Shape", int, str], "Iterator[TensorSpec]"]
 
@@ -59,6 +60,25 @@ def config(family: str, s: Shape) -> dict[str, Any]:
                 "truncate": False,
             },
         }
+    if family == "llama4":
+        return {
+            "model_type": "llama4_text",
+            "head_dim": s.head_dim,
+            "num_local_experts": s.num_experts,
+            "intermediate_size": s.moe_intermediate_size,
+            "intermediate_size_mlp": 2 * s.hidden_size,
+            "interleave_moe_layer_step": 1,
+            "use_qk_norm": True,
+            "attention_chunk_size": 8192,
+            "attn_temperature_tuning": True,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 1024,
+            },
+        }
     assert family == "minimax_m2"
     return {
         "head_dim": s.head_dim,
@@ -67,7 +87,7 @@ def config(family: str, s: Shape) -> dict[str, Any]:
         "intermediate_size": s.moe_intermediate_size,
         "scoring_func": "sigmoid",
         "use_routing_bias": True,
-        "use_qk_norm": False,  # SGLang has this model's norm for CUDA and AMX only
+        "use_qk_norm": bool(s.qk_norm),
         "num_mtp_modules": 0,
         "use_mtp": False,
     }
@@ -88,6 +108,9 @@ def attention(prefix: str, family: str, s: Shape) -> Iterator[TensorSpec]:
     if family == "glm4_moe":
         yield prefix + "q_norm.weight", (head,), 1.5
         yield prefix + "k_norm.weight", (head,), 1.5
+    if family == "minimax_m2" and s.qk_norm:  # over all heads together
+        yield prefix + "q_norm.weight", (s.num_heads * head,), 1.5
+        yield prefix + "k_norm.weight", (s.num_kv_heads * head,), 1.5
 
 
 def ffn(layer: str, family: str, s: Shape, index: int) -> Iterator[TensorSpec]:
@@ -96,6 +119,8 @@ def ffn(layer: str, family: str, s: Shape, index: int) -> Iterator[TensorSpec]:
         yield from _gpt_oss(layer + "mlp.", s)
     elif family == "glm4_moe":
         yield from _glm(layer + "mlp.", s, index)
+    elif family == "llama4":
+        yield from _llama4(layer + "feed_forward.", s)
     else:
         block = layer + "block_sparse_moe."
         yield block + "gate.weight", (s.num_experts, s.hidden_size), 2.0
@@ -134,3 +159,11 @@ def _gpt_oss(prefix: str, s: Shape) -> Iterator[TensorSpec]:
     yield experts + "gate_up_proj_bias", (s.num_experts, 2 * s.moe_intermediate_size), 0.2
     yield experts + "down_proj", (s.num_experts, s.moe_intermediate_size, s.hidden_size), 2.5
     yield experts + "down_proj_bias", (s.num_experts, s.hidden_size), 0.2
+
+
+def _llama4(prefix: str, s: Shape) -> Iterator[TensorSpec]:
+    """All experts in one tensor, inputs first, gate and up in halves; a shared expert of the same size."""
+    yield prefix + "router.weight", (s.num_experts, s.hidden_size), 2.0
+    yield prefix + "experts.gate_up_proj", (s.num_experts, s.hidden_size, 2 * s.moe_intermediate_size), 1.5
+    yield prefix + "experts.down_proj", (s.num_experts, s.moe_intermediate_size, s.hidden_size), 2.5
+    yield from _expert(prefix + "shared_expert.", ("gate_proj", "up_proj", "down_proj"), s)

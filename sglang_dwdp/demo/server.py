@@ -31,7 +31,17 @@ MILESTONES = (
 )
 
 # SGLang's modules for the families in families.py (DeepSeek-V3's class is in V2's module).
-MODEL_MODULES = ("deepseek_v2", "glm4_moe", "gpt_oss", "minimax_m2", "mixtral", "qwen2_moe", "qwen3_moe")
+MODEL_MODULES = (
+    "deepseek_v2",
+    "glm4_moe",
+    "gpt_oss",
+    "llama4",
+    "minimax_m2",
+    "mixtral",
+    "mllama4",
+    "qwen2_moe",
+    "qwen3_moe",
+)
 
 
 class ServerFailed(DwdpError):

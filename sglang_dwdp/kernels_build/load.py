@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,18 @@ def built(architecture: str = ARCHITECTURES[0]) -> dict[str, Path]:
         if manifest_of(module) is not None:
             found[name] = directory_of(module) / f"{module}.so"
     return found
+
+
+def ready(name: str, architecture: str = ARCHITECTURES[0]) -> bool:
+    """Whether FlashInfer can run a format at once: with a slim module, or with its full one."""
+    if name in built(architecture):
+        return True
+    try:
+        from flashinfer.jit.fused_moe import gen_cutlass_fused_moe_sm90_module
+
+        return bool(gen_cutlass_fused_moe_sm90_module().is_compiled)
+    except Exception:  # noqa: BLE001  (no FlashInfer, or no toolchain that it could describe a build for)
+        return False
 
 
 def format_of(
@@ -123,13 +136,17 @@ class _SlimSpec:
 
 
 def load_library(path: Path) -> Any:
-    """Open a module, with the libraries that it needs and that pip packages hide from the system's search."""
+    """Open a module, with the libraries that it needs and that the system's search may not find: those of pip packages,
+    or of a toolkit."""
     import torch
     import tvm_ffi
 
     major = (torch.version.cuda or "").split(".")[0]
+    toolkits = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    folders = [folder / "lib" for folder in pip_folders(major)]
+    folders += [Path(toolkit) / "lib64" for toolkit in toolkits if toolkit]
     for name in (f"libcudart.so.{major}", f"libnvrtc.so.{major}"):
-        found = next((f / "lib" / name for f in pip_folders(major) if (f / "lib" / name).exists()), None)
+        found = next((folder / name for folder in folders if (folder / name).exists()), None)
         if found is not None:
             ctypes.CDLL(str(found), mode=ctypes.RTLD_GLOBAL)
     return tvm_ffi.load_module(str(path))

@@ -1,0 +1,47 @@
+"""Which MoE runner backend a server gets whose user left `--moe-runner-backend` at auto."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from sglang.srt.arg_groups.model_override_base import model_config_of
+
+from sglang_dwdp.backends import default_for
+from sglang_dwdp.kernels_build import load
+
+logger = logging.getLogger(__name__)
+
+
+def weights_of(quantization: str | None, config: dict[str, Any] | None) -> str | None:
+    """The format of the experts, in the words of `backends.WAYS`; None: another one.
+
+    quantization: --quantization.  config: the checkpoint's `quantization_config`.
+    """
+    config = config or {}
+    method = quantization or config.get("quant_method")
+    if method is None:
+        return "bf16"
+    if method == "fp8" and list(config.get("weight_block_size") or ()) == [128, 128]:
+        return "block-FP8"
+    return "MXFP4" if method == "mxfp4" else None
+
+
+def choose(server_args: Any, view: Any) -> str | None:
+    """The backend to declare; None: leave the choice to SGLang, because the user made it, or there is none here."""
+    if view.device != "cuda" or view.moe_runner_backend != "auto" or torch.cuda.get_device_capability()[0] != 9:
+        return None
+    described = getattr(model_config_of(server_args).hf_config, "quantization_config", None)
+    weights = weights_of(view.quantization, described if isinstance(described, dict) else None)
+    chosen = None if weights is None else default_for(weights, has_kernels)
+    if chosen is None:
+        logger.info("DWDP leaves the choice of --moe-runner-backend for these experts to SGLang")
+        return None
+    logger.info("DWDP: --moe-runner-backend auto is %s for %s experts: %s", chosen.backend, weights, chosen.reason)
+    return chosen.backend
+
+
+def has_kernels(weight_format: str) -> bool:
+    """Whether FlashInfer can run this format (a name of `build-kernels`) without building for a long time first."""
+    return load.ready(weight_format)

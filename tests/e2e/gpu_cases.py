@@ -1,0 +1,157 @@
+"""The models that are compared on GPUs: family, weight format, MoE backend, sizes, numbers of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang_dwdp.demo.families import Family
+from sglang_dwdp.demo.quantized import Quantization
+
+# Sizes that kernels for GPUs take: heads as in the released models, multiples of 128 for blocks of FP8. 14 experts
+# over 3 ranks are shards of different sizes; an expert's bytes are no whole number of pages, so ranks share pages.
+BASE = {
+    "num_layers": 4,  # more MoE layers than slots, also where the first layer is dense
+    "hidden_size": 512,
+    "moe_intermediate_size": 256,
+    "num_heads": 8,
+    "num_kv_heads": 2,
+    "head_dim": 128,
+    "num_experts": 14,
+    "top_k": 4,
+}
+LATENT = {"kv_lora_rank": 512, "q_lora_rank": 256, "rope_head_dim": 64}
+# As DeepSeek-R1 and Kimi K2 route: 256 experts in 8 groups, and 384 without groups; both choose 8.
+R1 = {**BASE, **LATENT, "num_experts": 256, "moe_intermediate_size": 128, "top_k": 8}
+K2 = {**R1, "num_experts": 384}
+# Like gpt-oss's own sizes, these are no multiples of 128, so experts are padded after loading.
+GPT_OSS = {**BASE, "hidden_size": 576, "moe_intermediate_size": 320, "head_dim": 64}
+
+# The bits of a sum of atomics differ from call to call, and tactics would be chosen by timing.
+FIXED = {"disable_flashinfer_autotune": True}
+NO_ATOMICS = {"SGLANG_FLASHINFER_MOE_FUSED_FINALIZE": "0"}
+# Which layout DeepGEMM runs on depends on free memory otherwise.
+MASKED, COMPACT = ({"SGLANG_DEEPGEMM_STANDARD_LAYOUT": name} for name in ("masked", "compact"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model.
+
+    kernels: the format of FlashInfer's kernels that it needs (`sglang-dwdp build-kernels`).
+    logged: what a rank's log says of its layers.
+    share_all: on 3 ranks scales and biases are shared like weights, however small they are.
+    """
+
+    family: Family
+    weights: str
+    backend: str
+    logged: str
+    shape: Mapping[str, int] = field(default_factory=lambda: BASE)
+    ranks: tuple[int, ...] = (2, 3)
+    kernels: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    share_all: bool = False
+
+    @property
+    def quantization(self) -> Quantization:
+        """As `make_checkpoint` takes it."""
+        formats: dict[str, Quantization] = {"bf16": "none", "fp8": "fp8-block", "mxfp4": "mxfp4"}
+        return formats[self.weights]
+
+    @property
+    def name(self) -> str:
+        """Such as "qwen3_moe-bf16-triton"."""
+        return f"{self.family}-{self.weights}-{self.backend}"
+
+
+_FP8 = {"fp8_gemm_runner_backend": "triton"}  # of the linear layers: DeepGEMM would compile for minutes
+ALL = (
+    # Each family with the backend that every format has, on 2 and on 3 ranks.
+    Case("qwen3_moe", "bf16", "triton", "bf16 experts with triton"),
+    Case("deepseek_v3", "fp8", "triton", "block-FP8 experts with triton", R1, options=_FP8, share_all=True),
+    Case("glm4_moe", "bf16", "triton", "bf16 experts with triton"),
+    Case(
+        "gpt_oss",
+        "mxfp4",
+        "flashinfer_mxfp4",
+        "MXFP4 experts with flashinfer_mxfp4",
+        GPT_OSS,
+        kernels="mxfp4",
+        options=FIXED,
+        environment=NO_ATOMICS,
+        share_all=True,
+    ),
+    Case("qwen2_moe", "bf16", "triton", "bf16 experts with triton", {**BASE, "num_heads": 4}),
+    Case("deepseek_v2", "bf16", "triton", "bf16 experts with triton", {**BASE, **LATENT}),
+    Case("deepseek_v3", "bf16", "triton", "bf16 experts with triton", {**BASE, **LATENT}),
+    Case("kimi_k2", "bf16", "triton", "bf16 experts with triton", K2),
+    Case("minimax_m2", "bf16", "triton", "bf16 experts with triton", {**BASE, "qk_norm": 1}),
+    Case("gpt_oss", "bf16", "triton", "bf16 experts with triton", GPT_OSS),
+    Case(
+        "llama4",
+        "bf16",
+        "triton",
+        "bf16 experts with triton",
+        {**BASE, "top_k": 1},
+        options={"disable_hybrid_swa_memory": True},
+    ),
+    # The other backends, on 3 ranks.
+    Case(
+        "qwen3_moe",
+        "bf16",
+        "flashinfer_cutlass",
+        "bf16 experts with flashinfer_cutlass",
+        ranks=(3,),
+        kernels="bf16",
+        options=FIXED,
+        environment=NO_ATOMICS,
+    ),
+    Case(
+        "deepseek_v3",
+        "fp8",
+        "flashinfer_cutlass",
+        "block-FP8 experts with dwdp_flashinfer_fp8",
+        R1,
+        kernels="fp8-block",
+        options=FIXED | _FP8,
+        environment=NO_ATOMICS,
+    ),
+    Case(
+        "deepseek_v3",
+        "fp8",
+        "deep_gemm",
+        "block-FP8 experts with deep_gemm",
+        R1,
+        ranks=(3,),
+        options=_FP8,
+        environment=COMPACT,
+        share_all=True,
+    ),
+    Case("qwen3_moe", "fp8", "triton", "block-FP8 experts with triton", ranks=(3,), options=_FP8),
+    Case(
+        "qwen3_moe",
+        "fp8",
+        "flashinfer_cutlass",
+        "block-FP8 experts with dwdp_flashinfer_fp8",
+        ranks=(3,),
+        kernels="fp8-block",
+        options=FIXED | _FP8,
+        environment=NO_ATOMICS,
+    ),
+    Case(
+        "qwen3_moe",
+        "fp8",
+        "deep_gemm",
+        "block-FP8 experts with deep_gemm",
+        ranks=(3,),
+        options=_FP8,
+        environment=MASKED,
+    ),
+    Case("qwen3_moe", "bf16", "deep_gemm", "bf16 experts with deep_gemm", ranks=(3,), environment=MASKED),
+)
+BY_NAME = {case.name: case for case in ALL}
+# Models whose shared experts SGLang fuses into the routed ones by itself, which DWDP turns off.
+FUSED = ("glm4_moe-bf16-triton", "deepseek_v3-fp8-triton")

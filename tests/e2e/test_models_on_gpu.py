@@ -1,0 +1,282 @@
+"""Every rank of a DWDP server gives the tokens and, bitwise, the log-probabilities of a rank that holds all experts.
+
+    python -m pytest -m "gpu and models" tests/e2e/test_models_on_gpu.py --junitxml r.xml
+
+One GPU is enough: the ranks of an engine share it (`benchmarks/one_gpu.py`). All engines are started when the first
+test wants one, several at a time, on all GPUs there are; a test waits for those that it compares. Variables:
+DWDP_ENGINES_AT_A_TIME (by processors), DWDP_ENGINES_DEADLINE_S (after which no more are started: their tests are
+skipped), DWDP_ENGINES_LOGS (a folder that keeps every engine's log and answers).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.one_gpu import one_gpu_environment
+from sglang_dwdp.demo.checkpoint import make_checkpoint
+from sglang_dwdp.demo.server import fewer_models
+from tests.e2e.gpu_cases import ALL, BY_NAME, FUSED, Case
+from tests.e2e.gpu_engine import LENGTHS
+
+pytestmark = [pytest.mark.gpu(3), pytest.mark.models]
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE_S = 300.0
+DIRECT_MAX_TOKENS = 64
+Answers = list[list[Any]]  # of each rank, in the order of the prompts
+# A single rank without DWDP gets what DWDP brings: slim modules, and block-FP8 through FlashInfer.
+RESIDENT_PLUGIN = """
+def install(_result, _server_args, *_args, role, **_kwargs):
+    if role == "scheduler":
+        from sglang_dwdp.kernels_build import load
+        from sglang_dwdp.srt_patches import flashinfer_fp8
+        from sglang_dwdp.srt_patches.hooks import install as install_hooks
+
+        load.install()
+        flashinfer_fp8.register()
+        install_hooks(flashinfer_fp8.HOOKS)
+        print("this rank has the kernels that DWDP brings", flush=True)
+
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register("sglang.srt.runtime_context.publish", install, HookType.AFTER)
+"""
+# NVLink multicast is not what is tested, and some machines do without.
+QUIET = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+
+
+class Engines:
+    """Runs engines in processes of their own, some at a time, each on the GPU that has the fewest ranks."""
+
+    def __init__(self, directory: Path, models: Callable[[Case], Path]) -> None:
+        logs = os.environ.get("DWDP_ENGINES_LOGS")
+        self.logs = Path(logs) if logs else directory
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self._directory, self._models = directory, models
+        at_a_time = int(os.environ.get("DWDP_ENGINES_AT_A_TIME") or max(1, len(os.sched_getaffinity(0)) // 2))
+        self._pool = ThreadPoolExecutor(at_a_time)
+        self._deadline = time.monotonic() + float(os.environ.get("DWDP_ENGINES_DEADLINE_S") or 3600)
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+        self._ranks_on = Counter(dict.fromkeys(gpus, 0))
+        self._lock = threading.Lock()
+        self._count = itertools.count()
+        self._futures: dict[str, Future[dict[str, Any]]] = {}
+
+    def start(self, case: Case, ranks: int, *, fused: bool = False) -> None:
+        """Start an engine unless it was; 1 rank holds all experts."""
+        name = self.name(case, ranks, fused)
+        if name not in self._futures:
+            self._futures[name] = self._pool.submit(self._run, name, case, ranks, fused)
+
+    def result(self, case: Case, ranks: int, *, fused: bool = False) -> dict[str, Any]:
+        """What `gpu_engine.measure` returned."""
+        self.start(case, ranks, fused=fused)
+        result = self._futures[self.name(case, ranks, fused)].result()
+        if "skipped" in result:
+            pytest.skip(result["skipped"])
+        if "error" in result:
+            pytest.fail(result["error"], pytrace=False)
+        return result
+
+    @staticmethod
+    def name(case: Case, ranks: int, fused: bool = False) -> str:
+        return f"{case.name}-{'fused' if fused else ranks}"
+
+    def close(self) -> None:
+        self._deadline = 0.0
+        self._pool.shutdown(cancel_futures=True)
+
+    def _run(self, name: str, case: Case, ranks: int, fused: bool) -> dict[str, Any]:
+        if time.monotonic() > self._deadline:
+            return {"skipped": f"{name} was not started before DWDP_ENGINES_DEADLINE_S"}
+        with self._lock:
+            gpu = min(self._ranks_on, key=lambda index: self._ranks_on[index])
+            self._ranks_on[gpu] += ranks
+        try:
+            return self._run_on(gpu, name, case, ranks, fused)
+        except Exception as error:  # noqa: BLE001  (it is this engine's result)
+            return {"error": f"{name}: {type(error).__name__}: {error}"}
+        finally:
+            with self._lock:
+                self._ranks_on[gpu] -= ranks
+
+    def _run_on(self, gpu: str, name: str, case: Case, ranks: int, fused: bool) -> dict[str, Any]:
+        own = self._directory / name
+        own.mkdir(parents=True)
+        spec, out, log = own / "spec.json", self.logs / f"{name}.json", self.logs / f"{name}.log"
+        out.unlink(missing_ok=True)
+        spec.write_text(json.dumps(self.options(case, ranks, fused) | {"model_path": str(self._models(case))}))
+        environment = {**os.environ, **fewer_models(), **QUIET, **case.environment, "CUDA_VISIBLE_DEVICES": gpu}
+        environment |= {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+        environment |= {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+        environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        if ranks > 1:
+            environment |= one_gpu_environment(own, environment)
+        elif case.kernels is not None:
+            environment |= plugin_environment(own, "resident_kernels", RESIDENT_PLUGIN, environment)
+        command = [sys.executable, str(ROOT / "tests/e2e/gpu_engine.py"), str(spec), str(out)]
+        began = time.monotonic()
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, cwd=own
+            )
+            try:
+                code: int | None = self._wait(process, out)
+            finally:
+                end_session(process)
+        if not out.exists():
+            ended = f"no answers within {ENGINE_S:.0f} s" if code is None else f"exit code {code}"
+            last = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+            return {"error": f"{name}: {ended}; {log}:\n{last}"}
+        result: dict[str, Any] = json.loads(out.read_text())
+        print(f"{name}: {time.monotonic() - began:.0f} s on GPU {gpu}")  # noqa: T201
+        return result | {"log": log.read_text(errors="replace")}
+
+    @staticmethod
+    def _wait(process: subprocess.Popen[bytes], out: Path) -> int | None:
+        """The exit code, or None when the time is over; 0 as soon as the answers are there, which saves the end."""
+        until = time.monotonic() + ENGINE_S
+        while time.monotonic() < until:
+            if out.exists():
+                return 0
+            if (code := process.poll()) is not None:
+                return code
+            time.sleep(0.2)
+        return None
+
+    def options(self, case: Case, ranks: int, fused: bool) -> dict[str, Any]:
+        """The engine's options. Engines that start together would draw the same ports."""
+        result: dict[str, Any] = {
+            "tp_size": ranks,
+            "port": 11000 + 400 * (next(self._count) % 50),
+            "moe_runner_backend": case.backend,
+            "cuda_graph_backend_prefill": "disabled",
+            "disable_shared_experts_fusion": not fused,
+            **case.options,
+        }
+        if ranks > 1:
+            result |= {"enable_dwdp": True, "dwdp_direct_max_tokens": DIRECT_MAX_TOKENS}
+            if case.share_all and ranks == 3:
+                result["dwdp_replicate_below_kib"] = 0
+        return result
+
+
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """End whatever is left of a process's session: SGLang gives its children process groups of their own."""
+    listed = subprocess.run(["ps", "-o", "pid=", "-s", str(process.pid)], capture_output=True, text=True, check=False)
+    for pid in listed.stdout.split():
+        try:
+            os.kill(int(pid), 9)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+def plugin_environment(directory: Path, name: str, source: str, base: dict[str, str]) -> dict[str, str]:
+    """Installs a plugin of SGLang's for one engine; the environment in which it is found."""
+    (directory / f"{name}.py").write_text(source)
+    info = directory / f"{name}-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {name}:register\n")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(directory), base.get("PYTHONPATH"))))}
+
+
+@pytest.fixture(scope="module")
+def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    """All engines that the chosen tests want; those that others are compared with come first, and so compile."""
+    directory = tmp_path_factory.mktemp("engines")
+    locks: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
+
+    def model(case: Case) -> Path:
+        sizes = zlib.crc32(repr(sorted(case.shape.items())).encode())
+        path = directory / f"{case.family}-{case.weights}-{sizes:08x}"
+        with locks[path]:
+            if not path.exists():
+                make_checkpoint(path, case.family, quantization=case.quantization, **case.shape)
+        return path
+
+    runner = Engines(directory, model)
+    chosen = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
+    wanted = [item.callspec.params["name"] for item in chosen]
+    for name in dict.fromkeys(wanted):
+        if missing_kernels(BY_NAME[name]) is None:
+            runner.start(BY_NAME[name], 1)
+    for item in chosen:
+        case = BY_NAME[item.callspec.params["name"]]
+        if missing_kernels(case) is None:
+            fused = "ranks" not in item.callspec.params
+            runner.start(case, 1 if fused else item.callspec.params["ranks"], fused=fused)
+    yield runner
+    runner.close()
+
+
+def missing_kernels(case: Case) -> str | None:
+    """What has to be built first; None: nothing."""
+    from sglang_dwdp.kernels_build import load
+
+    if case.kernels is None or case.kernels in load.built():
+        return None
+    return f"needs `sglang-dwdp build-kernels --format {case.kernels}`"
+
+
+def skip_without_kernels(case: Case) -> None:
+    if torch.cuda.get_device_capability()[0] != 9 and case.kernels is not None:
+        pytest.skip("needs a Hopper GPU")
+    if reason := missing_kernels(case):
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [(case.name, ranks) for case in ALL for ranks in case.ranks])
+def test_parity(engines: Engines, name: str, ranks: int) -> None:
+    case = BY_NAME[name]
+    skip_without_kernels(case)
+    resident = engines.result(case, 1)
+    assert case.kernels is None or "this rank has the kernels that DWDP brings" in resident["log"]
+    expected = resident["answers"][0]
+    result = engines.result(case, ranks)
+    different = {tuple(tokens) for tokens, _, _ in expected}
+    assert len(different) > len(LENGTHS) // 2, "degenerate answers compare nothing"
+    for rank, answers in enumerate(result["answers"]):
+        for length, mine, theirs in zip(LENGTHS, answers, expected, strict=True):
+            assert mine[0] == theirs[0], f"tokens of rank {rank} after {length} tokens"
+            assert mine[1] == theirs[1], f"log-probabilities of rank {rank} after {length} tokens"
+    assert len(result["answers"]) == ranks
+    for report in result["reports"]:
+        assert report["direct_forwards"] > 0
+        assert report["staged_forwards"] > 0
+    assert f"run {case.logged}" in result["log"]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_shared_experts_that_sglang_fuses(engines: Engines, name: str) -> None:
+    """DWDP turns the fusion off. The sums are rounded otherwise then, so a token may differ, but only where the two
+    best ones are as near as the log-probabilities differ anyway."""
+    case = BY_NAME[name]
+    fused = engines.result(case, 1, fused=True)["answers"][0]
+    plain = engines.result(case, 1)["answers"][0]
+    compared = 0
+    for (tokens, chosen, _), (others, theirs, best) in zip(plain, fused, strict=True):
+        same = next((i for i, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b), len(tokens))
+        compared += same
+        assert all(abs(a - b) < 0.1 for a, b in zip(chosen[:same], theirs[:same], strict=True))
+        if same < len(tokens):
+            assert best[same][0] - best[same][1] < 0.2
+    assert compared > len(LENGTHS) * 6
