@@ -77,7 +77,17 @@ def serve(name: str, model: str, descriptor: int) -> None:
         "max_running_requests": max(DECODES) * ranks,
         "mem_fraction_static": 0.97,  # of what the other engines leave
     }
-    answer_requests(start_engine(common | options, list(VARIANTS).index(name)), descriptor)
+    engine = start_engine(common | options, list(VARIANTS).index(name))
+    answer_requests(engine, descriptor, lambda folder: trace(engine, folder, ranks))
+
+
+def trace(engine: Any, folder: Path, ranks: int) -> None:
+    """Leave SGLang's profile of 16 steps of one sequence, after a prefill of 1,024 tokens, in `folder`."""
+    where = {"routed_dp_rank": 0} if ranks > 1 else {}
+    sampling = {"temperature": 0, "max_new_tokens": 17, "ignore_eos": True}
+    engine.start_profile(output_dir=str(folder), activities=["CPU", "GPU"], with_stack=False, record_shapes=False)
+    engine.generate(input_ids=[[11] * 1024], sampling_params=sampling, **where)
+    engine.stop_profile()
 
 
 class Variant:
@@ -91,6 +101,10 @@ class Variant:
         """Seconds for all prompts together, and their new tokens."""
         seconds, answers = self._ask(lambda: self._engine.run({rank: prompts}, new_tokens))
         return seconds, [answer.tokens for answer in answers[rank]]
+
+    def profile(self, folder: Path) -> None:
+        """See `trace`."""
+        self._ask(lambda: self._engine.ask(folder))
 
     def stop(self) -> list[Any]:
         """Let the engine end; the ranks' reports."""
@@ -148,8 +162,10 @@ def take_turns(variants: list[Variant], console: Console) -> dict[str, dict[str,
     return results
 
 
-def run_all(names: list[str], model: str, logs: Path, timeout_s: float, console: Console) -> dict[str, dict[str, Any]]:
-    """Every variant's result, or its error."""
+def run_all(
+    names: list[str], model: str, logs: Path, timeout_s: float, console: Console, traces: Path | None = None
+) -> dict[str, dict[str, Any]]:
+    """Every variant's result, or its error.  traces: where profiles of all variants go, if any are wanted."""
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         started = {name: stack.enter_context(process_of(name, model, root / name, logs)) for name in names}
@@ -157,6 +173,8 @@ def run_all(names: list[str], model: str, logs: Path, timeout_s: float, console:
         deadline = time.monotonic() + timeout_s
         variants = [Variant(engine) for engine, connection in started.values() if ready(connection, deadline)]
         results = take_turns(variants, console) if variants else {}
+        for variant in variants if traces is not None else ():
+            variant.profile(traces / variant.name)
         for variant in variants:
             results[variant.name] |= {"reports": variant.stop(), "setup_memory": readings(root / variant.name)}
     for name in names:
@@ -220,6 +238,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("compare_one_gpu.json"))
     parser.add_argument("--logs", type=Path, default=Path())
     parser.add_argument("--timeout", type=float, default=400, help="seconds for all variants to start")
+    parser.add_argument("--traces", type=Path, help="a folder for SGLang's profile of a few steps of every variant")
     parser.add_argument("--serve", choices=list(VARIANTS), help=argparse.SUPPRESS)
     parser.add_argument("--connection", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -228,7 +247,7 @@ def main() -> None:
         return
     console = Console(width=120)
     args.logs.mkdir(parents=True, exist_ok=True)
-    results = run_all(args.variants, model_path(args.model), args.logs, args.timeout, console)
+    results = run_all(args.variants, model_path(args.model), args.logs, args.timeout, console, args.traces)
     args.out.write_text(json.dumps({"machine": describe(), "results": results}, indent=1) + "\n")
     show(results, console)
 

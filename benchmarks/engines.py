@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -54,11 +54,18 @@ def start_engine(options: Mapping[str, Any], index: int) -> Any:
     return sglang.Engine(**common, port=31000 + PORTS * index, **options)
 
 
-def answer_requests(engine: Any, descriptor: int) -> None:
-    """In the engine's process: answer the parent until it has no more requests, then send the ranks' reports."""
+def answer_requests(engine: Any, descriptor: int, other: Callable[[Any], Any] | None = None) -> None:
+    """In the engine's process: answer the parent until it has no more requests, then send the ranks' reports.
+
+    other: answers requests that are no prompts.
+    """
     with Connection(descriptor) as parent:
         parent.send(READY)
         while (request := parent.recv()) is not None:
+            if not isinstance(request, tuple):
+                assert other is not None
+                parent.send(other(request))
+                continue
             prompts, new_tokens, logprobs = request
             begin = time.perf_counter()
             found = engine.loop.run_until_complete(_of_all_ranks(engine, prompts, new_tokens, logprobs))
@@ -104,7 +111,7 @@ class EngineProcess:
         Raises:
             EngineError: the engine ended, or did not answer in time.
         """
-        result: tuple[float, Answers] = self._ask((prompts, new_tokens, logprobs), timeout_s)
+        result: tuple[float, Answers] = self.ask((prompts, new_tokens, logprobs), timeout_s)
         return result
 
     def stop(self, timeout_s: float = ANSWER_S) -> list[Any]:
@@ -113,10 +120,15 @@ class EngineProcess:
         Raises:
             EngineError: as `run`.
         """
-        reports: list[Any] = self._ask(None, timeout_s)
+        reports: list[Any] = self.ask(None, timeout_s)
         return reports
 
-    def _ask(self, request: object, timeout_s: float) -> Any:
+    def ask(self, request: object, timeout_s: float = ANSWER_S) -> Any:
+        """The answer to a request of any kind that the engine's process knows.
+
+        Raises:
+            EngineError: as `run`.
+        """
         try:
             self._connection.send(request)
             if self._connection.poll(timeout_s):

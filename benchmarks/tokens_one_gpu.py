@@ -1,9 +1,9 @@
-"""The same tokens in every mode, on ONE GPU: python benchmarks/tokens_one_gpu.py [MODEL]
+"""The same tokens in every mode, every server on ONE GPU: python benchmarks/tokens_one_gpu.py [MODEL]
 
 Starts an engine that holds all experts and DWDP engines in their modes, sends 64 prompts of 1 to 8192 tokens to
 every rank (one at a time on each, so that batches are the same), and compares tokens and their log-probabilities.
-All ranks share GPU 0 and talk through gloo, and several engines run at a time, so nothing here is a timing.
-MODEL is a checkpoint folder; its tokenizer is not used.
+All ranks of an engine share a GPU and talk through gloo, and several engines run at a time, so nothing here is a
+timing. MODEL is a checkpoint folder; its tokenizer is not used.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def measure(name: str, model: str) -> dict[str, Any]:
         max_total_tokens=32768,
         max_running_requests=8,
         mem_fraction_static=0.97,  # of what the other engines leave
+        sleep_on_idle=True,
         log_level="info",
         **(defaults | options),
     )
@@ -104,13 +106,13 @@ def measure(name: str, model: str) -> dict[str, Any]:
     return {"answers": answers, "reports": [state.get("dwdp") for state in states]}
 
 
-def run_variant(name: str, model: str, logs: Path, timeout_s: float) -> dict[str, Any]:
-    """A variant's result, or its error."""
+def run_variant(name: str, model: str, gpu: int, logs: Path, timeout_s: float) -> dict[str, Any]:
+    """A variant's result on a GPU, or its error."""
     options = VARIANTS[name][0]
     log = logs / ("tokens " + name + ".log").replace(" ", "_").replace(",", "")
     with tempfile.TemporaryDirectory() as directory, log.open("w") as output:
         result = Path(directory) / "result.json"
-        environment = dict(os.environ)
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
         if options["tp_size"] > 1:
             environment |= one_gpu_environment(Path(directory))
         command = [sys.executable, __file__, model, "--measure", name, "--out", str(result)]
@@ -167,7 +169,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="default: eight layers of Qwen3-30B-A3B's shape, made on first use")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--at-a-time", type=int, default=3)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[0], help="engines are spread over these")
+    parser.add_argument("--at-a-time", type=int, default=3, help="engines that run at a time, of all GPUs together")
     parser.add_argument("--out", type=Path, default=Path("tokens_one_gpu.json"))
     parser.add_argument("--logs", type=Path, default=Path())
     parser.add_argument("--timeout", type=float, default=330, help="seconds for one engine")
@@ -179,7 +182,10 @@ def main() -> None:
     console = Console(width=140)
     model = model_path(args.model)
     with ThreadPoolExecutor(args.at_a_time) as pool:
-        runs = {name: pool.submit(run_variant, name, model, args.logs, args.timeout) for name in args.variants}
+        gpus = cycle(args.gpus)
+        runs = {
+            name: pool.submit(run_variant, name, model, next(gpus), args.logs, args.timeout) for name in args.variants
+        }
         results = {name: run.result() for name, run in runs.items()}
     summary = compare(results)
     args.out.write_text(json.dumps(summary, indent=1))

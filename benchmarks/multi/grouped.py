@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -81,12 +80,12 @@ if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _grouped(
-        x: Any,
-        weight: Any,
-        out: Any,
-        row_ids: Any,
-        expert_ids: Any,
-        pairs: Any,
+        x: tl.tensor,
+        weight: tl.tensor,
+        out: tl.tensor,
+        row_ids: tl.tensor,
+        expert_ids: tl.tensor,
+        pairs: tl.tensor,
         TOP_K: tl.constexpr,
         N: tl.constexpr,
         K: tl.constexpr,

@@ -88,18 +88,26 @@ def _agree(ours: Answers, reference: Answers) -> bool:
 
 def _table(ours: Answers, reference: Answers) -> Table:
     table = Table(title="DWDP against one rank that holds all experts, greedy")
-    for heading in ("", "same tokens", "experts stored", "copied ahead", "read in place", "collectives in forwards"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    # Narrow enough for a terminal of 80 columns.
+    for heading in (
+        "",
+        "same\ntokens",
+        "experts\nstored",
+        "copied\nahead",
+        "read in\nplace",
+        "collectives\nin forwards",
+    ):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     for report, tokens in zip(ours.reports, ours.generated, strict=True):
         same = sum(a == b for a, b in zip(tokens, reference.generated[0], strict=True))
         table.add_row(
-            f"rank {report['rank']}, /generate",
+            f"rank {report['rank']} /generate",
             f"{same} of {len(tokens)}",
             f"{report['stored_bytes'] / MIB:.1f} MiB",
             f"{report['bytes_copied'] / MIB:.1f} MiB",
             f"{report['bytes_read_in_place'] / MIB:.1f} MiB",
             str(report["collectives"]),
         )
-    table.add_row("/v1/chat/completions", "yes" if ours.chat == reference.chat else "no")
-    table.add_row("frontend program, fork", "yes" if ours.frontend == reference.frontend else "no")
+    table.add_row("chat completions", "yes" if ours.chat == reference.chat else "no")
+    table.add_row("frontend, forked", "yes" if ours.frontend == reference.frontend else "no")
     return table

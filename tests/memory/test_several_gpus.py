@@ -30,7 +30,7 @@ def vmm(rank: int) -> Memory:
 
 
 @triton.jit
-def _add_one(source: Any, target: Any, count: Any, BLOCK: tl.constexpr) -> None:
+def _add_one(source: tl.tensor, target: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(target + at, tl.load(source + at, mask=at < count) + 1, mask=at < count)
 
