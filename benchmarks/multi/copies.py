@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations, permutations
 from typing import Any
 
-from benchmarks.multi.bench import REPEATS, Bench
+from benchmarks.multi.bench import Bench
 from benchmarks.multi.experts import WHOLE, Shape, SharedLayer
-from benchmarks.multi.reference import large_copies
+from benchmarks.multi.reference import copies_of_ranks, joined, large_copies
+from benchmarks.multi.together import gathered, together
 from sglang_dwdp.config import KIB, DwdpConfig
 from sglang_dwdp.memory.base import CopyEngine
 from sglang_dwdp.memory.exchange import Exchange
@@ -63,17 +62,6 @@ def cases(size: int) -> list[Case]:
         found += [Case("all at once", everyone, kib, under=kib in few) for kib in (WHOLE_KIB, *SLICES_KIB)]
     of_engines = ("all at once", everyone) if size > 2 else ("both ways", both_ways[0])
     return found + [Case(*of_engines, DEFAULT_KIB, engine, under=True) for engine in ENGINES if engine != "default"]
-
-
-def together(exchange: Exchange, call: Callable[[], float] | None) -> float:
-    """The median of a measurement that all ranks begin at once; ranks without one wait."""
-    times = []
-    for _ in range(REPEATS):
-        exchange.barrier()
-        if call is not None:
-            times.append(call())
-    exchange.barrier()
-    return statistics.median(times) if times else 0.0
 
 
 class Meter:
@@ -159,7 +147,8 @@ def work(bench: Bench, exchange: Exchange, shape: Shape, save: Save, devices: in
         tried = [(kib, "default") for kib in (WHOLE_KIB, *SLICES_KIB)] + [(DEFAULT_KIB, name) for name in ENGINES]
         result["staged_is_right"] = all(gathered(exchange, all([meter.plan_is_right(*one) for one in tried])))  # noqa: C419 (every rank tries all)
         save(result)
-        result["reference"] = gathered(exchange, large_copies(devices) if exchange.rank == 0 else None)[0]
+        alone = gathered(exchange, large_copies(devices) if exchange.rank == 0 else None)[0]
+        result["reference"] = joined(alone, copies_of_ranks(bench, exchange))
         save(result)
         for case in cases(exchange.size):
             figures = gathered(exchange, meter.measure(case))
@@ -171,8 +160,3 @@ def work(bench: Bench, exchange: Exchange, shape: Shape, save: Save, devices: in
     exchange.barrier()
     layer.close()
     return result
-
-
-def gathered(exchange: Exchange, value: Any) -> list[Any]:
-    """Every rank's value, in rank order."""
-    return [json.loads(answer) for answer in exchange.all_gather(json.dumps(value).encode())]

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.multi.copies import DEFAULT_KIB, WHOLE_KIB
-from benchmarks.multi.reference import best
+from benchmarks.multi.reference import METHODS, RANKS, best
 
 COPY_TARGET = 0.95
 
@@ -95,11 +95,12 @@ def copy_table(result: Result) -> Table:
 
 def reference_table(result: Result) -> Table:
     """One large copy, by method."""
-    table = new_table("one large copy (1 GiB, plain allocations), the slowest", ("", "torch", "driver"))
+    columns = ("", "torch", "driver", "driver, a process for each rank")
+    table = new_table("one large copy (1 GiB, plain allocations), GB/s of the slowest", columns)
     for row in result.get("reference") or ():
         rates = row["bytes_per_s"]
         who = ", ".join(f"{reader} ← {source}" for reader, source in row["reads"])
-        table.add_row(who, gb(rates["torch"]), gb(rates["driver"]))
+        table.add_row(who, *(gb(rates.get(method)) for method in (*METHODS, RANKS)))
     return table
 
 
