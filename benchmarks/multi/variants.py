@@ -58,6 +58,8 @@ def engine_options(name: str, ranks: int, load: Load, model: str, *, cpu: bool, 
     }
     if cpu:
         only_cpu = {"dtype": "float32", "skip_server_warmup": True, "max_total_tokens": 8192}
+        if name == OURS:  # so that the longer prefills are staged, as they are on GPUs
+            only_cpu["dwdp_direct_max_tokens"] = 64
         return {**cpu_engine.default_flags(), **options, **only_cpu, **kind}
     only_gpus = {
         "attention_backend": attention,

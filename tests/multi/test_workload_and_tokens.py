@@ -10,6 +10,7 @@ import pytest
 from benchmarks.engines import Answer
 from benchmarks.multi import tokens, variants
 from benchmarks.multi.workload import CPU_LOAD, GPU_LOAD, Draws, Prefill
+from sglang_dwdp.config import option_names
 
 
 def test_lengths_are_drawn_once_and_fit_the_chunk() -> None:
@@ -68,7 +69,7 @@ def test_sglang_knows_every_argument() -> None:
     """Names, not values: those that SGLang's own resolution checks are checked when engines start."""
     from sglang.srt.server_args import ServerArgs
 
-    known = set(ServerArgs.__struct_fields__) | {"enable_dwdp", "dwdp_view"}
+    known = set(ServerArgs.__struct_fields__) | set(option_names())
     for name in variants.VARIANTS:
         for cpu in (False, True):
             options = variants.engine_options(name, 2, CPU_LOAD, "M", cpu=cpu, attention="triton")
