@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from benchmarks.engines import (
     Prompts,
     answer_requests,
     engine_process,
-    ready,
     start_engine,
 )
 
@@ -120,7 +118,7 @@ class Variant:
 
 
 @contextmanager
-def process_of(name: str, model: str, directory: Path, logs: Path) -> Iterator[tuple[EngineProcess, Connection]]:
+def process_of(name: str, model: str, directory: Path, logs: Path) -> Iterator[EngineProcess]:
     """A variant's process, which says when its engine is ready. Everything it started is gone afterwards."""
     directory.mkdir()
     environment: dict[str, str] = {}
@@ -171,7 +169,7 @@ def run_all(
         started = {name: stack.enter_context(process_of(name, model, root / name, logs)) for name in names}
         console.print(f"starting {', '.join(names)} …")
         deadline = time.monotonic() + timeout_s
-        variants = [Variant(engine) for engine, connection in started.values() if ready(connection, deadline)]
+        variants = [Variant(engine) for engine in started.values() if engine.ready(deadline)]
         results = take_turns(variants, console) if variants else {}
         for variant in variants if traces is not None else ():
             variant.profile(traces / variant.name)

@@ -20,6 +20,8 @@ from benchmarks.processes import session
 
 READY = "ready"
 ANSWER_S = 240.0  # longest time for one run, where the caller sets none
+POLL_S = 0.5
+FAILED = "Scheduler hit an exception"  # SGLang's words; its processes then take a minute to end
 PORTS = 500  # engines that start together draw the same ports, so each has a range of its own
 
 Prompts = list[list[int]]
@@ -99,9 +101,17 @@ def _answer(found: Mapping[str, Any]) -> Answer:
 class EngineProcess:
     """An engine in another process, as the parent sees it."""
 
-    def __init__(self, name: str, connection: Connection) -> None:
+    def __init__(self, name: str, connection: Connection, log: Path) -> None:
         self.name = name
         self._connection = connection
+        self._log = log
+
+    def ready(self, deadline: float) -> bool:
+        """Whether it comes up before the deadline (of the monotonic clock)."""
+        try:
+            return bool(self._receive(deadline - time.monotonic()) == READY)
+        except EngineError:
+            return False
 
     def run(
         self, prompts: ByRank, new_tokens: int, *, logprobs: bool = False, timeout_s: float = ANSWER_S
@@ -131,17 +141,29 @@ class EngineProcess:
         """
         try:
             self._connection.send(request)
-            if self._connection.poll(timeout_s):
-                return self._connection.recv()
-        except (EOFError, OSError):
-            raise EngineError(f"the engine of {self.name} ended while it was measured") from None
-        raise EngineError(f"the engine of {self.name} did not answer within {timeout_s:.0f} s")
+        except OSError:
+            raise EngineError(f"the engine of {self.name} has ended") from None
+        return self._receive(timeout_s)
+
+    def _receive(self, timeout_s: float) -> Any:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                if self._connection.poll(max(0.0, min(POLL_S, left))):
+                    return self._connection.recv()
+            except (EOFError, OSError):
+                raise EngineError(f"the engine of {self.name} ended while it was waited for") from None
+            if FAILED in self._log.read_text(errors="replace"):
+                raise EngineError(f"a scheduler of {self.name} failed")
+            if left <= 0:
+                raise EngineError(f"the engine of {self.name} did not answer within {timeout_s:.0f} s")
 
 
 @contextmanager
 def engine_process(
     name: str, command: Sequence[str], environment: Mapping[str, str], log: Path
-) -> Iterator[tuple[EngineProcess, Connection]]:
+) -> Iterator[EngineProcess]:
     """A process that runs `command --connection FD`. Everything that it started is gone afterwards.
 
     environment: added to this process's.
@@ -150,14 +172,4 @@ def engine_process(
     descriptor = theirs.fileno()
     with mine, session([*command, "--connection", str(descriptor)], log, environment, [descriptor]):
         theirs.close()
-        yield EngineProcess(name, mine), mine
-
-
-def ready(connection: Connection, deadline: float) -> bool:
-    """Whether the engine at the other end came up before the deadline (of the monotonic clock)."""
-    if not connection.poll(max(0.0, deadline - time.monotonic())):
-        return False
-    try:
-        return bool(connection.recv() == READY)
-    except (EOFError, OSError):  # its process ended
-        return False
+        yield EngineProcess(name, mine, log)

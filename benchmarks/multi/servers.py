@@ -22,7 +22,6 @@ from benchmarks.engines import (
     EngineProcess,
     answer_requests,
     engine_process,
-    ready,
     start_engine,
 )
 from benchmarks.multi import tokens
@@ -131,8 +130,8 @@ class Comparison:
             started[name] = stack.enter_context(engine_process(name, command, variables, self._log(name)))
         self._say(f"starting {', '.join(started) or 'nothing'} …")
         deadline = begin + min(setting.start_s, max(0.0, setting.left))
-        for name, (engine, connection) in started.items():
-            if ready(connection, deadline):
+        for name, engine in started.items():
+            if engine.ready(deadline):
                 self._engines[name] = engine
                 self.result["variants"][name] = {"ready_s": time.monotonic() - begin}
             else:
