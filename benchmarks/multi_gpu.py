@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--logs", type=Path, default=Path("multi_gpu_logs"))
     parser.add_argument("--time-limit", type=float, default=500, help="seconds after which nothing new is begun")
     parser.add_argument(
-        "--start-limit", type=float, help="seconds for all engines to start (default: 200; 400 on the CPU)"
+        "--start-limit", type=float, help="seconds for all engines to start (default: 240; 400 on the CPU)"
     )
     for hidden in ("--job", "--engine", "--make-checkpoint"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -114,7 +114,7 @@ class Run:
             self.devices,
             model,
             args.attention_backend,
-            args.start_limit or (200.0 if self.devices else 400.0),
+            args.start_limit or (240.0 if self.devices else 400.0),
             self.end,
             SCRIPT,
             args.logs,

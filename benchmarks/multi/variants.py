@@ -66,7 +66,7 @@ def engine_options(name: str, ranks: int, load: Load, model: str, *, cpu: bool, 
         "moe_runner_backend": "triton",
         "disable_custom_all_reduce": True,
         "cuda_graph_backend_prefill": "disabled",
-        "cuda_graph_max_bs_decode": max(load.decodes),
+        "cuda_graph_bs_decode": list(load.decodes),  # no others are used, and capturing them takes long
         "mem_fraction_static": 0.97,  # of what the other engines leave; the cache's size is given
     }
     return {**options, **only_gpus, **kind}
