@@ -86,7 +86,7 @@ class Meter:
         mine = [source for reader, source in case.reads if reader == self._layer.rank]
         figures: dict[str, float] = {}
         if not mine:
-            for _ in range(4 if case.under else 1):
+            for _ in range(3 if case.under else 1):
                 together(self._exchange, None)
             return figures
         copies = self._layer.plan(case.slice_kib * KIB or WHOLE, mine[0] if mine[0] >= 0 else None)
@@ -104,16 +104,12 @@ class Meter:
         figures |= {"bytes": nbytes, "copies": len(copies), "fill_s": alone, "bytes_per_s": nbytes / alone}
         if case.under:
             count = max(2, math.ceil(self._bench.least_s / self.product_s))
-            product = together(self._exchange, lambda: run(0, count)[1] / count)
-            longer = max(2, math.ceil(LONGER * count * product / alone))
-            slowed = together(self._exchange, lambda: run(longer, count)[1] / count)
-            company = max(2, math.ceil(LONGER * fills * alone / product))
+            longer = max(2, math.ceil(LONGER * count * self.product_s / alone))
+            company = max(2, math.ceil(LONGER * fills * alone / self.product_s))
+            # With copies and without in turn: clocks drift, and a product alone is only comparable with the next one.
+            slowdown = together(self._exchange, lambda: run(longer, count)[1] / max(1e-9, run(0, count)[1]))
             under = together(self._exchange, lambda: run(fills, company)[0] / fills)
-            figures |= {
-                "product_s": product,
-                "product_slowdown": slowed / product,
-                "bytes_per_s_under": nbytes / under,
-            }
+            figures |= {"product_slowdown": slowdown, "bytes_per_s_under": nbytes / under}
         return figures
 
     def plan_is_right(self, kib: int, engine: str) -> bool:
