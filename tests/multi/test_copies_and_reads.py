@@ -160,17 +160,19 @@ for tokens, rows in ((1, 16), (20, 16), (70, 64), (150, 128)):
     subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True, timeout=300)
 
 
-def test_the_kernel_compiles_for_hopper() -> None:
+@pytest.mark.parametrize("rows", [16, 64, 128])
+def test_the_kernel_compiles_for_hopper(rows: int) -> None:
     """Down to machine code, which needs no GPU: the interpreter lets pass what the compiler does not."""
     compiler = pytest.importorskip("triton.compiler")
     target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
-    kernel = grouped._grouped
-    sizes = {"TOP_K": 8, "N": 1536, "K": 2048, "ROWS": 64, "COLUMNS": 128, "DEPTH": 64}
+    columns, options = grouped.launch_options(rows)
+    sizes = {"TOP_K": 8, "N": 1536, "K": 2048, "ROWS": rows, "COLUMNS": columns, "DEPTH": 64}
     types = {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "row_ids": "*i32", "expert_ids": "*i32", "pairs": "i32"}
-    source = compiler.ASTSource(kernel, types | dict.fromkeys(sizes, "constexpr"), sizes)
-    compiled = compiler.compile(source, target=target, options={"num_warps": 4, "num_stages": 4})
-    assert "wgmma" in compiled.asm["ptx"]
+    source = compiler.ASTSource(grouped._grouped, types | dict.fromkeys(sizes, "constexpr"), sizes)
+    compiled = compiler.compile(source, target=target, options=options)
+    assert ("wgmma" in compiled.asm["ptx"]) == (rows >= 64)
     assert compiled.asm["cubin"]
+    assert compiled.metadata.shared < 227 << 10
 
 
 def test_a_part_that_fails_is_reported_with_its_log(tmp_path: Path) -> None:
