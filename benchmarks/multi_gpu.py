@@ -125,7 +125,7 @@ class Run:
             self.save()
 
         result = Comparison(setting, self.console.print, keep).run()
-        result["crossover"] = crossover.find(result, self._device_name(), self.ranks)
+        result["crossover"] = crossover.find(result, model, self._device_name(), self.ranks)
         return result
 
     def _device_name(self) -> str | None:

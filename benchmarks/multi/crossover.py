@@ -84,11 +84,14 @@ class Planned:
         return {name: each.tokens_per_second * self._group.size for name, each in estimates.items() if each}
 
 
-def find(servers: Mapping[str, Any], device: str | None, ranks: int) -> dict[str, Any]:
-    """Crossovers by variation; planned ones too where the planner knows the GPU called `device`."""
+def find(servers: Mapping[str, Any], model: str, device: str | None, ranks: int) -> dict[str, Any]:
+    """Crossovers by variation; planned ones too where the planner knows the GPU called `device`.
+
+    model: a checkpoint folder, or a name that the planner knows.
+    """
     rows: Rows = servers.get("prefill", ())
     gpu = gpu_of_device(device) if device else None
-    planned = Planned(servers["model"], gpu, ranks) if gpu and ranks > 1 else None
+    planned = Planned(model, gpu, ranks) if gpu and ranks > 1 else None
     found: dict[str, Any] = {"planner": gpu.name if gpu else None, "by_variation": []}
     for variation in sorted({row["variation"] for row in rows}):
         measured = ratios(rows, variation, DEP)

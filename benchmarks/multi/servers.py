@@ -77,7 +77,7 @@ class Comparison:
         self._engines: dict[str, EngineProcess] = {}
         self._draws = Draws()
         self.result: Result = {
-            "model": setting.model,
+            "model": Path(setting.model).name,
             "attention": setting.attention,
             "chunk": setting.load.chunk,
             "variants": {},

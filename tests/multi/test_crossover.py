@@ -17,6 +17,8 @@ from sglang_dwdp.planner.models import load_model
 from sglang_dwdp.planner.plan import make_plan
 from sglang_dwdp.planner.workload import Lengths
 
+MODEL = "qwen3-30b-a3b"
+
 
 def test_a_crossover_lies_on_the_line_between_two_points() -> None:
     points = [(1024, 0.5), (4096, 0.9), (8192, 1.1), (16384, 1.3)]
@@ -49,7 +51,7 @@ def servers() -> dict[str, Any]:
     same = {"answers": 16, "same_tokens": 16, "same_logprobs": 16, "largest_difference": 0.0, "ties": 0}
     compared = dict.fromkeys(("dwdp", "in-tree", "replicas"), same)
     return {
-        "model": "qwen3-30b-a3b",
+        "model": MODEL,
         "variants": {name: {"ready_s": 1.0} for name in ("dwdp", "in-tree", "dep", "replicas")}
         | {"deepep": {"error": "cannot run: why"}},
         "reference": "replicas",
@@ -60,7 +62,7 @@ def servers() -> dict[str, Any]:
 
 
 def test_measured_and_planned_crossover_of_a_known_gpu() -> None:
-    found = crossover.find(servers(), "NVIDIA H100 80GB HBM3", 2)
+    found = crossover.find(servers(), MODEL, "NVIDIA H100 80GB HBM3", 2)
     plain, varied = found["by_variation"]
     assert found["planner"] == "H100"
     assert plain["measured"] == pytest.approx(4096)
@@ -69,10 +71,10 @@ def test_measured_and_planned_crossover_of_a_known_gpu() -> None:
     assert len(plain["planned_ratio"]) == len(crossover.GRID)
     assert set(plain["planned_rates"]) == {"1024", "4096", "16384"}
     assert plain["planned_rates"]["16384"].keys() == {"dwdp", "dep", "in-tree", "replicas"}
-    unknown = crossover.find(servers(), "CPU", 2)
+    unknown = crossover.find(servers(), MODEL, "CPU", 2)
     assert unknown["planner"] is None
     assert "planned" not in unknown["by_variation"][0]
-    assert crossover.find(servers(), None, 2)["by_variation"][0]["measured"] == pytest.approx(4096)
+    assert crossover.find(servers(), MODEL, None, 2)["by_variation"][0]["measured"] == pytest.approx(4096)
 
 
 def test_the_planned_crossover_is_near_that_of_the_plan() -> None:
@@ -83,7 +85,7 @@ def test_the_planned_crossover_is_near_that_of_the_plan() -> None:
 
     model = load_model("qwen3-30b-a3b")
     plan = make_plan(model, get_gpu("h100"), default_precision(get_format("bf16")), Group(4), Lengths(length=8192))
-    ratios = crossover.Planned("qwen3-30b-a3b", get_gpu("h100"), 4).ratios(0.0)
+    ratios = crossover.Planned(MODEL, get_gpu("h100"), 4).ratios(0.0)
     assert plan.crossover is not None
     assert crossover.crossover(ratios) == pytest.approx(plan.crossover, rel=0.25)
 
@@ -105,7 +107,7 @@ def shown(*what: Any) -> str:
 
 def test_tables_and_targets() -> None:
     result = servers()
-    found = crossover.find(result, "NVIDIA H100 80GB HBM3", 2)
+    found = crossover.find(result, MODEL, "NVIDIA H100 80GB HBM3", 2)
     text = shown(show_servers.rate_table(result), show_servers.token_table(result), show_servers.crossover_table(found))
     for part in ("prefill 16,384 × 4 on a rank, lengths vary by 20%", "decode, 8 on a rank", "4,096", "H100"):
         assert part in text
@@ -126,16 +128,16 @@ def test_without_expert_parallelism_nothing_is_claimed() -> None:
     result = servers()
     for row in (*result["prefill"], *result["decode"]):
         row["tokens_per_s"] = {"dwdp": row["tokens_per_s"]["dwdp"]}
-    found = crossover.find(result, "NVIDIA H100 80GB HBM3", 2)
+    found = crossover.find(result, MODEL, "NVIDIA H100 80GB HBM3", 2)
     assert found["by_variation"][0]["measured_text"] == "not measured"
     assert [target.verdict for target in show_servers.server_targets(result, found)[:3]] == ["not measured"] * 3
 
 
 def test_plot(tmp_path: Path) -> None:
     result = servers()
-    found = crossover.find(result, "NVIDIA H100 80GB HBM3", 2)
+    found = crossover.find(result, MODEL, "NVIDIA H100 80GB HBM3", 2)
     assert show_servers.plot(result, found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     nothing = result | {"prefill": [], "decode": []}
-    assert not show_servers.plot(nothing, crossover.find(nothing, None, 2), tmp_path / "none.png")
+    assert not show_servers.plot(nothing, crossover.find(nothing, MODEL, None, 2), tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
