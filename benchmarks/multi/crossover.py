@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.multi.variants import DEP, IN_TREE, OURS, REPLICAS
 from sglang_dwdp.planner.cost import Group
+from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import default_precision, get_format
 from sglang_dwdp.planner.gpus import Gpu, gpu_of_device
 from sglang_dwdp.planner.models import load_model
@@ -91,8 +92,13 @@ def find(servers: Mapping[str, Any], model: str, device: str | None, ranks: int)
     """
     rows: Rows = servers.get("prefill", ())
     gpu = gpu_of_device(device) if device else None
-    planned = Planned(model, gpu, ranks) if gpu and ranks > 1 else None
     found: dict[str, Any] = {"planner": gpu.name if gpu else None, "by_variation": []}
+    planned = None
+    if gpu is not None:
+        try:
+            planned = Planned(model, gpu, ranks)
+        except PlannerError as error:  # what was measured counts without it
+            found["planner_error"] = str(error)
     for variation in sorted({row["variation"] for row in rows}):
         measured = ratios(rows, variation, DEP)
         entry = {

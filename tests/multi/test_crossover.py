@@ -77,6 +77,13 @@ def test_measured_and_planned_crossover_of_a_known_gpu() -> None:
     assert crossover.find(servers(), MODEL, None, 2)["by_variation"][0]["measured"] == pytest.approx(4096)
 
 
+def test_what_was_measured_counts_without_a_plan() -> None:
+    found = crossover.find(servers(), "no such model", "NVIDIA H100 80GB HBM3", 2)
+    assert "no such model" in found["planner_error"]
+    assert found["by_variation"][0]["measured"] == pytest.approx(4096)
+    assert "not planned" in shown(show_servers.crossover_table(found))
+
+
 def test_the_planned_crossover_is_near_that_of_the_plan() -> None:
     """`sglang-dwdp plan` packs prompts of one length into chunks; here a forward has one prompt of the chunk's size."""
     from sglang_dwdp.planner.cost import Group
