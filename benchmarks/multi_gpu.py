@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ class Run:
             "parts": {},
             "targets": [],
         }
-        args.logs.mkdir(parents=True, exist_ok=True)
+        for folder in (args.logs, args.out.parent):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def save(self) -> None:
         """Write the JSON, whole or not at all."""
@@ -148,7 +150,7 @@ class Run:
                 say(f"views are bitwise the owners' experts: direct {right[0]}, staged {right[1]}")
             elif part == "reads":
                 say(show.read_table(found), show.planned_read_line(found))
-            else:
+            elif "crossover" in found:
                 if found["tokens"]:
                     say(show_servers.rate_table(found), show_servers.token_table(found))
                     say(show_servers.crossover_table(found["crossover"]))
@@ -203,7 +205,11 @@ def main() -> None:
         for part in args.parts:
             run.console.print(f"{part} …")
             begin = time.monotonic()
-            found = run.part(part, model)
+            try:
+                found = run.part(part, model)
+            except Exception as error:  # noqa: BLE001  (no part may take the others with it)
+                log = traceback.format_exc().splitlines()
+                found = run.report["parts"].get(part, {}) | {"error": repr(error), "log": log}
             run.report["parts"][part] = found | {"seconds": round(time.monotonic() - begin, 1)}
             run.save()
     run.show()
