@@ -2,16 +2,14 @@
 
 Two ranks share the GPU: rank 0 is busy, rank 1 idle. Their "link" is the GPU's own memory, several times faster
 than NVLink, so this proves tokens and host overhead and bounds what copies cost; it says nothing about NVLink.
-All engines are started first and then take turns, workload by workload: the speed of a host drifts by tens of percent
-within minutes, which would pass for a difference between engines that are measured one after the other. Whoever waits
-sleeps. Compare ratios of one run. MODEL is a checkpoint folder; its tokenizer is not used.
+All engines are started first and then take turns, workload by workload (see engines.py). Compare ratios of one run.
+MODEL is a checkpoint folder; its tokenizer is not used.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import random
 import statistics
@@ -19,19 +17,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from one_gpu import one_gpu_environment
-from qwen3_layers import model_path
+from qwen3_layers import model_path  # puts the repository's root on the path
 from rich.console import Console
 from rich.table import Table
 from setup_memory import probe_environment, readings
+
+from benchmarks.engines import (
+    EngineError,
+    EngineProcess,
+    Prompts,
+    answer_requests,
+    engine_process,
+    start_engine,
+)
 
 DWDP = {"tp_size": 2, "enable_dwdp": True}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -48,52 +53,30 @@ STEPS = 96
 LENGTHS = (1, 7, 33, 130, 300, 513, 1025, 4097)
 REPEATS = 5
 WARM_UP = 2
-READY = "ready"
-
-Prompts = list[list[int]]
 
 
 def serve(name: str, model: str, descriptor: int) -> None:
     """In a process of its own: an engine that answers the parent's requests until there are no more."""
-    import sglang
-
     options = VARIANTS[name]
-    # SGLang divides the chunk by the ranks for its own DWDP; a rank's chunk is the same for all variants.
-    chunk = CHUNK * (options["tp_size"] if "dwdp_size" in options else 1)
-    engine = sglang.Engine(
-        model_path=model,
-        skip_tokenizer_init=True,
-        port=31000 + 500 * list(VARIANTS).index(name),  # engines that start together draw the same ports
-        attention_backend="triton",
-        moe_runner_backend="triton",
-        disable_custom_all_reduce=True,
-        cuda_graph_backend_prefill="disabled",
-        cuda_graph_max_bs_decode=max(DECODES),
-        disable_radix_cache=True,
-        sleep_on_idle=True,
-        chunked_prefill_size=chunk,
-        max_prefill_tokens=CHUNK,
-        max_total_tokens=36864,
-        max_running_requests=max(DECODES),
-        mem_fraction_static=0.97,  # of what the other engines leave
-        log_level="info",
-        **options,
-    )
-    with Connection(descriptor) as parent:
-        parent.send(READY)
-        while (request := parent.recv()) is not None:
-            if isinstance(request, Path):
-                parent.send(trace(engine, request, options["tp_size"]))
-                continue
-            prompts, new_tokens, rank = request
-            sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-            where = {"routed_dp_rank": rank} if options["tp_size"] > 1 else {}
-            begin = time.perf_counter()
-            answers = engine.generate(input_ids=prompts, sampling_params=sampling, **where)
-            parent.send((time.perf_counter() - begin, [answer["output_ids"] for answer in answers]))
-        states = engine.get_server_info()["internal_states"]
-        parent.send([state.get("dwdp") for state in states])
-    engine.shutdown()
+    ranks = options["tp_size"]
+    # SGLang divides the chunk by the ranks for its own DWDP; a rank's chunk is the same for all variants. It divides
+    # the running requests by the ranks of all attention data parallelism.
+    chunk = CHUNK * (ranks if "dwdp_size" in options else 1)
+    common = {
+        "model_path": model,
+        "attention_backend": "triton",
+        "moe_runner_backend": "triton",
+        "disable_custom_all_reduce": True,
+        "cuda_graph_backend_prefill": "disabled",
+        "cuda_graph_max_bs_decode": max(DECODES),
+        "chunked_prefill_size": chunk,
+        "max_prefill_tokens": CHUNK,
+        "max_total_tokens": 36864,
+        "max_running_requests": max(DECODES) * ranks,
+        "mem_fraction_static": 0.97,  # of what the other engines leave
+    }
+    engine = start_engine(common | options, list(VARIANTS).index(name))
+    answer_requests(engine, descriptor, lambda folder: trace(engine, folder, ranks))
 
 
 def trace(engine: Any, folder: Path, ranks: int) -> None:
@@ -106,68 +89,44 @@ def trace(engine: Any, folder: Path, ranks: int) -> None:
 
 
 class Variant:
-    """An engine in another process."""
+    """An engine in another process, of which one rank is busy at a time."""
 
-    def __init__(self, name: str, connection: Connection) -> None:
-        self.name = name
-        self._connection = connection
+    def __init__(self, engine: EngineProcess) -> None:
+        self.name = engine.name
+        self._engine = engine
 
     def run(self, prompts: Prompts, new_tokens: int, rank: int = 0) -> tuple[float, Prompts]:
         """Seconds for all prompts together, and their new tokens."""
-        result: tuple[float, Prompts] = self._ask((prompts, new_tokens, rank))
-        return result
+        seconds, answers = self._ask(lambda: self._engine.run({rank: prompts}, new_tokens))
+        return seconds, [answer.tokens for answer in answers[rank]]
 
     def profile(self, folder: Path) -> None:
         """See `trace`."""
-        self._ask(folder)
+        self._ask(lambda: self._engine.ask(folder))
 
     def stop(self) -> list[Any]:
         """Let the engine end; the ranks' reports."""
-        reports: list[Any] = self._ask(None)
+        reports: list[Any] = self._ask(self._engine.stop)
         return reports
 
-    def _ask(self, request: object) -> Any:
+    @staticmethod
+    def _ask(call: Callable[[], Any]) -> Any:
         try:
-            self._connection.send(request)
-            return self._connection.recv()
-        except (EOFError, OSError):
-            raise SystemExit(f"the engine of {self.name} ended while it was measured; see its log") from None
+            return call()
+        except EngineError as error:
+            raise SystemExit(f"{error}; see its log") from None
 
 
 @contextmanager
-def process_of(name: str, model: str, directory: Path, logs: Path) -> Iterator[Connection]:
+def process_of(name: str, model: str, directory: Path, logs: Path) -> Iterator[EngineProcess]:
     """A variant's process, which says when its engine is ready. Everything it started is gone afterwards."""
     directory.mkdir()
-    environment = dict(os.environ)
+    environment: dict[str, str] = {}
     if VARIANTS[name]["tp_size"] > 1:
-        environment |= one_gpu_environment(directory) | probe_environment(directory)
-    mine, theirs = Pipe()
-    command = [sys.executable, __file__, model, "--serve", name, "--connection", str(theirs.fileno())]
-    with mine, (logs / f"{name}.log").open("w") as output:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            pass_fds=[theirs.fileno()],
-        )
-        theirs.close()
-        try:
-            yield mine
-        finally:
-            subprocess.run(["pkill", "-9", "-s", str(process.pid)], check=False)  # its session, whatever is left
-            process.wait()
-
-
-def ready(connection: Connection, deadline: float) -> bool:
-    """Whether the engine at the other end came up before the deadline."""
-    if not connection.poll(max(0.0, deadline - time.monotonic())):
-        return False
-    try:
-        return bool(connection.recv() == READY)
-    except EOFError:  # its process ended
-        return False
+        environment = one_gpu_environment(directory) | probe_environment(directory)
+    command = [sys.executable, __file__, model, "--serve", name]
+    with engine_process(name, command, environment, logs / f"{name}.log") as started:
+        yield started
 
 
 def take_turns(variants: list[Variant], console: Console) -> dict[str, dict[str, Any]]:
@@ -210,7 +169,7 @@ def run_all(
         started = {name: stack.enter_context(process_of(name, model, root / name, logs)) for name in names}
         console.print(f"starting {', '.join(names)} …")
         deadline = time.monotonic() + timeout_s
-        variants = [Variant(name, connection) for name, connection in started.items() if ready(connection, deadline)]
+        variants = [Variant(engine) for engine in started.values() if engine.ready(deadline)]
         results = take_turns(variants, console) if variants else {}
         for variant in variants if traces is not None else ():
             variant.profile(traces / variant.name)

@@ -12,8 +12,6 @@ import torch
 from benchmarks.multi.grouped import Routed, grouped_reference, grouped_triton
 from sglang_dwdp.memory.base import CopyEngine, CopyList, Memory
 
-REPEATS = 3
-
 
 class Bench(Protocol):
     """A rank's device.
@@ -28,6 +26,9 @@ class Bench(Protocol):
 
     def engine(self, streams: int, batched: bool, prefer_overlap: bool) -> CopyEngine:
         """A copy engine of these settings."""
+
+    def plain_memory(self) -> Memory | None:
+        """Plain allocations that ranks can open, for comparison; None where there are none."""
 
     def run(self, engine: CopyEngine, copies: Any, fills: int, products: int) -> tuple[float, float]:
         """Fill `fills` times and multiply `products` times, both begun at once; seconds of either (0 for none)."""
@@ -58,6 +59,11 @@ class GpuBench:
         from sglang_dwdp.memory.cuda_copy import CudaCopyEngine
 
         return CudaCopyEngine(self._index, streams, batched=batched, prefer_overlap=prefer_overlap)
+
+    def plain_memory(self) -> Memory | None:
+        from sglang_dwdp.memory.cuda_ipc import CudaIpcMemory
+
+        return CudaIpcMemory(self._index)
 
     def run(self, engine: CopyEngine, copies: Any, fills: int, products: int) -> tuple[float, float]:
         start, filled, first, last = (torch.cuda.Event(enable_timing=True) for _ in range(4))  # type: ignore[no-untyped-call]
@@ -113,6 +119,9 @@ class HostBench:
 
     def engine(self, streams: int, batched: bool, prefer_overlap: bool) -> CopyEngine:
         return self.memory.copy_engine(60.0)
+
+    def plain_memory(self) -> Memory | None:
+        return None
 
     def run(self, engine: CopyEngine, copies: CopyList, fills: int, products: int) -> tuple[float, float]:
         released, filled = engine.event(), engine.event()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations, permutations
 from typing import Any
 
-from benchmarks.multi.bench import REPEATS, Bench
+from benchmarks.multi.bench import Bench
 from benchmarks.multi.experts import WHOLE, Shape, SharedLayer
-from benchmarks.multi.reference import large_copies
+from benchmarks.multi.reference import copies_of_ranks, joined, large_copies
+from benchmarks.multi.together import gathered, together
 from sglang_dwdp.config import KIB, DwdpConfig
 from sglang_dwdp.memory.base import CopyEngine
 from sglang_dwdp.memory.exchange import Exchange
@@ -30,7 +29,7 @@ ENGINES = {
     "single copies": (2, False, True),
 }
 LONGER = 1.5  # how much longer the company of what is timed is made to last
-MANY = 4  # with more ranks, pairs are measured at two slice sizes only
+MANY = 4  # with more ranks, pairs are measured at two slice sizes only, and not under products
 
 Save = Callable[[dict[str, Any]], None]
 
@@ -56,24 +55,14 @@ def cases(size: int) -> list[Case]:
     few = (WHOLE_KIB, DEFAULT_KIB)
     one_way = [((reader, source),) for reader, source in permutations(range(size), 2)]
     both_ways = [((low, high), (high, low)) for low, high in combinations(range(size), 2)]
-    found = [Case("one way", reads, kib, under=kib in few) for reads in one_way for kib in slices]
-    found += [Case("both ways", reads, kib, under=kib in few) for reads in both_ways for kib in slices]
+    under = few if size <= MANY else ()
+    found = [Case("one way", reads, kib, under=kib in under) for reads in one_way for kib in slices]
+    found += [Case("both ways", reads, kib, under=kib in under) for reads in both_ways for kib in slices]
     everyone = tuple((rank, -1) for rank in range(size))
     if size > 2:
         found += [Case("all at once", everyone, kib, under=kib in few) for kib in (WHOLE_KIB, *SLICES_KIB)]
     of_engines = ("all at once", everyone) if size > 2 else ("both ways", both_ways[0])
     return found + [Case(*of_engines, DEFAULT_KIB, engine, under=True) for engine in ENGINES if engine != "default"]
-
-
-def together(exchange: Exchange, call: Callable[[], float] | None) -> float:
-    """The median of a measurement that all ranks begin at once; ranks without one wait."""
-    times = []
-    for _ in range(REPEATS):
-        exchange.barrier()
-        if call is not None:
-            times.append(call())
-    exchange.barrier()
-    return statistics.median(times) if times else 0.0
 
 
 class Meter:
@@ -98,7 +87,7 @@ class Meter:
         mine = [source for reader, source in case.reads if reader == self._layer.rank]
         figures: dict[str, float] = {}
         if not mine:
-            for _ in range(4 if case.under else 1):
+            for _ in range(3 if case.under else 1):
                 together(self._exchange, None)
             return figures
         copies = self._layer.plan(case.slice_kib * KIB or WHOLE, mine[0] if mine[0] >= 0 else None)
@@ -116,16 +105,12 @@ class Meter:
         figures |= {"bytes": nbytes, "copies": len(copies), "fill_s": alone, "bytes_per_s": nbytes / alone}
         if case.under:
             count = max(2, math.ceil(self._bench.least_s / self.product_s))
-            product = together(self._exchange, lambda: run(0, count)[1] / count)
-            longer = max(2, math.ceil(LONGER * count * product / alone))
-            slowed = together(self._exchange, lambda: run(longer, count)[1] / count)
-            company = max(2, math.ceil(LONGER * fills * alone / product))
+            longer = max(2, math.ceil(LONGER * count * self.product_s / alone))
+            company = max(2, math.ceil(LONGER * fills * alone / self.product_s))
+            # With copies and without in turn: clocks drift, and a product alone is only comparable with the next one.
+            slowdown = together(self._exchange, lambda: run(longer, count)[1] / max(1e-9, run(0, count)[1]))
             under = together(self._exchange, lambda: run(fills, company)[0] / fills)
-            figures |= {
-                "product_s": product,
-                "product_slowdown": slowed / product,
-                "bytes_per_s_under": nbytes / under,
-            }
+            figures |= {"product_slowdown": slowdown, "bytes_per_s_under": nbytes / under}
         return figures
 
     def plan_is_right(self, kib: int, engine: str) -> bool:
@@ -159,7 +144,8 @@ def work(bench: Bench, exchange: Exchange, shape: Shape, save: Save, devices: in
         tried = [(kib, "default") for kib in (WHOLE_KIB, *SLICES_KIB)] + [(DEFAULT_KIB, name) for name in ENGINES]
         result["staged_is_right"] = all(gathered(exchange, all([meter.plan_is_right(*one) for one in tried])))  # noqa: C419 (every rank tries all)
         save(result)
-        result["reference"] = gathered(exchange, large_copies(devices) if exchange.rank == 0 else None)[0]
+        alone = gathered(exchange, large_copies(devices) if exchange.rank == 0 else None)[0]
+        result["reference"] = joined(alone, copies_of_ranks(bench, exchange))
         save(result)
         for case in cases(exchange.size):
             figures = gathered(exchange, meter.measure(case))
@@ -171,8 +157,3 @@ def work(bench: Bench, exchange: Exchange, shape: Shape, save: Save, devices: in
     exchange.barrier()
     layer.close()
     return result
-
-
-def gathered(exchange: Exchange, value: Any) -> list[Any]:
-    """Every rank's value, in rank order."""
-    return [json.loads(answer) for answer in exchange.all_gather(json.dumps(value).encode())]

@@ -111,6 +111,11 @@ if triton is not None:
         tl.store(out_at, total.to(out.dtype.element_ty), mask=real[:, None])
 
 
+def launch_options(rows: int) -> tuple[int, dict[str, int]]:
+    """Columns of a block of `rows` rows, and how it is compiled."""
+    return (64 if rows == 16 else 128), {"num_warps": 4 if rows < 128 else 8, "num_stages": 4 if rows < 128 else 3}
+
+
 def grouped_triton(x: torch.Tensor, weight: torch.Tensor, routed: Routed) -> torch.Tensor:
     """As `grouped_reference`, for N a multiple of 128 and K of 64. Sums in float32.
 
@@ -121,7 +126,7 @@ def grouped_triton(x: torch.Tensor, weight: torch.Tensor, routed: Routed) -> tor
     if n % 128 or k % 64:
         raise ValueError(f"the product's sizes must be multiples of 128 and 64, not {n} and {k}")
     out = torch.empty(routed.pairs, n, dtype=x.dtype, device=x.device)
-    columns = 64 if routed.rows == 16 else 128
+    columns, options = launch_options(routed.rows)
     _grouped[(n // columns, routed.blocks)](
         x,
         weight,
@@ -135,7 +140,6 @@ def grouped_triton(x: torch.Tensor, weight: torch.Tensor, routed: Routed) -> tor
         ROWS=routed.rows,
         COLUMNS=columns,
         DEPTH=64,
-        num_warps=4 if routed.rows < 128 else 8,
-        num_stages=4 if routed.rows < 128 else 3,
+        **options,
     )
     return out

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from benchmarks.multi.bench import Bench
-from benchmarks.multi.copies import Save, gathered, together
+from benchmarks.multi.copies import Save
 from benchmarks.multi.experts import Shape, SharedLayer
 from benchmarks.multi.grouped import Routed, block_rows, route
+from benchmarks.multi.together import gathered, together
 from sglang_dwdp.memory.exchange import Exchange
 
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192)

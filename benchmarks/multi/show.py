@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.multi.copies import DEFAULT_KIB, WHOLE_KIB
-from benchmarks.multi.reference import best
+from benchmarks.multi.reference import METHODS, RANKS, best
 
 COPY_TARGET = 0.95
 
@@ -75,7 +75,7 @@ def copy_targets(result: Result) -> list[Target]:
 def copy_table(result: Result) -> Table:
     """Every row: slices, alone and under products."""
     columns = ("", "slices", "engine", "GB/s", "to one large copy", "GB/s under products", "products take")
-    table = _table("staged copies, the slowest rank", columns)
+    table = new_table("staged copies, the slowest rank", columns)
     for row in result.get("rows", ()):
         kib = row["slice_kib"]
         slices = "whole" if kib == WHOLE_KIB else f"{kib // 1024} MiB" + (" *" if kib == DEFAULT_KIB else "")
@@ -95,11 +95,12 @@ def copy_table(result: Result) -> Table:
 
 def reference_table(result: Result) -> Table:
     """One large copy, by method."""
-    table = _table("one large copy (1 GiB, plain allocations), the slowest", ("", "torch", "driver"))
+    columns = ("", "torch", "driver", "driver, a process for each rank")
+    table = new_table("one large copy (1 GiB, plain allocations), GB/s of the slowest", columns)
     for row in result.get("reference") or ():
         rates = row["bytes_per_s"]
         who = ", ".join(f"{reader} ← {source}" for reader, source in row["reads"])
-        table.add_row(who, gb(rates["torch"]), gb(rates["driver"]))
+        table.add_row(who, *(gb(rates.get(method)) for method in (*METHODS, RANKS)))
     return table
 
 
@@ -119,7 +120,7 @@ def read_table(result: Result) -> Table:
     """Rows by tokens; rates count an expert once for each block of rows that it multiplies."""
     rates = ("peers' GB/s, alone", "all at once", "resident GB/s", "time to resident", "… with all experts")
     columns = ("tokens", "MiB", "read", *rates, "bitwise")
-    table = _table("grouped product on peers' experts, read in place, the slowest rank", columns)
+    table = new_table("grouped product on peers' experts, read in place, the slowest rank", columns)
     for row in result.get("rows", ()):
         first = row["by_rank"][0]
         busy = [mine["together_s"] for mine in row["by_rank"]]
@@ -157,14 +158,14 @@ def planned_read_line(result: Result) -> str:
 
 def target_table(targets: Sequence[Target]) -> Table:
     """Met or missed, with the figure."""
-    table = _table("targets", ("", "at least", "reached", ""))
+    table = new_table("targets", ("", "at least", "reached", ""))
     for target in targets:
         reached = "" if target.reached is None else f"{target.reached:.3f}"
         table.add_row(target.what, f"{target.least:.2f}", reached, target.verdict)
     return table
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
+def new_table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")

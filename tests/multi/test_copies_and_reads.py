@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.multi import copies, reads
+from benchmarks.multi import copies, grouped, reads
 from benchmarks.multi.bench import HostBench
 from benchmarks.multi.experts import WHOLE, Shape, SharedLayer
 from benchmarks.multi.grouped import grouped_reference, route
@@ -158,6 +158,21 @@ for tokens, rows in ((1, 16), (20, 16), (70, 64), (150, 128)):
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
     subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True, timeout=300)
+
+
+@pytest.mark.parametrize("rows", [16, 64, 128])
+def test_the_kernel_compiles_for_hopper(rows: int) -> None:
+    """Down to machine code, which needs no GPU: the interpreter lets pass what the compiler does not."""
+    compiler = pytest.importorskip("triton.compiler")
+    target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    columns, options = grouped.launch_options(rows)
+    sizes = {"TOP_K": 8, "N": 1536, "K": 2048, "ROWS": rows, "COLUMNS": columns, "DEPTH": 64}
+    types = {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "row_ids": "*i32", "expert_ids": "*i32", "pairs": "i32"}
+    source = compiler.ASTSource(grouped._grouped, types | dict.fromkeys(sizes, "constexpr"), sizes)
+    compiled = compiler.compile(source, target=target, options=options)
+    assert ("wgmma" in compiled.asm["ptx"]) == (rows >= 64)
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared < 227 << 10
 
 
 def test_a_part_that_fails_is_reported_with_its_log(tmp_path: Path) -> None:

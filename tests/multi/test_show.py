@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks.multi import show
 from benchmarks.multi.copies import DEFAULT_KIB
-from benchmarks.multi.reference import best
+from benchmarks.multi.reference import best, joined
 
 
 def shown(*what: Any) -> str:
@@ -61,6 +61,20 @@ def test_a_pair_is_compared_with_its_own_large_copy() -> None:
     # Ranks of one GPU have the one copy within it; more than two at once have that of one pair.
     alone = {"reference": [{"reads": [[0, 0]], "bytes_per_s": {"torch": 1e12, "driver": 9e11}}]}
     assert show.copy_ratio(alone, rows[0]) == pytest.approx(0.39)
+
+
+def test_methods_of_the_same_reads_stand_side_by_side() -> None:
+    """With ranks that share a GPU, the one process copies within it, and only the ranks have pairs."""
+    rows = copies_result()["reference"]
+    more = [
+        {"reads": [[1, 0], [0, 1]], "bytes_per_s": {"ranks": 371e9}},
+        {"reads": [[2, 0]], "bytes_per_s": {"ranks": 1}},
+    ]
+    result = joined(rows, more)
+    assert [row["reads"] for row in result] == [[[0, 1]], [[1, 0]], [[0, 1], [1, 0]], [[2, 0]]]
+    assert result[2]["bytes_per_s"] == {"torch": 370e9, "driver": 360e9, "ranks": 371e9}
+    assert best(result, [[0, 1], [1, 0]]) == 371e9
+    assert "ranks" not in rows[2]["bytes_per_s"]
 
 
 def test_tables_of_copies_and_reads() -> None:

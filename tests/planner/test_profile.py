@@ -289,3 +289,19 @@ def test_latent_attention_cannot_be_profiled_with() -> None:
     pytest.importorskip("torch")
     with pytest.raises(PlannerError, match="grouped-query"):
         measure(load_model("deepseek-r1"), device="cpu")
+
+
+@pytest.mark.gpus(2)
+def test_copies_between_all_pairs_of_these_gpus() -> None:
+    import torch
+
+    from sglang_dwdp.planner.copies import TorchCopyBench
+
+    points = measure_copies(TorchCopyBench(torch))
+    count = torch.cuda.device_count()
+    pairs = {(point.device, point.peer) for point in points if point.peer != ALL_PEERS}
+    assert pairs == {(reader, peer) for reader in range(count) for peer in range(count) if reader != peer}
+    for point in points:
+        assert point.crosses_link
+        assert 1e9 < point.under_compute <= 1.1 * point.alone < 2e12
+        assert 0.8 < point.compute_slowdown < 3
