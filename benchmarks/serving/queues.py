@@ -80,3 +80,13 @@ def sparkline(values: Sequence[float], top: float, width: int = 60) -> str:
     bounds = [column * len(values) // columns for column in range(columns + 1)]
     peaks = [max(values[a:b]) for a, b in pairwise(bounds)]
     return "".join(_BARS[min(8, round(8 * peak / top))] if peak else _BARS[0] for peak in peaks)
+
+
+def lines_of(samples: Sequence[Sample]) -> list[str]:
+    """Requests on each rank over the time of a run, drawn as bars."""
+    ranks = depths(samples)
+    top = max((max(row) for row in ranks if row), default=0)
+    return [
+        f"  requests on rank {rank} over time, at most {max(row):3d}: {sparkline(row, top)}"
+        for rank, row in enumerate(ranks)
+    ]
