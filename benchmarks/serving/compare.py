@@ -117,6 +117,8 @@ def _run_group(whole: Comparison, group: Sequence[Variant]) -> None:
         for variant in group:
             step(variant, _wait)
         for variant in group:
+            step(variant, _warm_up)
+        for variant in group:
             step(variant, _check_tokens)
         for point in whole.scenario.load.points():
             for variant in group:
@@ -146,6 +148,13 @@ def _wait(whole: Comparison, variant: Variant, deployment: Deployment) -> None:
     seconds = deployment.wait(whole.scenario.start_timeout_s, whole.display.doing)
     whole.display.say(f"{variant.name}: serving after {seconds:.0f} s")
     whole.display.lap()
+
+
+def _warm_up(whole: Comparison, variant: Variant, deployment: Deployment) -> None:
+    whole.display.doing(f"{variant.name}: warm-up")
+    longest = max(workload.prompt_lengths(whole.scenario.load, 1))
+    tokens.warm_up(deployment, longest, vocabulary_size(whole.model))
+    whole.display.say(f"{variant.name}: warm, {whole.display.lap():.0f} s")
 
 
 def _check_tokens(whole: Comparison, variant: Variant, deployment: Deployment) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import requests
 
 from benchmarks.serving.deployment import Deployment
@@ -14,8 +15,8 @@ from benchmarks.serving.errors import RunError
 Tokens = list[list[list[int]]]  # [ranks][prompts][new_tokens]
 
 
-def generate(deployment: Deployment, prompts: Sequence[list[int]], new_tokens: int) -> Tokens:
-    """Every prompt on every rank (through a router: once, on the rank that it is given), one at a time on each.
+def generate(deployment: Deployment, prompts: Sequence[list[int]], new_tokens: int, at_once: int = 1) -> Tokens:
+    """Every prompt on every rank (through a router: once, on the rank that it is given), `at_once` of them on each.
 
     Raises:
         RunError: a server ended, or answered with an error.
@@ -23,11 +24,27 @@ def generate(deployment: Deployment, prompts: Sequence[list[int]], new_tokens: i
     ranks: list[int | None] = [None] if deployment.routed or deployment.ranks == 1 else list(range(deployment.ranks))
 
     def one_rank(rank: int | None) -> list[list[int]]:
-        return [_one(deployment, prompt, new_tokens, rank) for prompt in prompts]
+        with ThreadPoolExecutor(at_once) as pool:
+            return list(pool.map(lambda prompt: _one(deployment, prompt, new_tokens, rank), prompts))
 
     # All ranks at once: they share nothing but, with DWDP, the experts.
     with ThreadPoolExecutor(len(ranks)) as pool:
         return list(pool.map(one_rank, ranks))
+
+
+def warm_up(deployment: Deployment, longest: int, vocabulary: int) -> None:
+    """Prompts of 1, 2, 4, … `longest` tokens on every rank, one by one and then together.
+
+    Kernels are compiled when a forward of their size first comes, which is no part of what is compared.
+
+    Raises:
+        RunError: a server ended, or answered with an error.
+    """
+    rng = np.random.default_rng(longest)
+    lengths = [1 << power for power in range(longest.bit_length())] + [longest]
+    for at_once in (1, len(lengths)):
+        prompts = [[int(t) for t in rng.integers(min(10, vocabulary - 1), vocabulary, n)] for n in lengths]
+        generate(deployment, prompts, 4 if at_once == 1 else 16, at_once)
 
 
 def _one(deployment: Deployment, prompt: list[int], new_tokens: int, rank: int | None) -> list[int]:
