@@ -153,7 +153,7 @@ def _wait(whole: Comparison, variant: Variant, deployment: Deployment) -> None:
 def _warm_up(whole: Comparison, variant: Variant, deployment: Deployment) -> None:
     whole.display.doing(f"{variant.name}: warm-up")
     longest = max(workload.prompt_lengths(whole.scenario.load, 1))
-    tokens.warm_up(deployment, longest, vocabulary_size(whole.model))
+    tokens.warm_up(deployment, longest, vocabulary_size(whole.model), whole.scenario.run_timeout_s)
     whole.display.say(f"{variant.name}: warm, {whole.display.lap():.0f} s")
 
 
@@ -163,7 +163,7 @@ def _check_tokens(whole: Comparison, variant: Variant, deployment: Deployment) -
         return
     display.doing(f"{variant.name}: sampled requests for the token check")
     prompts = workload.sampled_prompts(whole.scenario.load, check.requests, vocabulary_size(whole.model))
-    generated = tokens.generate(deployment, prompts, check.new_tokens)
+    generated = tokens.generate(deployment, prompts, check.new_tokens, whole.scenario.run_timeout_s)
     whole.results.write(variant, "tokens", {"tokens": generated})
     display.say(f"{variant.name}: {check.requests} sampled requests on {len(generated)} ranks, {display.lap():.0f} s")
 
