@@ -26,12 +26,12 @@ from benchmarks.serving.errors import ScenarioError
 from benchmarks.serving.figures import same_tokens
 from benchmarks.serving.machine import machine
 from benchmarks.serving.models import prepare
+from benchmarks.serving.ports import check_free
 from benchmarks.serving.progress import Display
 from benchmarks.serving.read import load_scenario
 from benchmarks.serving.report import write_report
 from benchmarks.serving.results import Results
 from benchmarks.serving.scenario import Scenario, Variant
-from benchmarks.serving.servers import choose_port
 from benchmarks.serving.tables import failures, rich_table, sheets
 
 
@@ -44,7 +44,7 @@ def main() -> int:
         scenario = load_scenario(args.scenario)
         chosen = _chosen(scenario, args.variants)
         if scenario.port:
-            choose_port(scenario.port, lambda: 0)
+            check_free(scenario.port)
         deadline = Deadline(args.time_limit)
         results = Results(scenario, args.out or Path("out") / "serving" / scenario.name)
         if not args.report_only:

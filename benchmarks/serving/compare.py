@@ -1,21 +1,25 @@
-"""A comparison from start to end: each variant served in turn, checked, run at every load point, and stopped."""
+"""A comparison from start to end: variants are served, checked, run at every load point, and stopped."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.serving import client, tokens, workload
-from benchmarks.serving.deployment import Deployment, serve
+from benchmarks.serving.deployment import Deployment, start
 from benchmarks.serving.errors import RunError
+from benchmarks.serving.figures import all_rows, as_record
 from benchmarks.serving.models import vocabulary_size
 from benchmarks.serving.progress import Display
-from benchmarks.serving.queues import depths, sparkline
+from benchmarks.serving.queues import depths, lines_of
 from benchmarks.serving.results import Results
 from benchmarks.serving.scenario import Point, Scenario, Variant
+from benchmarks.serving.tables import heading
 
 
 class Deadline:
@@ -28,6 +32,31 @@ class Deadline:
     def passed(self) -> bool:
         """Whether it is too late to begin anything."""
         return time.monotonic() > self._end
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Comparison:
+    """What every step of a comparison needs.
+
+    model: as servers get it.  dataset: the file of requests, None where SGLang's benchmark draws them.
+    """
+
+    scenario: Scenario
+    model: str
+    dataset: Path | None
+    results: Results
+    display: Display
+    deadline: Deadline
+
+    @contextlib.contextmanager
+    def failures_of(self, variant: Variant) -> Iterator[None]:
+        """A `RunError` inside is recorded and shown as the variant's, and ends there."""
+        try:
+            yield
+        except RunError as error:
+            self.results.write(variant, "error", {"error": str(error)})
+            self.display.say(f"{variant.name}: failed: {error}")
+            self.display.advance(len(self.results.missing(variant)))
 
 
 def compare(
@@ -44,47 +73,57 @@ def compare(
         ScenarioError: the scenario's port is busy.
     """
     file = _dataset(scenario, variants, model, results.folder)
+    whole = Comparison(scenario, model, file, results, display, deadline)
     for variant in variants:
-        missing = len(results.missing(variant))
-        display.advance(len(scenario.load.points()) - missing)
+        display.advance(len(scenario.load.points()) - len(results.missing(variant)))
         if results.complete(variant):
             display.say(f"{variant.name}: kept from an earlier call")
-            continue
+    missing = [variant for variant in variants if not results.complete(variant)]
+    for first in range(0, len(missing), scenario.together):
+        group = missing[first : first + scenario.together]
         if deadline.passed:
-            display.say(f"{variant.name}: left for the next call (--time-limit)")
-            continue
-        results.forget_error(variant)
-        display.lap()
-        try:
-            _run_variant(scenario, variant, model, file, results, display, deadline)
-        except RunError as error:
-            results.write(variant, "error", {"error": str(error)})
-            display.say(f"{variant.name}: failed: {error}")
-            display.advance(len(results.missing(variant)))
+            for variant in group:
+                display.say(f"{variant.name}: left for the next call (--time-limit)")
+        else:
+            _run_group(whole, group)
 
 
-def _run_variant(
-    scenario: Scenario,
-    variant: Variant,
-    model: str,
-    file: Path | None,
-    results: Results,
-    display: Display,
-    deadline: Deadline,
-) -> None:
-    def starting(text: str) -> None:
-        display.doing(f"{variant.name}: starting, {text}")
+def _run_group(whole: Comparison, group: Sequence[Variant]) -> None:
+    """Start the variants of a group together, and let them take turns at every load point."""
+    display, serving = whole.display, dict[str, Deployment]()
+    display.lap()
 
-    with serve(scenario, variant, model, results.logs, starting) as deployment:
-        display.say(f"{variant.name}: serving after {display.lap():.0f} s")
-        _check_tokens(scenario, variant, model, deployment, results, display)
-        for point in results.missing(variant):
-            if deadline.passed:
-                display.say(f"{variant.name}, {point.label}: left for the next call (--time-limit)")
-                continue
-            _run_point(scenario, variant, point, model, file, deployment, results, display)
-            display.advance(1)
-        display.doing(f"{variant.name}: stopping")
+    def step(variant: Variant, do: Callable[..., None], *arguments: Any) -> None:
+        deployment = serving.get(variant.name)
+        if deployment is None:
+            return
+        with whole.failures_of(variant):
+            do(whole, variant, deployment, *arguments)
+            return
+        del serving[variant.name]
+        deployment.stop()
+
+    def ask_all_to_stop() -> None:
+        for deployment in serving.values():
+            deployment.ask_to_stop()
+
+    with contextlib.ExitStack() as stack:
+        for variant in group:
+            whole.results.forget_error(variant)
+            with whole.failures_of(variant):
+                started = start(whole.scenario, variant, whole.model, whole.results.logs)
+                serving[variant.name] = stack.enter_context(started)
+        stack.callback(ask_all_to_stop)
+        for variant in group:
+            step(variant, _wait)
+        for variant in group:
+            step(variant, _warm_up)
+        for variant in group:
+            step(variant, _check_tokens)
+        for point in whole.scenario.load.points():
+            for variant in group:
+                step(variant, _run_point, point)
+        display.doing(f"stopping {', '.join(serving)}")
 
 
 def _dataset(scenario: Scenario, variants: Sequence[Variant], model: str, folder: Path) -> Path | None:
@@ -105,61 +144,62 @@ def _dataset(scenario: Scenario, variants: Sequence[Variant], model: str, folder
     return path
 
 
-def _check_tokens(
-    scenario: Scenario, variant: Variant, model: str, deployment: Deployment, results: Results, display: Display
-) -> None:
-    check = scenario.check
-    if not check.requests or results.tokens(variant) is not None:
+def _wait(whole: Comparison, variant: Variant, deployment: Deployment) -> None:
+    seconds = deployment.wait(whole.scenario.start_timeout_s, whole.display.doing)
+    whole.display.say(f"{variant.name}: serving after {seconds:.0f} s")
+    whole.display.lap()
+
+
+def _warm_up(whole: Comparison, variant: Variant, deployment: Deployment) -> None:
+    whole.display.doing(f"{variant.name}: warm-up")
+    longest = max(workload.prompt_lengths(whole.scenario.load, 1))
+    tokens.warm_up(deployment, longest, vocabulary_size(whole.model), whole.scenario.run_timeout_s)
+    whole.display.say(f"{variant.name}: warm, {whole.display.lap():.0f} s")
+
+
+def _check_tokens(whole: Comparison, variant: Variant, deployment: Deployment) -> None:
+    check, display = whole.scenario.check, whole.display
+    if not check.requests or whole.results.tokens(variant) is not None:
         return
     display.doing(f"{variant.name}: sampled requests for the token check")
-    prompts = workload.sampled_prompts(scenario.load, check.requests, vocabulary_size(model))
-    generated = tokens.generate(deployment, prompts, check.new_tokens)
-    results.write(variant, "tokens", {"tokens": generated})
+    prompts = workload.sampled_prompts(whole.scenario.load, check.requests, vocabulary_size(whole.model))
+    generated = tokens.generate(deployment, prompts, check.new_tokens, whole.scenario.run_timeout_s)
+    whole.results.write(variant, "tokens", {"tokens": generated})
     display.say(f"{variant.name}: {check.requests} sampled requests on {len(generated)} ranks, {display.lap():.0f} s")
 
 
-def _run_point(
-    scenario: Scenario,
-    variant: Variant,
-    point: Point,
-    model: str,
-    file: Path | None,
-    deployment: Deployment,
-    results: Results,
-    display: Display,
-) -> None:
-    name = f"{variant.name}, {point.label}"
-    raw = results.logs / f"{variant.name}.{point.key}.jsonl"
-    arguments = client.command(deployment, model, scenario.load, point, file, raw)
+def _run_point(whole: Comparison, variant: Variant, deployment: Deployment, point: Point) -> None:
+    name, display = f"{variant.name}, {point.label}", whole.display
+    if whole.results.run(variant, point) is not None:
+        return
+    if whole.deadline.passed:
+        display.say(f"{name}: left for the next call (--time-limit)")
+        return
+    raw = whole.results.logs / f"{variant.name}.{point.key}.jsonl"
     log = raw.with_suffix(".log")
-    record = client.run(
-        deployment, arguments, raw, log, scenario.run_timeout_s, lambda text: display.doing(f"{name}: {text}")
-    )
+    arguments = client.command(deployment, whole.model, whole.scenario.load, point, whole.dataset, raw)
+    timeout_s = whole.scenario.run_timeout_s
+    record = client.run(deployment, arguments, raw, log, timeout_s, lambda text: display.doing(f"{name}: {text}"))
     raw.unlink()
     record["peak_queue"] = [max(row, default=0) for row in depths(record["queues"])]
-    results.write(variant, point.key, record)
+    whole.results.write(variant, point.key, record)
+    display.advance(1)
     data = record["benchmark"]
     display.say(
         f"{name}: TTFT {data['median_ttft_ms']:.0f} ms (p99 {data['p99_ttft_ms']:.0f}), TPOT "
         f"{data['median_tpot_ms']:.1f} ms, {data['input_throughput']:,.0f} in + {data['output_throughput']:,.0f} out "
         f"tok/s, {display.lap():.0f} s"
     )
-    for line in queue_lines(record):
+    for line in lines_of(record["queues"]):
         display.say(line)
-
-
-def queue_lines(record: dict[str, Any]) -> list[str]:
-    """Requests on each rank over the time of a run, drawn as bars."""
-    rows = depths(record["queues"])
-    top = max((max(row) for row in rows if row), default=0)
-    return [
-        f"  requests on rank {rank} over time, at most {max(row):3d}: {sparkline(row, top)}"
-        for rank, row in enumerate(rows)
-    ]
 
 
 def write_json(results: Results, found: dict[str, Any]) -> Path:
     """Everything of a comparison in one file."""
     path = results.folder / "results.json"
-    path.write_text(json.dumps(results.as_json(found)) + "\n")
+    tables = {
+        "heading": dataclasses.asdict(heading(results.scenario)),
+        "figures": list(map(as_record, all_rows(results))),
+    }
+    path.write_text(json.dumps(results.as_json(found) | tables) + "\n")
     return path

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,45 @@ import requests
 
 from benchmarks.one_gpu import one_gpu_environment
 from benchmarks.serving import launch
+from benchmarks.serving.ports import check_free, reserved_port
 from benchmarks.serving.scenario import Scenario, Variant
-from benchmarks.serving.servers import Process, choose_port, reason, wait_healthy
-from sglang_dwdp.demo.server import fewer_models, free_port
+from benchmarks.serving.servers import Process, reason, wait_healthy
+from sglang_dwdp.demo.server import fewer_models
 
 
 class Deployment:
     """Where requests go, and the processes behind it.
 
     url: for clients.  server_url: of the server whose ranks are compared (behind a router, the prefill server).
+    processes: each with its own URL.
     """
 
-    def __init__(self, url: str, server_url: str, ranks: int, processes: list[Process]) -> None:
+    def __init__(self, url: str, server_url: str, ranks: int, processes: Mapping[str, Process]) -> None:
         self.url = url
         self.server_url = server_url
         self.ranks = ranks
-        self._processes = processes
+        self._processes = dict(processes)
+
+    def wait(self, timeout_s: float, progress: Callable[[str], None]) -> float:
+        """Return when every process answers; how many seconds that took since the first was started.
+
+        Raises:
+            RunError: a process ended, or did not answer within `timeout_s` seconds of its start.
+        """
+        for url, process in self._processes.items():
+            wait_healthy(process, url, timeout_s, progress)
+        return time.monotonic() - min(process.started for process in self._processes.values())
+
+    def ask_to_stop(self) -> None:
+        """Let the processes begin to end, and go on."""
+        for process in self._processes.values():
+            process.ask_to_stop()
+
+    def stop(self) -> None:
+        """End the processes. Idempotent."""
+        self.ask_to_stop()
+        for process in self._processes.values():
+            process.stop()
 
     @property
     def routed(self) -> bool:
@@ -40,12 +64,12 @@ class Deployment:
         Raises:
             RunError: one of the processes has ended.
         """
-        for process in self._processes:
+        for process in self._processes.values():
             process.check_alive()
 
     def trouble(self) -> str:
         """What a process that still runs has logged of its end, for a message: SGLang takes a minute to go down."""
-        for process in self._processes:
+        for process in self._processes.values():
             if "Scheduler hit an exception" in process.log.read_text(errors="replace"):
                 return f"; a scheduler of {process.name} failed: {reason(process.log)} (log: {process.log})"
         return ""
@@ -68,14 +92,12 @@ class Deployment:
 
 
 @contextlib.contextmanager
-def serve(
-    scenario: Scenario, variant: Variant, model: str, logs: Path, progress: Callable[[str], None]
-) -> Iterator[Deployment]:
-    """A variant that answers; stopped in the end, whatever happens.
+def start(scenario: Scenario, variant: Variant, model: str, logs: Path) -> Iterator[Deployment]:
+    """A variant whose processes have been started, in time to be waited for; stopped in the end, whatever happens.
 
     Raises:
         ScenarioError: the scenario's port is busy.
-        RunError: a process did not come up.
+        RunError: a process could not be started.
     """
     with tempfile.TemporaryDirectory(prefix="compare-serving-") as directory, contextlib.ExitStack() as stack:
         environment = dict(os.environ)
@@ -84,29 +106,30 @@ def serve(
         environment |= launch.server_environment(scenario, variant, environment)
         if scenario.one_gpu:
             environment |= one_gpu_environment(Path(directory), environment)
+        processes: dict[str, Process] = {}
 
-        def start(name: str, command: list[str]) -> Process:
-            log = logs / f"{variant.name}{name and '-' + name}.log"
-            process = Process(f"{variant.name}{name and ' (' + name + ')'}", command, environment, log)
-            stack.callback(process.stop)
-            return process
+        def begin(role: str, url: str, command: list[str]) -> None:
+            name, log = (f"{variant.name} ({role})", f"{variant.name}-{role}") if role else (variant.name, variant.name)
+            processes[url] = Process(name, command, environment, logs / f"{log}.log")
+            stack.callback(processes[url].stop)
 
-        port = choose_port(scenario.port, free_port)
-        url = f"http://127.0.0.1:{port}"
+        def port() -> int:
+            return stack.enter_context(reserved_port())
+
+        if scenario.port:
+            check_free(scenario.port)
+        front = scenario.port or port()
+        url = f"http://127.0.0.1:{front}"
         if variant.decode is None:
-            flags = launch.server_flags(scenario, variant)
-            server = start("", launch.server_command(model, port, flags))
-            wait_healthy(server, url, scenario.start_timeout_s, progress)
-            yield Deployment(url, url, variant.ranks, [server])
+            begin("", url, launch.server_command(model, front, launch.server_flags(scenario, variant)))
+            yield Deployment(url, url, variant.ranks, processes)
             return
 
-        bootstrap, prefill_port, decode_port = free_port(), free_port(), free_port()
-        prefill_url, decode_url = (f"http://127.0.0.1:{p}" for p in (prefill_port, decode_port))
+        bootstrap, prefill_port, decode_port = port(), port(), port()
+        prefill_url, decode_url = (f"http://127.0.0.1:{number}" for number in (prefill_port, decode_port))
         flags = launch.prefill_flags(scenario, variant, bootstrap)
-        prefill = start("prefill", launch.server_command(model, prefill_port, flags))
-        decode = start("decode", launch.server_command(model, decode_port, launch.decode_flags(scenario, variant)))
-        wait_healthy(prefill, prefill_url, scenario.start_timeout_s, lambda text: progress(f"prefill, {text}"))
-        wait_healthy(decode, decode_url, scenario.start_timeout_s, lambda text: progress(f"decode, {text}"))
-        router = start("router", launch.router_command(prefill_url, bootstrap, decode_url, port))
-        wait_healthy(router, url, scenario.start_timeout_s, lambda text: progress(f"router, {text}"))
-        yield Deployment(url, prefill_url, variant.ranks, [prefill, decode, router])
+        begin("prefill", prefill_url, launch.server_command(model, prefill_port, flags))
+        flags = launch.decode_flags(scenario, variant)
+        begin("decode", decode_url, launch.server_command(model, decode_port, flags))
+        begin("router", url, launch.router_command(prefill_url, bootstrap, decode_url, front))
+        yield Deployment(url, prefill_url, variant.ranks, processes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +44,24 @@ def rows(results: Results, point: Point) -> list[Row]:
     """A row for each variant that ran at `point`, in the scenario's order."""
     found = ((variant, results.run(variant, point)) for variant in results.scenario.variants)
     return [_row(results, variant, point, record) for variant, record in found if record is not None]
+
+
+def all_rows(results: Results) -> list[Row]:
+    """The rows of all load points, in their order."""
+    return [row for point in results.scenario.load.points() for row in rows(results, point)]
+
+
+def as_record(row: Row) -> dict[str, Any]:
+    """For JSON, which has no NaN."""
+    found = dataclasses.asdict(row)
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in found.items()}
+
+
+def from_record(record: dict[str, Any]) -> Row:
+    """What `as_record` was made from."""
+    found: dict[str, Any] = {key: NAN if value is None else value for key, value in record.items()}
+    found |= {"point": Point(**record["point"]), "peak_queue": tuple(record["peak_queue"])}
+    return Row(**found)
 
 
 def same_tokens(results: Results, variant: Variant) -> float:

@@ -86,6 +86,8 @@ def as_arguments(flags: Mapping[str, Any]) -> list[str]:
 def server_environment(scenario: Scenario, variant: Variant, base: Mapping[str, str]) -> dict[str, str]:
     """Variables for a variant's servers: what the CPU engine needs, then the scenario's and the variant's own."""
     added = {**scenario.environment, **variant.environment}
+    if variant.decode is not None:  # both sides are on this host, which need not have a network
+        added.setdefault("SGLANG_HOST_IP", "127.0.0.1")
     if scenario.cpu:
         if variant.kind == "dwdp":  # the plugin arranges the rest
             added.setdefault("SGLANG_USE_CPU_ENGINE", "1")

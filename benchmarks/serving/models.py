@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+from filelock import FileLock
 
 from benchmarks.serving.scenario import Model
 
@@ -18,26 +21,37 @@ def cache_folder() -> Path:
 
 
 def prepare(model: Model, say: Callable[[str], None], cache: Path | None = None) -> str:
-    """The path or hub name that servers get as --model-path; makes the checkpoint where the scenario asks for one."""
+    """The path or hub name that servers get as --model-path; makes the checkpoint where the scenario asks for one.
+
+    Who asks for the same checkpoint meanwhile waits until it is made.
+    """
     if not model.make:
         return model.path
     key = hashlib.sha256(json.dumps(dict(model.make), sort_keys=True).encode()).hexdigest()[:16]
     folder = (cache or cache_folder()) / key
-    if not (folder / "config.json").is_file():
-        import torch
-
-        from sglang_dwdp.demo.checkpoint import make_checkpoint
-
-        say(f"making a random checkpoint in {folder}")
-        settings = dict(model.make)
-        dtype = getattr(torch, settings.pop("dtype", "bfloat16"))
-        partial = folder.with_name(f"{key}.{os.getpid()}")
-        try:
-            make_checkpoint(partial, settings.pop("family", "qwen3_moe"), dtype=dtype, **settings)
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "config.json").is_file():
+            _make(model, folder, say)
     return str(folder)
+
+
+def _make(model: Model, folder: Path, say: Callable[[str], None]) -> None:
+    import torch
+
+    from sglang_dwdp.demo.checkpoint import make_checkpoint
+
+    say(f"making a random checkpoint in {folder}")
+    start = time.monotonic()
+    settings = dict(model.make)
+    dtype = getattr(torch, settings.pop("dtype", "bfloat16"))
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+    try:
+        make_checkpoint(partial, settings.pop("family", "qwen3_moe"), dtype=dtype, **settings)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    say(f"made it in {time.monotonic() - start:.0f} s")
 
 
 def vocabulary_size(path: str) -> int:

@@ -86,8 +86,9 @@ def _throughput(by_variant: dict[str, list[Row]], device: str) -> str:
                 )
         axis.set_xlabel("TPOT, median (ms)")
         axis.set_ylabel(f"output tokens/s per {device}")
-        axis.set_ylim(bottom=0)
         axis.margins(x=0.2, y=0.1)
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
         axis.legend(frameon=False)
 
     return _svg(draw)

@@ -19,7 +19,7 @@ class QueueSampler:
     requests, and `pending_tokens` that wait for prefill.
     """
 
-    def __init__(self, loads: Callable[[], list[dict[str, Any]]], period_s: float = 0.25) -> None:
+    def __init__(self, loads: Callable[[], list[dict[str, Any]]], period_s: float = 0.1) -> None:
         self.samples: list[Sample] = []
         self._loads = loads
         self._period_s = period_s
@@ -50,17 +50,19 @@ class QueueSampler:
         self._thread.join(10)
 
 
-def trim(samples: Sequence[Sample], margin_s: float = 0.5) -> list[Sample]:
+def trim(samples: Sequence[Sample], margin_s: float = 0.5, most: int = 2000) -> list[Sample]:
     """The samples from shortly before the first request to shortly after the last, with seconds from there.
 
-    The benchmark's own start, some seconds of imports, is no part of the load.
+    The benchmark's own start, some seconds of imports, is no part of the load. Of a long run every n-th sample is
+    kept, `most` of them at most.
     """
     busy = [sample["seconds"] for sample in samples if any(sample["waiting"]) or any(sample["running"])]
     if not busy:
         return []
     start, end = max(0.0, busy[0] - margin_s), busy[-1] + margin_s
     kept = [sample for sample in samples if start <= sample["seconds"] <= end]
-    return [{**sample, "seconds": round(sample["seconds"] - start, 3)} for sample in kept]
+    step = -(-len(kept) // most)
+    return [{**sample, "seconds": round(sample["seconds"] - start, 3)} for sample in kept[::step]]
 
 
 def depths(samples: Sequence[Sample]) -> list[list[int]]:
@@ -80,3 +82,13 @@ def sparkline(values: Sequence[float], top: float, width: int = 60) -> str:
     bounds = [column * len(values) // columns for column in range(columns + 1)]
     peaks = [max(values[a:b]) for a, b in pairwise(bounds)]
     return "".join(_BARS[min(8, round(8 * peak / top))] if peak else _BARS[0] for peak in peaks)
+
+
+def lines_of(samples: Sequence[Sample]) -> list[str]:
+    """Requests on each rank over the time of a run, drawn as bars."""
+    ranks = depths(samples)
+    top = max((max(row) for row in ranks if row), default=0)
+    return [
+        f"  requests on rank {rank} over time, at most {max(row):3d}: {sparkline(row, top)}"
+        for rank, row in enumerate(ranks)
+    ]

@@ -67,6 +67,9 @@ def scenario_from(data: Any, name: str) -> Scenario:
     reference = str(data.get("reference", variants[0].name))
     if reference not in {variant.name for variant in variants}:
         raise ScenarioError(f"reference {reference!r} is none of the variants {', '.join(v.name for v in variants)}")
+    together, port = checks.number(data.get("together", 1), "together", int, 1), _port(data.get("port", 0))
+    if port and together > 1:
+        raise ScenarioError("together above 1 takes a port for each server: leave port out to have free ones chosen")
     return Scenario(
         name=name,
         description=str(data.get("description", "")),
@@ -77,7 +80,8 @@ def scenario_from(data: Any, name: str) -> Scenario:
         variants=variants,
         reference=reference,
         chunk_tokens=checks.number(data.get("chunk_tokens", 0), "chunk_tokens", int, 0),
-        port=_port(data.get("port", 0)),
+        port=port,
+        together=together,
         start_timeout_s=checks.number(data.get("start_timeout_s", 900.0), "start_timeout_s", float, 1),
         run_timeout_s=checks.number(data.get("run_timeout_s", 3600.0), "run_timeout_s", float, 1),
         check=_check(data.get("check") or {}),

@@ -115,7 +115,9 @@ class Scenario:
 
     gpus: 0 for SGLang's CPU engine.  one_gpu: all ranks share the first GPU.  chunk_tokens: the chunked prefill
     size of a rank, for every variant alike (0: SGLang's default).  port: of the servers (0: a free one).
-    reference: the variant whose tokens count as right.
+    reference: the variant whose tokens count as right.  together: how many variants' servers run at the same time;
+    only one is measured at a time, and at every load point they take turns. It saves time where servers start
+    slowly, and shows them in the same minutes of a host whose speed drifts; all have to fit the GPUs together.
     """
 
     name: str
@@ -128,6 +130,7 @@ class Scenario:
     one_gpu: bool = False
     chunk_tokens: int = 0
     port: int = 0
+    together: int = 1
     start_timeout_s: float = 900.0
     run_timeout_s: float = 3600.0
     check: Check = dataclasses.field(default_factory=Check)

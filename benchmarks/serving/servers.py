@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import requests
 
-from benchmarks.serving.errors import RunError, ScenarioError
+from benchmarks.serving.errors import RunError
 
 _POLL_S = 0.5
 # Lines of a log that say why a server ended, the most telling first.
@@ -30,6 +29,8 @@ class Process:
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.name = name
         self.log = log
+        self.started = time.monotonic()
+        self._asked = False
         with log.open("wb") as output:
             try:
                 self._process = subprocess.Popen(
@@ -56,14 +57,20 @@ class Process:
         if code is not None:
             raise RunError(f"{self.name} ended with exit code {code}: {reason(self.log)} (log: {self.log})")
 
+    def ask_to_stop(self) -> None:
+        """SIGTERM, once: where several are to end, they do so together."""
+        if self.exit_code() is None and not self._asked:
+            self._asked = True
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGTERM)
+
     def stop(self, timeout_s: float = 60.0) -> None:
         """SIGTERM, and after `timeout_s` seconds SIGKILL, to the program; then whatever is left of its group.
 
         Idempotent.
         """
+        self.ask_to_stop()
         if self.exit_code() is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout_s)
         with contextlib.suppress(ProcessLookupError):
@@ -74,21 +81,24 @@ class Process:
 def wait_healthy(process: Process, url: str, timeout_s: float, progress: Callable[[str], None]) -> None:
     """Return when `url` answers GET /health.
 
+    timeout_s: since the process was started.
+
     Raises:
         RunError: the process ended, or did not answer in time.
     """
-    start = time.monotonic()
-    while time.monotonic() - start < timeout_s:
+    while True:
         process.check_alive()
-        progress(f"{time.monotonic() - start:.0f} s")
+        seconds = time.monotonic() - process.started
+        progress(f"{process.name}: starting, {seconds:.0f} s")
         with contextlib.suppress(requests.RequestException):
             if requests.get(f"{url}/health", timeout=5).ok:
                 return
+        if seconds > timeout_s:
+            raise RunError(
+                f"{process.name} did not answer within {timeout_s:g} s (start_timeout_s): {reason(process.log)} "
+                f"(log: {process.log})"
+            )
         time.sleep(_POLL_S)
-    raise RunError(
-        f"{process.name} did not answer within {timeout_s:g} s (start_timeout_s): {reason(process.log)} "
-        f"(log: {process.log})"
-    )
 
 
 def reason(log: Path) -> str:
@@ -99,23 +109,3 @@ def reason(log: Path) -> str:
             if mark in line:
                 return line[:400]
     return lines[-1][:400] if lines else "it printed nothing"
-
-
-def choose_port(wanted: int, pick: Callable[[], int]) -> int:
-    """`wanted`, or where that is 0 a port from `pick`.
-
-    Raises:
-        ScenarioError: something listens on `wanted` already.
-    """
-    if not wanted:
-        return pick()
-    with socket.socket() as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            trial.bind(("127.0.0.1", wanted))
-        except OSError as error:
-            raise ScenarioError(
-                f"port {wanted} is busy ({error.strerror}): stop what listens there, set another port, or leave "
-                "port out to have a free one chosen"
-            ) from None
-    return wanted

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
 
-from benchmarks.serving.figures import Row, ratio, rows
+from benchmarks.serving.figures import Row, all_rows, ratio
 from benchmarks.serving.results import Results
-from benchmarks.serving.scenario import Point
+from benchmarks.serving.scenario import Point, Scenario
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,22 +22,40 @@ class Sheet:
     rows: list[list[str]]
 
 
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """What a comparison's tables say beside the rows: its name, what figures are divided by, whose tokens are right."""
+
+    name: str
+    device: str
+    reference: str
+
+
 def sheets(results: Results) -> list[Sheet]:
     """Two tables for each load point: the figures, and every variant against every other."""
-    found: list[Sheet] = []
-    for point in results.scenario.load.points():
-        done = rows(results, point)
-        if done:
-            found.append(_figures(results, point, done))
+    return sheets_of(heading(results.scenario), all_rows(results))
+
+
+def heading(scenario: Scenario) -> Heading:
+    """Of a scenario's tables."""
+    return Heading(scenario.name, "rank" if scenario.cpu else "GPU", scenario.reference)
+
+
+def sheets_of(what: Heading, found: Sequence[Row]) -> list[Sheet]:
+    """The tables of rows, in the order of their load points."""
+    tables: list[Sheet] = []
+    for point in dict.fromkeys(row.point for row in found):
+        done = [row for row in found if row.point == point]
+        tables.append(_figures(what, point, done))
         if len(done) > 1:
-            found.append(_ratios(point, done))
-    return found
+            tables.append(_ratios(point, done))
+    return tables
 
 
-def _figures(results: Results, point: Point, done: list[Row]) -> Sheet:
-    device = "rank" if results.scenario.cpu else "GPU"
-    headings = ["", "TTFT ms", "p99", "TPOT ms", "p99", "in tok/s", "out tok/s", f"out/{device}", f"in+out/{device}"]
-    headings += [f"same tokens as {results.scenario.reference}", "same text under load", "copies waited for"]
+def _figures(what: Heading, point: Point, done: list[Row]) -> Sheet:
+    headings = ["", "TTFT ms", "p99", "TPOT ms", "p99", "in tok/s", "out tok/s"]
+    headings += [f"out/{what.device}", f"in+out/{what.device}"]
+    headings += [f"same tokens as {what.reference}", "same text under load", "copies waited for"]
     headings += ["most requests on a rank"]
     lines = [
         [
@@ -48,7 +67,7 @@ def _figures(results: Results, point: Point, done: list[Row]) -> Sheet:
         ]
         for row in done
     ]
-    return Sheet(f"{results.scenario.name}, {point.label}", headings, lines)
+    return Sheet(f"{what.name}, {point.label}", headings, lines)
 
 
 def _ratios(point: Point, done: list[Row]) -> Sheet:
@@ -83,6 +102,12 @@ def rich_table(sheet: Sheet) -> Table:
     for line in sheet.rows:
         table.add_row(*line)
     return table
+
+
+def markdown(sheet: Sheet) -> str:
+    """A sheet for a document."""
+    lines = [sheet.headings, ["---", *["---:"] * (len(sheet.headings) - 1)], *sheet.rows]
+    return "\n".join((f"**{sheet.title}**", "", *(f"| {' | '.join(cells)} |" for cells in lines)))
 
 
 def number(value: float) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import requests
 
 from benchmarks.serving.deployment import Deployment
@@ -14,23 +15,41 @@ from benchmarks.serving.errors import RunError
 Tokens = list[list[list[int]]]  # [ranks][prompts][new_tokens]
 
 
-def generate(deployment: Deployment, prompts: Sequence[list[int]], new_tokens: int) -> Tokens:
-    """Every prompt on every rank (through a router: once, on the rank that it is given), one at a time on each.
+def generate(
+    deployment: Deployment, prompts: Sequence[list[int]], new_tokens: int, timeout_s: float, at_once: int = 1
+) -> Tokens:
+    """Every prompt on every rank (through a router: once, on the rank that it is given), `at_once` of them on each.
 
     Raises:
-        RunError: a server ended, or answered with an error.
+        RunError: a server ended, answered with an error, or took longer than `timeout_s` seconds for one request.
     """
     ranks: list[int | None] = [None] if deployment.routed or deployment.ranks == 1 else list(range(deployment.ranks))
 
     def one_rank(rank: int | None) -> list[list[int]]:
-        return [_one(deployment, prompt, new_tokens, rank) for prompt in prompts]
+        with ThreadPoolExecutor(at_once) as pool:
+            return list(pool.map(lambda prompt: _one(deployment, prompt, new_tokens, rank, timeout_s), prompts))
 
     # All ranks at once: they share nothing but, with DWDP, the experts.
     with ThreadPoolExecutor(len(ranks)) as pool:
         return list(pool.map(one_rank, ranks))
 
 
-def _one(deployment: Deployment, prompt: list[int], new_tokens: int, rank: int | None) -> list[int]:
+def warm_up(deployment: Deployment, longest: int, vocabulary: int, timeout_s: float) -> None:
+    """Prompts of 1, 2, 4, … `longest` tokens on every rank, one by one and then together.
+
+    Kernels are compiled when a forward of their size first comes, which is no part of what is compared.
+
+    Raises:
+        RunError: as in `generate`.
+    """
+    rng = np.random.default_rng(longest)
+    lengths = [1 << power for power in range(longest.bit_length())] + [longest]
+    for at_once in (1, len(lengths)):
+        prompts = [[int(t) for t in rng.integers(min(10, vocabulary - 1), vocabulary, n)] for n in lengths]
+        generate(deployment, prompts, 4 if at_once == 1 else 16, timeout_s, at_once)
+
+
+def _one(deployment: Deployment, prompt: list[int], new_tokens: int, rank: int | None, timeout_s: float) -> list[int]:
     body: dict[str, Any] = {
         "input_ids": prompt,
         "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
@@ -38,12 +57,13 @@ def _one(deployment: Deployment, prompt: list[int], new_tokens: int, rank: int |
     if rank is not None:
         body["routed_dp_rank"] = rank
     try:
-        answer = requests.post(f"{deployment.url}/generate", json=body, timeout=600)
+        answer = requests.post(f"{deployment.url}/generate", json=body, timeout=timeout_s)
         answer.raise_for_status()
         tokens: list[int] = answer.json()["output_ids"]
     except (requests.RequestException, ValueError, KeyError) as error:
         deployment.check_alive()
-        raise RunError(f"a request of the token check failed: {error}{deployment.trouble()}") from None
+        what = f"a request of {len(prompt)} tokens before the runs failed"
+        raise RunError(f"{what}: {error}{deployment.trouble()}") from None
     return tokens
 
 

@@ -49,7 +49,8 @@ def group(
     pytest.importorskip("nixl", reason="the KV cache is sent by NIXL: pip install -e '.[dev]'")
     pytest.importorskip("sglang_router", reason="the router: pip install -e '.[dev]'")
     model, bootstrap, router_port = models("qwen3_moe", 9), free_port(), free_port()
-    environment = plugin("nixl_on_cpu", HOST_MEMORY) | {"OMP_NUM_THREADS": "1"}
+    # SGLang looks for the host's address in its network, and there need not be one.
+    environment = plugin("nixl_on_cpu", HOST_MEMORY) | {"OMP_NUM_THREADS": "1", "SGLANG_HOST_IP": "127.0.0.1"}
 
     def server(role: str, ranks: int, dwdp: tuple[str, ...] | None, *flags: str) -> Server:
         roles = ("--disaggregation-mode", role, "--disaggregation-transfer-backend", "nixl")

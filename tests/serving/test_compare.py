@@ -15,18 +15,20 @@ from rich.console import Console
 
 from benchmarks.serving import client, deployment, launch
 from benchmarks.serving.compare import Deadline, compare, write_json
+from benchmarks.serving.figures import as_record, from_record
 from benchmarks.serving.progress import Display
 from benchmarks.serving.read import scenario_from
 from benchmarks.serving.report import write_report
 from benchmarks.serving.results import Results
 from benchmarks.serving.scenario import Scenario
 from benchmarks.serving.tables import failures, sheets
+from benchmarks.serving_table import tables
 from tests.serving.fakes import BENCHMARK, SERVER
 
 SECONDS = "0.4"
 
 
-def scenario(**modes: str) -> Scenario:
+def scenario(together: int = 1, **modes: str) -> Scenario:
     """Variants whose server does what its mode says, given as a flag."""
     variants = {name: {"kind": "dwdp", "ranks": 2, "flags": {"mode": mode}} for name, mode in modes.items()}
     data = {
@@ -36,6 +38,7 @@ def scenario(**modes: str) -> Scenario:
         "check": {"requests": 2, "new_tokens": 4},
         "start_timeout_s": 30,
         "run_timeout_s": 30,
+        "together": together,
         "variants": variants,
     }
     return scenario_from(data, "fake")
@@ -71,10 +74,11 @@ def processes(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.parametrize("together", [1, 2, 5])
 def test_one_that_cannot_start_and_one_that_dies_do_not_stop_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = scenario(first="well", broken="refuses", mortal="dies", slow="lingers", last="wrong")
+    whole = scenario(together, first="well", broken="refuses", mortal="dies", slow="lingers", last="wrong")
     results, output = run(whole, tmp_path, monkeypatch)
     assert processes(tmp_path) == []
     errors = dict(failures(results))
@@ -106,6 +110,14 @@ def test_one_that_cannot_start_and_one_that_dies_do_not_stop_the_others(
     assert "src=" not in html  # nothing is fetched from elsewhere
     data = json.loads(write_json(results, {}).read_text())
     assert data["variants"]["mortal"]["error"] == errors["mortal"]
+    assert [json.dumps(as_record(from_record(record))) for record in data["figures"]] == [
+        json.dumps(record) for record in data["figures"]
+    ]
+    printed = tables(results.folder / "results.json", queues=True)
+    for sheet in sheets(results):
+        assert all(f"| {' | '.join(row)} |" in printed for row in sheet.rows)
+    assert f"mortal did not run: {errors['mortal']}" in printed
+    assert "requests on rank 1 over time, at most   4: █" in printed
     run_json = data["variants"]["first"]["runs"]["rate-2"]
     assert "generated_texts" not in run_json["benchmark"]
     assert len(run_json["benchmark"]["text_hashes"]) == 2
@@ -134,10 +146,23 @@ def test_a_second_call_runs_only_what_is_missing(tmp_path: Path, monkeypatch: py
     assert not Results(changed, tmp_path).complete(changed.variants[1])
 
 
+def test_servers_that_run_together_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = scenario(2, a="well", b="well", c="well")
+    results, output = run(whole, tmp_path, monkeypatch)
+    steps = [(line[0], "requests/s" in line, "in flight" in line) for line in output.splitlines() if ": TTFT" in line]
+    rate, flight = (True, False), (False, True)
+    assert steps == [(v, *p) for group in ("ab", "c") for p in (rate, flight) for v in group]
+    starts = [line[0] for line in output.splitlines() if "serving after" in line]
+    assert starts == ["a", "b", "c"]
+    assert all(results.complete(variant) for variant in whole.variants)
+    assert processes(tmp_path) == []
+
+
+@pytest.mark.parametrize("together", [1, 2])
 def test_an_interruption_leaves_no_process_and_keeps_what_is_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = scenario(first="well", second="well")
+    whole = scenario(together, first="well", second="well")
     polled = []
 
     def interrupted(text: str) -> None:

@@ -92,6 +92,8 @@ CASES: list[tuple[dict[str, Any], str]] = [
     (changed(variants__ours__decode={"ranks": 1}), "variants.ours needs 9 GPUs"),
     (changed(reference="theirs"), "reference 'theirs' is none of the variants ours, single"),
     (changed(port=70000), "port must be at most 65000"),
+    (changed(together=0), "together must be at least 1"),
+    (changed(together=2, port=9000), "leave port out"),
     (changed(check={"requests": 2, "must_equal": "yes"}), "check.must_equal must be true or false, not 'yes'"),
 ]
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks.serving.errors import RunError, ScenarioError
-from benchmarks.serving.servers import Process, choose_port, reason, wait_healthy
+from benchmarks.serving.errors import RunError
+from benchmarks.serving.servers import Process, reason, wait_healthy
 from sglang_dwdp.demo.server import free_port
 
 HEALTHY = """
@@ -54,6 +53,21 @@ def test_a_server_is_stopped_with_its_children(tmp_path: Path) -> None:
     assert not alive(child)
 
 
+def test_several_end_together(tmp_path: Path) -> None:
+    program = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), sys.exit(7)))\n"
+    program += "print('on', flush=True); time.sleep(600)"
+    several = [Process(str(n), [sys.executable, "-c", program], {}, tmp_path / f"log{n}") for n in range(3)]
+    while not all("on" in process.log.read_text() for process in several):
+        time.sleep(0.05)
+    begin = time.monotonic()
+    for process in several:
+        process.ask_to_stop()
+    for process in several:
+        process.stop()
+    assert [process.exit_code() for process in several] == [7, 7, 7]
+    assert time.monotonic() - begin < 2.5
+
+
 def test_one_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     process = start(
         tmp_path, "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on'); time.sleep(600)"
@@ -91,14 +105,3 @@ def test_what_a_log_says(tmp_path: Path) -> None:
     assert reason(log) == "sglang-dwdp: error: b"
     log.write_text("one\ntwo\n\n")
     assert reason(log) == "two"
-
-
-def test_ports() -> None:
-    assert choose_port(0, lambda: 77) == 77
-    with socket.socket() as busy:
-        busy.bind(("127.0.0.1", 0))
-        busy.listen()
-        port = busy.getsockname()[1]
-        with pytest.raises(ScenarioError, match=f"port {port} is busy .*: stop what listens there"):
-            choose_port(port, lambda: 77)
-    assert choose_port(port, lambda: 77) == port

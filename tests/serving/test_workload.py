@@ -78,6 +78,8 @@ def test_queues_without_the_benchmarks_own_start() -> None:
     ]
     kept = queues.trim(samples)
     assert [sample["seconds"] for sample in kept] == [0.5, 0.75]
+    busy = [{"seconds": float(s), "waiting": [1, 0], "running": [0, 0]} for s in range(5000)]
+    assert len(queues.trim(busy)) == 5000 // 3 + 1
     assert queues.depths(kept) == [[3, 0], [1, 0]]
     assert queues.trim(samples[:5]) == queues.depths([]) == []
     assert queues.sparkline([0, 3, 1, 0], 3, width=2) == "█▃"
