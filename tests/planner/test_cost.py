@@ -1,6 +1,6 @@
 """The cost model: calibration, the roofline table, and what must hold for any input."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,10 @@ from sglang_dwdp.planner.cost import Group, dwdp, forward_parts, in_tree_group, 
 from sglang_dwdp.planner.dep import dep, exchange_bytes, expert_wait
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import FORMATS, default_precision, get_format
-from sglang_dwdp.planner.gpus import GPUS, Gpu, get_gpu, roofline_gpu
-from sglang_dwdp.planner.models import ModelShape, load_model
+from sglang_dwdp.planner.gpu import Gpu, roofline_gpu
+from sglang_dwdp.planner.gpus import GPUS, get_gpu
+from sglang_dwdp.planner.models import load_model
+from sglang_dwdp.planner.shape import ModelShape
 from sglang_dwdp.planner.workload import Batch, batch_of, mean_batch, typical_rounds
 
 NAMES = ("deepseek-r1", "qwen3-30b-a3b", "gpt-oss-120b", "mixtral-8x7b", "glm-4.5")
@@ -119,6 +121,25 @@ def test_lockstep_never_beats_independent_ranks(times: list[list[float]]) -> Non
     """Meeting in every layer takes the sum of maxima, going alone at most the maximum of sums."""
     layers = np.array(times)
     assert layers.max(axis=1).sum() >= layers.sum(axis=0).max() - 1e-9
+
+
+def test_every_constant_has_a_source() -> None:
+    for gpu in GPUS.values():
+        plain = {f.name for f in fields(Gpu)} - {"name", "sources", "direct_read"}
+        assert plain <= set(gpu.sources), gpu.name
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("h100 sxm", "H100"),
+        ("GB200 NVL72", "GB200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("AMD Instinct MI355X", "MI355X"),
+    ],
+)
+def test_gpus_by_the_names_in_use(name: str, expected: str) -> None:
+    assert get_gpu(name).name == expected
 
 
 def test_redundant_experts_reduce_the_fetch() -> None:
