@@ -32,6 +32,7 @@ MEMORY_PARTS = (
 )
 
 TIMELINE_KERNELS = 24
+KERNELS = ("forward", "compute", "experts")
 
 
 def _pyplot() -> Any:
@@ -143,31 +144,30 @@ def plot_results(results: list[Result], path: str) -> None:
     plt.close(figure)
 
 
-def _window(kernels: list[Span], ranks: list[int]) -> tuple[float, float]:
-    """(start, end) of a stretch of about twelve layers of the first rank in which all ranks are busiest."""
-    first = [span for span in kernels if span.rank == ranks[0]]
+def _window(spans: list[Span], ranks: list[int]) -> tuple[float, float]:
+    """(start, end) of about twelve layers of the first rank in which all ranks have work, and wait most for copies."""
+    first = [span for span in spans if span.rank == ranks[0] and span.kind in KERNELS]
     length = min(TIMELINE_KERNELS, len(first))
     windows = [
         (first[i].start, first[i + length - 1].end) for i in range(0, len(first) - length + 1, max(1, length // 2))
     ]
 
-    def busy(window: tuple[float, float]) -> float:
+    def share(window: tuple[float, float], kinds: tuple[str, ...]) -> float:
         start, end = window
-        overlap = (max(0.0, min(span.end, end) - max(span.start, start)) for span in kernels)
-        return sum(overlap) / (end - start)
+        overlap = (max(0.0, min(s.end, end) - max(s.start, start)) for s in spans if s.kind in kinds)
+        return sum(overlap) / (end - start) / len(ranks)
 
-    return max(windows, key=busy)
+    return max(windows, key=lambda window: (round(share(window, (*KERNELS, "wait")), 2), share(window, ("wait",))))
 
 
 def _timeline(axis: Any, result: Result) -> None:
     """Kernels and copies of the first ranks of a group over a window of about twelve layers."""
-    ranks = sorted({span.rank for span in result.timeline})[:4]
+    ranks = sorted({span.rank for span in result.timeline if span.kind in KERNELS})[:4]
     spans = [span for span in result.timeline if span.rank in ranks]
-    kernels = [span for span in spans if span.kind in ("forward", "compute", "experts")]
-    if not kernels:
+    if not ranks:
         axis.set_axis_off()
         return
-    start, stop = _window(kernels, ranks)
+    start, stop = _window(spans, ranks)
     names = {
         "forward": "a forward",
         "compute": "attention and dense",

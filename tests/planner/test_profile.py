@@ -27,9 +27,10 @@ from sglang_dwdp.planner.profile import (
     SmallPoint,
     load_profile,
 )
-from sglang_dwdp.planner.reads import measure_reads
+from sglang_dwdp.planner.reads import TorchReadBench, measure_reads
 from sglang_dwdp.planner.report import profile_lines
 from sglang_dwdp.planner.shape import ModelShape
+from sglang_dwdp.planner.torch_layer import median_seconds
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "profile_h100.json"
 COMPARED = MEASURED.with_name("planner_vs_gpu_h100.json")
@@ -185,6 +186,20 @@ def test_every_pair_reads_in_place() -> None:
     assert found.direct_read_bandwidth == pytest.approx(225e9)
     assert found.sources["direct_read"] == "measured on test"
     assert fit(Profile("H100", "test", "0", "m"), gpu).direct_read == 0
+
+
+@pytest.mark.gpu(1)
+def test_a_product_reads_mapped_weights() -> None:
+    """Of another GPU where there is one, else of this one; the memory is given back."""
+    torch = pytest.importorskip("torch")
+    model = load_model("qwen3-30b-a3b")
+    bench = TorchReadBench(torch, model, lambda call: median_seconds(torch, "cuda", call))
+    source = bench.devices - 1
+    free = torch.cuda.mem_get_info(source)[0]
+    seconds = bench.seconds(0, source, 4)
+    assert 5e9 < bench.weight_bytes / seconds < 4e12
+    torch.cuda.empty_cache()
+    assert torch.cuda.mem_get_info(source)[0] > free - bench.weight_bytes // 2
 
 
 def test_reads_that_fail_leave_the_rest_of_the_profile() -> None:
