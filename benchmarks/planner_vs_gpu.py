@@ -21,9 +21,11 @@ from typing import Any
 from sglang_dwdp.planner.cost import forward_parts
 from sglang_dwdp.planner.fit import fit
 from sglang_dwdp.planner.formats import FORMATS, default_precision
-from sglang_dwdp.planner.gpus import GPUS, Gpu, get_gpu
+from sglang_dwdp.planner.gpu import Gpu
+from sglang_dwdp.planner.gpus import GPUS, get_gpu
 from sglang_dwdp.planner.measure import measure
-from sglang_dwdp.planner.models import ModelShape, load_model
+from sglang_dwdp.planner.models import load_model
+from sglang_dwdp.planner.shape import ModelShape
 from sglang_dwdp.planner.torch_layer import SMALL_KERNELS, TorchLayer, median_seconds, small_elements
 from sglang_dwdp.planner.workload import batch_of
 

@@ -2,315 +2,24 @@
 
     python benchmarks/reproduce_paper.py [--json FILE] [--requests N] [--sensitivity]
 
-Constants come from Table 1 of the DWDP paper (arXiv 2604.01621) alone, through
-``sglang_dwdp.planner.calibrate``; every other figure is predicted. Published figures: the paper,
-TensorRT-LLM's blog 19, and SGLang's ROCm results (sgl-project/sglang#33310).
+``paper_tables.py`` has the figures, theirs and ours; this prints them and writes them down.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass, replace
+import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from sglang_dwdp.planner.calibrate import (
-    PAPER_PRECISION,
-    TABLE_1_DEP,
-    TABLE_1_DWDP,
-    TOKEN_BUDGETS,
-    calibrate,
-    table_1_length_wait,
-    table_1_rounds,
-)
-from sglang_dwdp.planner.contention import contention_probabilities, simulated_contention
-from sglang_dwdp.planner.cost import Group, dwdp
-from sglang_dwdp.planner.dep import dep, expected_maximum, expert_wait, length_wait
-from sglang_dwdp.planner.formats import FORMATS, Precision
-from sglang_dwdp.planner.gpus import get_gpu, roofline_gpu
-from sglang_dwdp.planner.models import load_model
-from sglang_dwdp.planner.scenario import Scenario
-from sglang_dwdp.planner.simulate import simulate
-from sglang_dwdp.planner.workload import Lengths, batch_of, mean_batch
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-MODEL = load_model("deepseek-r1")
-GB200 = get_gpu("GB200")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure of theirs and ours, and how far apart they may be.
-
-    ``kind``: ``points`` compares 100 x (ours - theirs), ``percent`` the relative error. ``limit`` is
-    None where the figure served to calibrate or is shown for information.
-    """
-
-    table: str
-    case: str
-    theirs: float
-    ours: float
-    kind: str
-    limit: float | None
-
-    @property
-    def error(self) -> float:
-        """In percent or in points of the ratio."""
-        if self.kind == "points":
-            return 100 * (self.ours - self.theirs)
-        return 100 * (self.ours / self.theirs - 1)
-
-    @property
-    def holds(self) -> bool | None:
-        """Whether the error is within the limit; None without one."""
-        return None if self.limit is None else abs(self.error) <= self.limit + 1e-9
-
-
-def table_1() -> list[Row]:
-    """The calibration itself: DEP must come back, the naive DWDP is half predicted.
-
-    DEP's wait is the one of an iteration whose prompts' lengths vary by 20 %, as calibrated; the
-    forward of ranks that pack prompts of ratio 0.8 (variation 6 %) is shown beside it.
-    """
-    rounds = table_1_rounds()
-    theirs_dep, theirs_dwdp = TABLE_1_DEP, TABLE_1_DWDP
-    ours_dep = dep(MODEL, GB200, PAPER_PRECISION, rounds)
-    group = Group(4, copies="serial", merge_copy=True)
-    ours = dwdp(MODEL, GB200, PAPER_PRECISION, mean_batch(rounds), group)
-    name = "P Table 1, ms"
-    parts = ours_dep.parts
-    skew = expert_wait(MODEL, GB200, 4, parts.grouped_gemm)
-    wait = table_1_length_wait(parts) + skew
-    as_profiled = ours_dep.compute + parts.communication + wait
-    figures = (
-        ("DEP4 attention", theirs_dep.attention, parts.attention),
-        ("DEP4 grouped GEMM", theirs_dep.grouped_gemm, parts.grouped_gemm),
-        ("DEP4 dense GEMM", theirs_dep.dense_gemm, parts.dense_gemm),
-        ("DEP4 others", theirs_dep.other, parts.other),
-        ("DEP4 communication", theirs_dep.communication, parts.communication),
-        ("DEP4 synchronisation at 20 % length CV", theirs_dep.synchronisation, wait),
-        ("DEP4 forward at 20 % length CV", theirs_dep.total, as_profiled),
-        ("DEP4 forward, packed (6 % CV)", theirs_dep.total, ours_dep.seconds),
-        ("DWDP4 P2P copy, contended", theirs_dwdp.copy, ours.fetch),
-        ("DWDP4 merge copy (predicted)", 0.034, ours.parts.merge),
-        ("naive DWDP4 forward", theirs_dwdp.total, ours.seconds),
-    )
-    return [Row(name, case, 1e3 * theirs, 1e3 * mine, "percent", None) for case, theirs, mine in figures]
-
-
-CONTENTION = {
-    3: (50.00, 50.00),
-    4: (44.44, 44.44, 11.11),
-    6: (40.96, 40.96, 15.36, 2.56, 0.16),
-    8: (39.66, 39.66, 16.52, 3.67, 0.46, 0.03),
-    12: (38.55, 38.55, 17.35, 4.63, 0.81, 0.097),
-    16: (38.06, 38.06, 17.67, 5.05, 0.99, 0.14),
-}
-
-
-def table_2() -> list[Row]:
-    """Contention probabilities in percent, from the formula and counted."""
-    rows = []
-    for size, theirs in CONTENTION.items():
-        exact = contention_probabilities(size)
-        counted = simulated_contention(size, rounds=12_000_000 // size)
-        for level, value in enumerate(theirs, start=1):
-            case = f"DWDP{size} Pr[C={level}]"
-            # shares as fractions, so that a point is a percentage point
-            for how, ours in (("analytic", exact), ("simulated", counted)):
-                rows.append(Row(f"P Table 2, {how}", case, value / 100, ours[level - 1], "points", 0.1))
-    return rows
-
-
-def roofline() -> list[Row]:
-    """Blog 19 Table 1 by the definition of the paper's section 3.
-
-    Peaks for every efficiency; attention and MoE operators of the 58 MoE layers only; one copy of
-    a token per routed expert, NVFP4 out and bf16 back; T_DWDP = max(compute, fetch), T_DEP =
-    compute + exchange. The checkpoint's attention runs in bf16 here.
-    """
-    model = replace(MODEL, layers=MODEL.moe_layers, dense_layers=0)
-    gpu = roofline_gpu(GB200)
-    precision = Precision(FORMATS["nvfp4"], FORMATS["bf16"], dispatch_bytes=0.5625)
-    theirs = {1024: (0.19, 0.10), 8192: (0.62, 0.73), 16384: (1.52, 1.27), 32768: (4.77, 1.17)}
-    rows = []
-    for length, (ratio, speedup) in theirs.items():
-        batch = batch_of([(length, 0)])
-        local = dwdp(model, gpu, precision, batch, Group(4))
-        remote = dep(model, gpu, precision, [[batch] * 4], "all-copies")
-        compute = local.compute - local.parts.other  # the roofline counts no small kernels
-        exchanged = remote.seconds - remote.parts.other
-        slower = max(compute, local.fetch)
-        rows.append(Row("B Table 1, compute / fetch", f"ISL {length}", ratio, compute / local.fetch, "percent", None))
-        rows.append(Row("B Table 1, speed-up", f"ISL {length}", speedup, exchanged / slower, "percent", 10))
-    return rows
-
-
-def _serve(lengths: Lengths, budget: int, requests: int, mode: str, **settings: object) -> Scenario:
-    """A context server as in TensorRT-LLM's examples/dwdp: 256 requests in flight, no chunking."""
-    return Scenario(
-        model=MODEL,
-        gpu=GB200,
-        precision=PAPER_PRECISION,
-        lengths=lengths,
-        mode=mode,
-        token_budget=TOKEN_BUDGETS[budget],
-        chunked=False,
-        requests=requests,
-        concurrency=256,
-        order="random",
-        **settings,  # type: ignore[arg-type]
-    )
-
-
-def ablation(requests: int) -> list[Row]:
-    """Table 4: TPS/GPU over DEP, with merge elimination, and with slices as well."""
-    rows = []
-    theirs = {
-        (0.5, 16384): (0.995, 1.081),
-        (0.5, 32768): (1.140, 1.139),
-        (0.8, 16384): (1.039, 1.053),
-        (0.8, 32768): (1.098, 1.109),
-    }
-    for (ratio, budget), values in theirs.items():
-        lengths = Lengths("uniform", 8192, ratio=ratio)
-        base = simulate(_serve(lengths, budget, requests, "dep")).tokens_per_second_per_gpu
-        for copies, value, name in zip(("serial", "sliced"), values, ("merge elim.", "+ slices"), strict=True):
-            ours = simulate(_serve(lengths, budget, requests, "dwdp", copies=copies))
-            case = f"ratio {ratio}, MNT {budget // 1024}K, {name}"
-            rows.append(Row("P Table 4, TPS/GPU", case, value, ours.tokens_per_second_per_gpu / base, "points", 5))
-    return rows
-
-
-EVEN = {length: Lengths("uniform", length, ratio=0.8) for length in (1024, 8192, 16384, 32768)}
-
-
-def _normal(std: int) -> Lengths:
-    return Lengths("normal", 16384, std=std, limit=16384)
-
-
-# case, lengths, token budget, DWDP's GPUs, experts stored on each, published TTFT and TPS/GPU over DEP4
-TABLE_3 = (
-    ("ISL 1024", EVEN[1024], 32768, 4, 0, 1.27, 1.11),
-    ("ISL 8192", EVEN[8192], 32768, 4, 0, 1.16, 1.10),
-    ("ISL 16384", EVEN[16384], 32768, 4, 0, 1.12, 1.09),
-    ("ISL 32768", EVEN[32768], 32768, 4, 0, 1.11, 1.09),
-    ("ISL 8192, MNT 16K", EVEN[8192], 16384, 4, 0, 1.07, 1.01),
-    ("ISL 16384 std 0", _normal(0), 32768, 4, 0, 1.12, 1.09),
-    ("ISL 16384 std 1024", _normal(1024), 32768, 4, 0, 1.11, 1.08),
-    ("ISL 16384 std 2048", _normal(2048), 32768, 4, 0, 1.13, 1.11),
-    ("ISL 16384 std 4096", _normal(4096), 32768, 4, 0, 1.18, 1.15),
-    # TensorRT-LLM's reproduction script stores 256 - 2 x 64 experts on each of three ranks
-    ("ISL 16384, DWDP3", EVEN[16384], 32768, 3, 128, 0.86, 1.093),
-    ("ISL 16384, DWDP4", EVEN[16384], 32768, 4, 0, 1.15, 1.091),
-)
-TABLE_3_PAIRS = tuple((case, ttft, tps, gpus) for case, _, _, gpus, _, ttft, tps in TABLE_3)
-
-
-def context_server(requests: int) -> list[Row]:
-    """Table 3: no slices. Lengths with a deviation are normal, cut at the maximum input length."""
-    rows = []
-    for case, lengths, budget, size, local, ttft, tps in TABLE_3:
-        base = simulate(_serve(lengths, budget, requests, "dep"))
-        ours = simulate(
-            _serve(lengths, budget, requests, "dwdp", copies="serial", group_size=size, local_experts=local)
-        )
-        rate = ours.tokens_per_second_per_gpu / base.tokens_per_second_per_gpu
-        rows.append(Row("P Table 3, TPS/GPU", case, tps, rate, "points", 5))
-        rows.append(Row("P Table 3, TTFT", case, ttft, base.percentile(50) / ours.percentile(50), "points", 5))
-    return rows
-
-
-def share_outside(ttft: float, tps: float, gpus: int) -> tuple[float, float]:
-    """Share z of the in-flight time that must lie outside TTFT for a published pair to agree.
-
-    With the same requests in flight on DEP4 and on DWDP of ``gpus`` GPUs, N = X (TTFT + Z), so the
-    TTFT ratio is (1 - z) / (1/r - z), r the ratio of throughputs and z = Z X / N of DEP4.
-
-    Returns:
-        The least and the largest z when the published figures are rounded to two digits.
-    """
-    found = []
-    for first in (ttft - 0.005, ttft + 0.005):
-        for second in (tps - 0.005, tps + 0.005):
-            found.append((first / (second * gpus / 4) - 1) / (first - 1))
-    return min(found), max(found)
-
-
-# budget of a rank, requests, in flight, length, published ratio, limit, published seconds of DEP and DWDP
-MI355X_RUNS = (
-    (4096, 256, 128, 4096, 0.340, 25.0, 19.96, 58.78),
-    (4096, 256, 128, 8192, 0.320, 25.0, 35.97, 112.42),
-    (4096, 256, 128, 16384, 0.385, 25.0, 84.78, 220.41),
-    (32768, 64, 32, 4096, 0.579, 25.0, 7.84, 13.55),
-    (32768, 64, 32, 8192, 0.529, 25.0, 9.39, 17.73),
-    (32768, 64, 32, 16384, 1.209, None, 20.07, 16.60),
-    (32768, 64, 32, 32768, 1.637, None, 59.48, 36.34),
-)
-
-
-def mi355x(max_prefill_tokens: int = 16384, frontend: float = 0.01) -> list[Row]:
-    """AMD: DeepSeek-R1 MXFP4, DWDP8 against DEP8 with SGLang's all-gather, one-token answers.
-
-    Their script leaves SGLang's ``--max-prefill-tokens`` at its default, 16,384. Prompts pass HTTP
-    and the tokenizer one after another, so a rank's first forward has one prompt; any gap from 2 to
-    50 ms gives the same ratios to a few percent.
-    """
-    gpu = get_gpu("MI355X")
-    precision = Precision(FORMATS["mxfp4"], FORMATS["bf16"])
-    rows, times = [], []
-    for budget, requests, concurrency, length, theirs, limit, dep_seconds, dwdp_seconds in MI355X_RUNS:
-        common = Scenario(
-            model=MODEL,
-            gpu=gpu,
-            precision=precision,
-            lengths=Lengths("fixed", length),
-            mode="dep",
-            exchange="all-gather",
-            group_size=8,
-            token_budget=budget,
-            max_prefill_tokens=max_prefill_tokens,
-            frontend=frontend,
-            requests=requests,
-            concurrency=concurrency,
-        )
-        base, ours = simulate(common).seconds, simulate(replace(common, mode="dwdp")).seconds
-        case = f"{budget} tok/rank, ISL {length}"
-        rows.append(Row("AMD, tok/s over DEP", case, theirs, base / ours, "percent", limit))
-        times.append(Row("AMD, seconds of the run", case + ", DEP8", dep_seconds, base, "percent", None))
-        times.append(Row("AMD, seconds of the run", case + ", DWDP8", dwdp_seconds, ours, "percent", None))
-    return rows + times
-
-
-def readings(requests: int) -> dict[str, dict[str, str]]:
-    """How many rows hold when Table 1's wait is read otherwise; each reading is one constant for all."""
-    global GB200
-    model_gpu, parts = GB200, dep(MODEL, GB200, PAPER_PRECISION, table_1_rounds()).parts
-    own = parts.attention + parts.dense_gemm + parts.other
-    packed = length_wait(parts, mean_batch(table_1_rounds()), table_1_rounds())
-    choices = {
-        "lengths as packed (6 %), the rest hot experts": packed,
-        "prompts vary by 20 % (used)": table_1_length_wait(parts),
-        "half of the wait is lengths": TABLE_1_DEP.synchronisation / 2,
-        "ranks' totals vary by 20 %": own * 0.20 * expected_maximum(4),
-        "all of it lengths": TABLE_1_DEP.synchronisation,
-    }
-    found: dict[str, dict[str, str]] = {}
-    for name, by_lengths in choices.items():
-        skew = calibrate(by_lengths).expert_skew
-        GB200 = replace(model_gpu, expert_skew=skew)
-        rows = [*ablation(requests), *context_server(requests)]
-        found[name] = {"ms by lengths": f"{1e3 * by_lengths:.0f}", "expert skew": f"{skew:.2f}"}
-        for table in dict.fromkeys(row.table for row in rows):
-            members = [row for row in rows if row.table == table]
-            errors = [row.error for row in members]
-            held = f"{sum(bool(row.holds) for row in members)} of {len(members)}"
-            found[name][table] = f"{held} ({min(errors):+.1f} to {max(errors):+.1f} pt)"
-    GB200 = model_gpu
-    return found
-
+from benchmarks.paper_sensitivity import print_sensitivity
+from benchmarks.paper_tables import Row, ablation, context_server, mi355x, roofline, table_1, table_2
+from sglang_dwdp.planner.calibrate import calibrate
 
 NOTES = (
     "P Table 3: with 256 requests in flight TTFT and TPS/GPU are tied (Little's law), and the published pairs are "
@@ -320,41 +29,23 @@ NOTES = (
 )
 
 
-def _print_sensitivity(console: Console, requests: int) -> dict[str, object]:
-    table = Table(title="Readings of Table 1's wait", title_justify="left")
-    table.add_column("reading")
-    found = readings(requests)
-    for label in next(iter(found.values())):
+def _number(value: float, digits: int) -> str:
+    return f"{value:,.1f}" if value > 10 else f"{value:.{digits}f}"
+
+
+def _print_table(console: Console, title: str, rows: list[Row]) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("case", min_width=36)
+    for label in ("theirs", "ours", "error", "limit", "holds"):
         table.add_column(label, justify="right")
-    for name, values in found.items():
-        table.add_row(name, *values.values())
+    for row in rows:
+        unit = "pt" if row.kind == "points" else "%"
+        limit = "-" if row.limit is None else f"{row.limit:g} {unit}"
+        holds = {None: "-", True: "yes", False: "[red]no[/red]"}[row.holds]
+        digits = 5 if "Table 2" in title else 3
+        figures = (_number(row.theirs, digits), _number(row.ours, digits))
+        table.add_row(row.case, *figures, f"{row.error:+.2f} {unit}", limit, holds)
     console.print(table)
-    outside = Table(title="Share of time outside TTFT that P Table 3's pairs need", title_justify="left")
-    for label in ("case", "least", "most"):
-        outside.add_column(label, justify="left" if label == "case" else "right")
-    shares = {case: share_outside(ttft, tps, gpus) for case, ttft, tps, gpus in TABLE_3_PAIRS}
-    for case, (least, most) in shares.items():
-        outside.add_row(case, f"{least:.2f}", f"{most:.2f}")
-    console.print(outside)
-    packing = Table(title="AMD, 32,768 tokens per rank: ratio by what joins a forward", title_justify="left")
-    limits = {"no limit": 0, "16,384 (SGLang's default)": 16384, "one prompt": 1}
-    packing.add_column("case")
-    for label in ("theirs", *limits):
-        packing.add_column(label, justify="right")
-    columns = [
-        [row for row in mi355x(limit) if row.case.startswith("32768") and "over" in row.table]
-        for limit in limits.values()
-    ]
-    joined: dict[str, list[float]] = {}
-    for row, *others in zip(*columns, strict=True):
-        joined[row.case] = [row.theirs, row.ours, *(other.ours for other in others)]
-        packing.add_row(row.case, *(f"{value:.3f}" for value in joined[row.case]))
-    console.print(packing)
-    return {
-        "readings": found,
-        "share_outside_ttft": shares,
-        "mi355x_packing": {"limits": list(limits), "ratios": joined},
-    }
 
 
 def main() -> int:
@@ -377,29 +68,12 @@ def main() -> int:
     for row in rows:
         by_table.setdefault(row.table, []).append(row)
     for title, members in by_table.items():
-        table = Table(title=title, title_justify="left")
-        table.add_column("case", min_width=36)
-        for label in ("theirs", "ours", "error", "limit", "holds"):
-            table.add_column(label, justify="right")
-        for row in members:
-            unit = "pt" if row.kind == "points" else "%"
-            limit = "-" if row.limit is None else f"{row.limit:g} {unit}"
-            holds = {None: "-", True: "yes", False: "[red]no[/red]"}[row.holds]
-            digits = 5 if "Table 2" in title else 3
-            table.add_row(
-                row.case,
-                f"{row.theirs:.{digits}g}" if digits == 3 and row.theirs > 10 else f"{row.theirs:.{digits}f}",
-                f"{row.ours:.{digits}f}",
-                f"{row.error:+.2f} {unit}",
-                limit,
-                holds,
-            )
-        console.print(table)
+        _print_table(console, title, members)
     judged = [row for row in rows if row.holds is not None]
     console.print(f"{sum(bool(row.holds) for row in judged)} of {len(judged)} figures within their limits")
     for note in NOTES:
         console.print("- " + note)
-    sensitivity = _print_sensitivity(console, args.requests) if args.sensitivity else None
+    sensitivity = print_sensitivity(console, args.requests) if args.sensitivity else None
     target = Path(args.json)
     target.parent.mkdir(parents=True, exist_ok=True)
     data = {

@@ -61,8 +61,6 @@ def plan_direct_limit(
         )
     except PlannerError as error:
         return _unplanned(f"the planner cannot say: {error}")
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        return _unplanned(f"the planner does not understand the model's config ({type(error).__name__}: {error})")
     kept = local_experts or -(-model.experts // group_size)
     why = f"planned for {kept} of {model.experts} {weight_format} experts on each of {group_size} {gpu.name}"
     return DirectLimit(tokens, why)

@@ -13,7 +13,8 @@ from . import kernels
 from .cost import Group, Parts, forward_parts, layer_fetch_bytes
 from .dep import exchange_bytes, expert_wait, length_wait
 from .formats import FORMATS, Precision
-from .gpus import Efficiency, get_gpu, roofline_gpu
+from .gpu import Efficiency, roofline_gpu
+from .gpus import get_gpu
 from .models import load_model
 from .workload import Batch, Lengths, mean_batch, typical_rounds
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from . import kernels
+from .checks import choice, kinds_of_fields
 from .contention import serial_slowdown
 from .errors import PlannerError
 from .formats import Precision
-from .gpus import Gpu
-from .models import ModelShape
+from .gpu import Gpu
+from .shape import ModelShape
 from .workload import Batch
 
 COPY_POLICIES = ("serial", "sliced")
@@ -92,10 +93,10 @@ class Group:
     merge_copy: bool = False
 
     def __post_init__(self) -> None:
+        kinds_of_fields(self)
         if self.size < 1:
             raise PlannerError(f"a group has at least 1 rank, not {self.size}")
-        if self.copies not in COPY_POLICIES:
-            raise PlannerError(f"unknown copy policy {self.copies!r}; known: {', '.join(COPY_POLICIES)}")
+        choice("copy policy", self.copies, COPY_POLICIES)
         if self.depth < 1:
             raise PlannerError(f"prefetch depth must be at least 1 layer, not {self.depth}")
 
@@ -166,10 +167,13 @@ def dwdp(
 
     With compute C (interference included) and copies of F seconds over the MoE layers, the copy
     engines run ahead by ``depth`` layers at most, so dense layers hide at most ``depth`` fetches:
-    T = max(C, F + max(0, D - depth f)), D the dense layers' time and f one layer's fetch. Without
-    the ring over steps the first fetch starts with the forward and is hidden by D and one
-    attention block only. Interference costs ``copy_interference`` seconds of compute per second
-    of copying at full rate: power and HBM bandwidth go to each byte copied (paper, appendix A).
+    T = max(C, F + max(0, D - depth f)), D the dense layers' time and f one layer's fetch. With one
+    slot a copy starts when the experts of the layer before are done and hides under what precedes
+    the next ones only: T = E + (n - 1) max(b, f) + max(b + D, f), E the experts' products, b the
+    rest of one of n MoE layers. Without the ring over steps the first fetch starts with the forward
+    and is hidden by D and one attention block only. Interference costs ``copy_interference`` seconds
+    of compute per second of copying at full rate: power and HBM bandwidth go to each byte copied
+    (paper, appendix A).
     """
     base = forward_parts(model, gpu, precision, batch)
     size = layer_fetch_bytes(model, precision, group)
@@ -187,8 +191,11 @@ def dwdp(
     slowdown = serial_slowdown(group.size, alone, compute) if contended else 1.0
     fetch = alone * slowdown
     per_layer = fetch / model.moe_layers
-    dense = compute * model.dense_layers / model.layers
+    dense = (base.total - base.grouped_gemm) * model.dense_layers / model.layers
     bound = fetch + max(0.0, dense - group.depth * per_layer)
+    if group.depth == 1:
+        before = (compute - dense - base.grouped_gemm) / model.moe_layers
+        bound = base.grouped_gemm + (model.moe_layers - 1) * max(before, per_layer) + max(before + dense, per_layer)
     cold = 0.0
     if not group.ring_over_steps:
         first = dense + (compute - base.grouped_gemm) / model.layers

@@ -15,8 +15,8 @@ import numpy as np
 from .cost import Estimate, Parts, forward_parts
 from .errors import PlannerError
 from .formats import Precision
-from .gpus import Gpu
-from .models import ModelShape
+from .gpu import Gpu
+from .shape import ModelShape
 from .workload import Batch, mean_batch
 
 EXCHANGES = ("all-to-all", "all-gather", "all-copies")

@@ -11,8 +11,8 @@ from . import kernels
 from .cost import Group, dwdp, forward_parts
 from .errors import PlannerError
 from .formats import Precision, default_precision, get_format
-from .gpus import Gpu
-from .models import ModelShape
+from .gpu import Gpu
+from .shape import ModelShape
 from .workload import Batch
 
 MAX_TOKENS = 65536

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from . import kernels
 from .formats import FORMATS
-from .gpus import Gpu
+from .gpu import Gpu
 from .profile import ALL_PEERS, AttentionPoint, CopyPoint, GemmPoint, Profile, SmallPoint
 
 Array = NDArray[np.float64]
@@ -125,7 +125,7 @@ def _fit_copies(gpu: Gpu, link: Sequence[CopyPoint]) -> Gpu:
 
 
 def fit(profile: Profile, gpu: Gpu) -> Gpu:
-    """``gpu`` with the profile's constants."""
+    """``gpu`` with the profile's constants; what was not measured stays."""
     fitted = gpu
 
     def improve(**constants: Any) -> None:
@@ -148,7 +148,15 @@ def fit(profile: Profile, gpu: Gpu) -> Gpu:
     link = [point for point in profile.copies if point.crosses_link]
     if link:
         fitted = _fit_copies(fitted, link)
+    reads = [point.bytes_per_second for point in profile.reads if point.peer != point.device]
+    if reads:
+        fitted = replace(fitted, direct_read=float(np.mean(reads)))
     sources = {**gpu.sources, "efficiency": f"measured on {profile.device}, torch {profile.torch}"}
+    where = f"measured on {profile.device}"
+    if profile.small:
+        sources["kernel_gap"] = where
     if link:
-        sources["copy_bandwidth"] = sources["copy_interference"] = f"measured on {profile.device}"
+        sources |= dict.fromkeys(("copy_bandwidth", "pair_bandwidth", "copy_interference"), where)
+    if reads:
+        sources["direct_read"] = where
     return replace(fitted, sources=sources)

@@ -1,114 +1,9 @@
-"""What the cost model knows about GPUs: data-sheet peaks, and which fraction kernels reach.
-
-Peaks are dense (no structured sparsity). ``link_bandwidth`` counts one direction. Every
-efficiency can be replaced by a measured profile (see ``profile.py``).
-"""
+"""The GPUs that the planner knows, each figure with its source, and how users and drivers call them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-
 from .errors import PlannerError
-from .formats import WeightFormat
-
-
-@dataclass(frozen=True)
-class Efficiency:
-    """Fractions of peak that kernels reach, and what limits small problems.
-
-    Attributes:
-        grouped_gemm, dense_gemm, attention: fraction of the matrix peak, for large problems.
-        elementwise: fraction of HBM bandwidth reached by norms, activations, permutations.
-        weight_read: fraction of HBM bandwidth reached by a product bound by reading weights.
-        collective: fraction of link bandwidth reached by all-to-all, all-gather, reduce-scatter.
-        tile_rows: rows that a grouped product is padded to; half of it is lost per expert.
-        half_depth: inner dimension at which a grouped product reaches half of its rate (pipeline
-            fill).
-        gemm_cap: fraction of the matrix peak that long large products sustain within the power limit.
-        gemm_latency: seconds that every product costs whatever its size.
-        overlap_power: p in (compute^p + memory^p)^(1/p), how well a product's weight reads hide
-            under its arithmetic; infinite for the plain maximum.
-        attention_half: prologue of attention: length at which it costs as much as the products.
-        attention_fill: tail of attention: the same for heads x length (the last blocks of a
-            causal grid leave multiprocessors idle).
-        softmax_pair: seconds per (query, key) pair and head that attention spends outside its two
-            products (exponentials); it weighs more the smaller the head.
-    """
-
-    grouped_gemm: float
-    dense_gemm: float
-    attention: float
-    elementwise: float
-    weight_read: float = 0.85
-    collective: float = 0.75
-    tile_rows: int = 128
-    half_depth: float = 0.0
-    gemm_cap: float = 1.0
-    gemm_latency: float = 0.0
-    overlap_power: float = float("inf")
-    attention_half: float = 0.0
-    attention_fill: float = 0.0
-    softmax_pair: float = 0.0
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU model.
-
-    Attributes:
-        memory: bytes of HBM that a process can use.
-        hbm_bandwidth: bytes/s.
-        peak_flops: FLOP/s by compute format (``bf16``, ``fp8``, ``fp4``).
-        link_bandwidth: bytes/s to all peers together, one direction, data sheet.
-        copy_bandwidth: bytes/s that copy engines pull from several peers together.
-        pair_bandwidth: bytes/s that they pull from one peer.
-        switched: peers share each GPU's port through a switch (a busy source slows its
-            readers); otherwise every pair has its own wire.
-        copy_interference: seconds of compute lost per second of copying under it.
-        expert_skew: how much experts' loads vary, as a fraction of the most that top-k routing
-            permits (0: evenly loaded, as EPLB strives for); under DEP it explains the wait for the
-            slowest rank that sequence lengths do not. A property of model and traffic more than of
-            the GPU; it stands here because Table 1 is its one source.
-        kernel_gap: seconds between dependent kernels.
-        sources: where each figure comes from.
-    """
-
-    name: str
-    memory: float
-    hbm_bandwidth: float
-    peak_flops: Mapping[str, float]
-    link_bandwidth: float
-    copy_bandwidth: float
-    pair_bandwidth: float
-    efficiency: Efficiency
-    max_group: int
-    switched: bool = True
-    copy_interference: float = 0.0
-    expert_skew: float = 0.0
-    kernel_gap: float = 2e-6
-    sources: Mapping[str, str] = field(default_factory=dict)
-
-    def peak(self, fmt: WeightFormat) -> float:
-        """FLOP/s at which weights of ``fmt`` are multiplied, before efficiency."""
-        if fmt.compute in self.peak_flops:
-            return self.peak_flops[fmt.compute]
-        if fmt.weight_only or fmt.compute == "bf16":
-            return self.peak_flops["bf16"]
-        raise PlannerError(f"{self.name} has no {fmt.compute} matrix units for weights in {fmt.name}")
-
-    @property
-    def direct_read_bandwidth(self) -> float:
-        """Bytes/s at which a kernel reads a peer's memory in place.
-
-        Kernels move 128 B of payload per packet, copy engines 256 B (an NCCL maintainer in
-        NVIDIA/nccl-tests#149). The header share that explains the copy engine's efficiency e
-        on its payload, h = 256 (1/e - 1), then costs a kernel 128 / (128 + h).
-        """
-        copy_efficiency = min(1.0, self.copy_bandwidth / self.link_bandwidth)
-        header = 256 * (1 / copy_efficiency - 1)
-        return self.link_bandwidth * 128 / (128 + header)
-
+from .gpu import Efficiency, Gpu
 
 # Interference on Hopper and MI355X was not published. What is known is Table 1 of the paper on
 # GB200: about 80 ms of compute lost to copies that would take 345 ms alone (see calibrate.py).
@@ -128,17 +23,41 @@ _HOPPER_EFFICIENCY = Efficiency(
     gemm_latency=5e-6,
     overlap_power=2.0,
 )
-_HOPPER_SOURCES = {
-    "peak_flops": "NVIDIA H100 / H200 data sheets, SXM, half of the figures with sparsity",
-    "link_bandwidth": "NVLink 4: 900 GB/s both ways (data sheet)",
-    "copy_bandwidth": "380 of 450 GB/s one way, copy engine, H100 SXM (NVIDIA/nccl#1264)",
-    "efficiency": "measured on one H100 (benchmarks/results/profile_h100.json), PyTorch's kernels; "
-    "attention: FlashAttention-3, about 600 of 989 TFLOP/s forward causal (arXiv 2407.08608)",
-    "copy_interference": f"not published for Hopper; taken from {_TABLE_1}",
-}
+_HOPPER_GAP = 2.65e-6
+_HOPPER_PEAKS = {"bf16": 989.4e12, "fp8": 1978.9e12}
 _BLACKWELL_EFFICIENCY = Efficiency(
     grouped_gemm=0.3584, dense_gemm=0.5183, attention=0.4054, elementwise=0.6765, collective=0.7456
 )
+_ASSUMED = (
+    "; weight_read and tile_rows are not published (two profiles of one H100 gave 0.78 and 0.84, 128 and 256 rows)"
+)
+
+
+def _sources(sheet: str, link: str, copies: str, efficiency: str, gap: str, own: str) -> dict[str, str]:
+    """``own`` says whose Table 1 is where it is not this GPU's."""
+    return {
+        **dict.fromkeys(("memory", "hbm_bandwidth"), sheet),
+        "peak_flops": f"{sheet}, dense: half of the figures with sparsity",
+        **dict.fromkeys(("link_bandwidth", "max_group", "switched"), link),
+        **dict.fromkeys(("copy_bandwidth", "pair_bandwidth"), copies),
+        "efficiency": efficiency,
+        "copy_interference": own + _TABLE_1,
+        "expert_skew": f"a property of model and traffic, {_TABLE_1}",
+        "kernel_gap": gap,
+    }
+
+
+_HOPPER_SOURCES = _sources(
+    "NVIDIA H100 / H200 data sheet, SXM",
+    "NVLink 4: 900 GB/s both ways, HGX boards of 8 (data sheet)",
+    "380 of 450 GB/s one way, copy engine, H100 SXM (NVIDIA/nccl#1264)",
+    "measured on one H100 (benchmarks/results/profile_h100.json), PyTorch's kernels; attention: FlashAttention-3, "
+    "about 600 of 989 TFLOP/s forward causal (arXiv 2407.08608); collective: as GB200",
+    "measured on one H100 (benchmarks/results/profile_h100.json)",
+    "not published for Hopper; GB200's by ",
+)
+_BLACKWELL_GAP = "assumed, a little below an H100's 2.65 us"
+
 
 GPUS: dict[str, Gpu] = {
     gpu.name.lower(): gpu
@@ -147,7 +66,7 @@ GPUS: dict[str, Gpu] = {
             name="H100",
             memory=80e9,
             hbm_bandwidth=3.35e12,
-            peak_flops={"bf16": 989.4e12, "fp8": 1978.9e12},
+            peak_flops=_HOPPER_PEAKS,
             link_bandwidth=450e9,
             copy_bandwidth=380e9,
             pair_bandwidth=380e9,
@@ -155,13 +74,14 @@ GPUS: dict[str, Gpu] = {
             max_group=8,
             copy_interference=_INTERFERENCE,
             expert_skew=_SKEW,
+            kernel_gap=_HOPPER_GAP,
             sources=_HOPPER_SOURCES,
         ),
         Gpu(
             name="H200",
             memory=141e9,
             hbm_bandwidth=4.8e12,
-            peak_flops={"bf16": 989.4e12, "fp8": 1978.9e12},
+            peak_flops=_HOPPER_PEAKS,
             link_bandwidth=450e9,
             copy_bandwidth=380e9,
             pair_bandwidth=380e9,
@@ -169,6 +89,7 @@ GPUS: dict[str, Gpu] = {
             max_group=8,
             copy_interference=_INTERFERENCE,
             expert_skew=_SKEW,
+            kernel_gap=_HOPPER_GAP,
             sources=_HOPPER_SOURCES,
         ),
         Gpu(
@@ -183,11 +104,14 @@ GPUS: dict[str, Gpu] = {
             max_group=8,
             copy_interference=_INTERFERENCE,
             expert_skew=_SKEW,
-            sources={
-                "peak_flops": "NVIDIA HGX B200 data sheet, half of the figures with sparsity",
-                "copy_bandwidth": f"as GB200: {_TABLE_1}",
-                "efficiency": f"as GB200: {_TABLE_1}",
-            },
+            sources=_sources(
+                "NVIDIA HGX B200 data sheet",
+                "NVLink 5: 1,800 GB/s both ways, HGX boards of 8 (data sheet)",
+                f"as GB200: {_TABLE_1}",
+                f"as GB200: {_TABLE_1}{_ASSUMED}",
+                _BLACKWELL_GAP,
+                "as GB200: ",
+            ),
         ),
         Gpu(
             name="GB200",
@@ -201,12 +125,14 @@ GPUS: dict[str, Gpu] = {
             max_group=72,
             copy_interference=_INTERFERENCE,
             expert_skew=_SKEW,
-            sources={
-                "peak_flops": "NVIDIA GB200 NVL72 data sheet per GPU, half of the figures with sparsity",
-                "link_bandwidth": "NVLink 5: 1,800 GB/s both ways (data sheet)",
-                "copy_bandwidth": f"{_TABLE_1}",
-                "efficiency": f"{_TABLE_1}",
-            },
+            sources=_sources(
+                "NVIDIA GB200 NVL72 data sheet, per GPU",
+                "NVLink 5: 1,800 GB/s both ways, 72 GPUs (data sheet)",
+                _TABLE_1,
+                f"{_TABLE_1}{_ASSUMED}",
+                _BLACKWELL_GAP,
+                "",
+            ),
         ),
         Gpu(
             name="MI355X",
@@ -221,13 +147,16 @@ GPUS: dict[str, Gpu] = {
             switched=False,
             copy_interference=_INTERFERENCE,
             expert_skew=_SKEW,
-            sources={
-                "peak_flops": "AMD Instinct MI355X data sheet",
-                "link_bandwidth": "7 Infinity Fabric links of 76.8 GB/s one way (data sheet)",
-                "copy_bandwidth": "169.2 GiB/s from three peers together, SGLang's ROCm DWDP results "
-                "(sgl-project/sglang#33310); pair_bandwidth is a third of it",
-                "efficiency": f"not published; the fractions of {_TABLE_1}",
-            },
+            sources=_sources(
+                "AMD Instinct MI355X data sheet",
+                "7 Infinity Fabric links of 76.8 GB/s one way, a mesh of 8 (data sheet)",
+                "169.2 GiB/s from three peers together, SGLang's ROCm DWDP results (sgl-project/sglang#33310); "
+                "pair_bandwidth is a third of it",
+                f"not published; the fractions of {_TABLE_1}{_ASSUMED}",
+                _BLACKWELL_GAP,
+                "not published; GB200's by ",
+            )
+            | {"peak_flops": "AMD Instinct MI355X data sheet, dense"},
         ),
     )
 }
@@ -235,13 +164,16 @@ _ALIASES = {"h100-sxm": "h100", "h200-sxm": "h200", "gb200-nvl72": "gb200"}
 
 
 def get_gpu(name: str) -> Gpu:
-    """The GPU called ``name`` (case and a few aliases do not matter).
+    """The GPU called ``name``, or as its driver calls it (case and a few aliases do not matter).
 
     Raises:
         PlannerError: for an unknown name, with the known ones.
     """
     key = name.lower().replace("_", "-").replace(" ", "-")
     key = _ALIASES.get(key, key)
+    named = gpu_of_device(name)
+    if key not in GPUS and named is not None:
+        return named
     if key not in GPUS:
         known = ", ".join(gpu.name for gpu in GPUS.values())
         raise PlannerError(
@@ -261,18 +193,3 @@ def gpu_of_device(device_name: str) -> Gpu | None:
     if words & {"PCIE", "NVL", "MIG"}:
         return None
     return next((gpu for gpu in GPUS.values() if gpu.name in words), None)
-
-
-def roofline_gpu(gpu: Gpu) -> Gpu:
-    """``gpu`` with every efficiency at 1 and no overheads: the paper's section 3 roofline."""
-    ideal = Efficiency(1.0, 1.0, 1.0, 1.0, weight_read=1.0, collective=1.0, tile_rows=0)
-    return replace(
-        gpu,
-        name=f"{gpu.name} (roofline)",
-        copy_bandwidth=gpu.link_bandwidth,
-        pair_bandwidth=gpu.link_bandwidth,
-        efficiency=ideal,
-        copy_interference=0.0,
-        expert_skew=0.0,
-        kernel_gap=0.0,
-    )

@@ -7,8 +7,8 @@ cross HBM once.
 from __future__ import annotations
 
 from .formats import FORMATS, Precision, WeightFormat
-from .gpus import Gpu
-from .models import ModelShape
+from .gpu import Gpu
+from .shape import ModelShape
 from .workload import Batch
 
 # Dependent kernels of a decoder layer outside the big products: norms, rotary embedding, cache

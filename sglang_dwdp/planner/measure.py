@@ -1,18 +1,20 @@
 """Measure a profile on this machine's GPUs, with PyTorch.
 
 One GPU gives the compute part, and copies within it; with more, every GPU copies from every peer, and from
-all at once, alone and under compute.
+all at once, alone and under compute, and multiplies with weights in every peer's memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .copies import TorchCopyBench, measure_copies
 from .errors import PlannerError
 from .gpus import gpu_of_device
-from .models import ModelShape
-from .profile import AttentionPoint, GemmPoint, Profile, SmallPoint
+from .profile import AttentionPoint, GemmPoint, Profile, ReadPoint, SmallPoint
+from .reads import TorchReadBench, measure_reads
+from .shape import ModelShape
 
 
 def measure(model: ModelShape, quick: bool = False, device: str | None = None) -> Profile:
@@ -89,6 +91,7 @@ def _measure(torch: Any, model: ModelShape, quick: bool, device: str) -> Profile
             seconds = timed(lambda q=q, k=k: layer.attend(q, k, k))
             attention.append(AttentionPoint(length, heads, kv_heads, dim, seconds))
     copies = measure_copies(TorchCopyBench(torch)) if device == "cuda" else ()
+    reads, reads_failed = _reads(torch, model, timed) if device == "cuda" else ((), "")
     return Profile(
         gpu=known.name if known else "unknown",
         device=name,
@@ -100,4 +103,16 @@ def _measure(torch: Any, model: ModelShape, quick: bool, device: str) -> Profile
         attention=tuple(attention),
         small=tuple(small),
         copies=tuple(copies),
+        reads=tuple(reads),
+        reads_failed=reads_failed,
     )
+
+
+def _reads(
+    torch: Any, model: ModelShape, timed: Callable[[Callable[[], Any]], float]
+) -> tuple[Sequence[ReadPoint], str]:
+    """(points, why there are none). The rest of a profile is worth having without them."""
+    try:
+        return measure_reads(TorchReadBench(torch, model, timed)), ""
+    except (ImportError, OSError, RuntimeError, NotImplementedError) as error:
+        return (), (str(error) or type(error).__name__).splitlines()[0]

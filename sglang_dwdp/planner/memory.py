@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from .cost import Group, layer_fetch_bytes
 from .formats import Precision
-from .gpus import Gpu
-from .models import ModelShape
+from .gpu import Gpu
+from .shape import ModelShape
 
 # CUDA context, NCCL or copy buffers, workspaces and graph pools. SGLang's default
 # --mem-fraction-static leaves 10 to 20 % for them and for activations.
@@ -33,6 +33,11 @@ class Memory:
     activations: float
     runtime: float
     kv_cache: float
+
+    @property
+    def used(self) -> float:
+        """Everything but the KV cache."""
+        return self.attention + self.experts + self.slots + self.activations + self.runtime
 
     @property
     def fits(self) -> bool:

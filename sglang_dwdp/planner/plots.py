@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .outcome import Result
+from .outcome import Result, Span
 from .plan import Plan
 
 # Okabe-Ito colours: distinct for colour-blind readers and in grey.
@@ -16,6 +16,7 @@ COLOURS = {
     "dep": "#D55E00",
     "in-tree dwdp": "#009E73",
     "replica": "#7F7F7F",
+    "forward": "#0072B2",
     "compute": "#0072B2",
     "experts": "#56B4E9",
     "wait": "#D55E00",
@@ -30,6 +31,9 @@ MEMORY_PARTS = (
     ("kv_cache", "left for KV cache", "#E5E5E5"),
 )
 
+TIMELINE_KERNELS = 24
+KERNELS = ("forward", "compute", "experts")
+
 
 def _pyplot() -> Any:
     import matplotlib
@@ -41,7 +45,7 @@ def _pyplot() -> Any:
 
 
 def plot_plan(plan: Plan, path: str) -> None:
-    """Write a PNG or PDF: speed-up over DEP by tokens per rank, and memory by scheme."""
+    """Write a PNG, PDF or SVG: speed-up over DEP by tokens per rank, and memory by scheme."""
     plt = _pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     tokens = [p.tokens for p in plan.points]
@@ -49,22 +53,12 @@ def plot_plan(plan: Plan, path: str) -> None:
         "dwdp": [p.speedup for p in plan.points],
         "in-tree dwdp": [p.in_tree.tokens_per_second / p.dep.tokens_per_second for p in plan.points],
     }
-    if all(p.replica for p in plan.points):
+    if plan.points[0].replica:  # larger forwards may not leave it room
         series["replica"] = [p.replica.tokens_per_second / p.dep.tokens_per_second for p in plan.points if p.replica]
     labels = {"dwdp": "DWDP", "in-tree dwdp": "in-tree-style DWDP", "replica": "replica"}
     for name, values in series.items():
-        left.plot(tokens, values, marker="o", color=COLOURS[name], label=labels[name])
+        left.plot(tokens[: len(values)], values, marker="o", color=COLOURS[name], label=labels[name])
     left.axhline(1.0, color=COLOURS["dep"], linewidth=1.2, label="DEP")
-    if plan.crossover and plan.crossover > plan.points[0].tokens:
-        left.axvline(plan.crossover, color="#999999", linestyle=":")
-        left.annotate(
-            f"DWDP pays from\n{plan.crossover:,} tokens",
-            (plan.crossover, left.get_ylim()[0]),
-            xytext=(6, 10),
-            textcoords="offset points",
-            fontsize=9,
-            color="#555555",
-        )
     left.set_xscale("log", base=2)
     ticks = [t for t in tokens if t & (t - 1) == 0]
     left.set_xticks(ticks, [f"{t // 1024}K" if t >= 1024 else str(t) for t in ticks])
@@ -72,30 +66,57 @@ def plot_plan(plan: Plan, path: str) -> None:
     left.set_xlabel("tokens per rank and forward")
     left.set_ylabel("tokens/s per GPU, relative to DEP")
     left.set_ylim(bottom=0)
+    if plan.crossover and plan.crossover > plan.points[0].tokens:
+        left.axvline(plan.crossover, color="#999999", linestyle=":")
+        left.annotate(
+            f"DWDP pays from\n{plan.crossover:,} tokens",
+            (plan.crossover, 0.0),
+            xytext=(6, 10),
+            textcoords="offset points",
+            fontsize=9,
+            color="#555555",
+        )
     left.grid(alpha=0.3)
     left.legend(frameon=False, loc="best")
     left.set_title("Prefill rate")
 
+    _memory_bars(right, plan)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=6, frameon=False, fontsize=9)
+    figure.suptitle(plan.title)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _memory_bars(axis: Any, plan: Plan) -> None:
+    """GB of one GPU by scheme; a bar that does not fit is cut and says how long it is."""
+    room = plan.case.gpu.memory / 1e9
+    edge = min(1.5 * room, max(room, *(m.used / 1e9 for m in plan.memories.values()))) * 1.04
     names = list(plan.memories)
     for row, name in enumerate(names):
         start = 0.0
         parts = plan.memories[name]
         for attribute, label, colour in MEMORY_PARTS:
             width = max(0.0, getattr(parts, attribute)) / 1e9
-            edge = "#999999" if attribute == "kv_cache" else "white"
-            right.barh(row, width, left=start, color=colour, edgecolor=edge, label=label if row == 0 else None)
+            outline = "#999999" if attribute == "kv_cache" else "white"
+            axis.barh(
+                row,
+                width,
+                left=start,
+                color=colour,
+                edgecolor=outline,
+                linewidth=0.5,
+                label=label if row == 0 else None,
+            )
             start += width
-    right.axvline(plan.gpu.memory / 1e9, color="black", linestyle="--", linewidth=1)
-    right.text(plan.gpu.memory / 1e9, -0.62, "GPU memory ", ha="right", va="center", fontsize=9)
-    right.set_yticks(range(len(names)), [name.replace("dwdp", "DWDP").replace("dep", "DEP") for name in names])
-    right.set_ylim(len(names) - 0.4, -0.85)
-    right.margins(x=0.04)
-    right.set_xlabel("GB per GPU")
-    right.set_title(f"Memory at {plan.chunk:,} tokens per rank")
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=6, frameon=False, fontsize=9)
-    figure.suptitle(f"{plan.model.name} ({plan.precision.experts.name} experts), {plan.group.size} x {plan.gpu.name}")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        if start > edge:
+            axis.text(edge * 0.99, row, f"{start:,.0f} GB in all →", ha="right", va="center", fontsize=9)
+    axis.axvline(room, color="black", linestyle="--", linewidth=1)
+    axis.text(room, -0.62, "GPU memory ", ha="right", va="center", fontsize=9)
+    axis.set_yticks(range(len(names)), [name.replace("dwdp", "DWDP").replace("dep", "DEP") for name in names])
+    axis.set_ylim(len(names) - 0.4, -0.85)
+    axis.set_xlim(0, edge)
+    axis.set_xlabel("GB per GPU")
+    axis.set_title(f"Memory at {plan.chunk:,} tokens per rank")
 
 
 def plot_results(results: list[Result], path: str) -> None:
@@ -123,37 +144,62 @@ def plot_results(results: list[Result], path: str) -> None:
     plt.close(figure)
 
 
+def _window(spans: list[Span], ranks: list[int]) -> tuple[float, float]:
+    """(start, end) of about twelve layers of the first rank in which all ranks have work, and wait most for copies."""
+    first = [span for span in spans if span.rank == ranks[0] and span.kind in KERNELS]
+    length = min(TIMELINE_KERNELS, len(first))
+    windows = [
+        (first[i].start, first[i + length - 1].end) for i in range(0, len(first) - length + 1, max(1, length // 2))
+    ]
+
+    def share(window: tuple[float, float], kinds: tuple[str, ...]) -> float:
+        start, end = window
+        overlap = (max(0.0, min(s.end, end) - max(s.start, start)) for s in spans if s.kind in kinds)
+        return sum(overlap) / (end - start) / len(ranks)
+
+    return max(windows, key=lambda window: (round(share(window, (*KERNELS, "wait")), 2), share(window, ("wait",))))
+
+
 def _timeline(axis: Any, result: Result) -> None:
-    """Kernels and copies of the first ranks over a window of about twelve layers."""
-    ranks = sorted({span.rank for span in result.timeline})[:4]
+    """Kernels and copies of the first ranks of a group over a window of about twelve layers."""
+    ranks = sorted({span.rank for span in result.timeline if span.kind in KERNELS})[:4]
     spans = [span for span in result.timeline if span.rank in ranks]
-    kernels = [span for span in spans if span.kind in ("compute", "experts") and span.rank == ranks[0]]
-    if not kernels:
+    if not ranks:
         axis.set_axis_off()
         return
-    skip = min(len(kernels) // 2, 24)
-    start = kernels[skip].start
-    stop = kernels[min(len(kernels) - 1, skip + 24)].end
-    names = {"compute": "attention and dense", "experts": "experts", "wait": "waiting", "copy": "copy"}
-    seen: set[str] = set()
+    start, stop = _window(spans, ranks)
+    names = {
+        "forward": "a forward",
+        "compute": "attention and dense",
+        "experts": "experts",
+        "wait": "waiting for a copy",
+        "copy": "copy",
+    }
+    bars: dict[str, Any] = {}
     for span in spans:
         begin, end = max(span.start, start), min(span.end, stop)
         if end <= begin:
             continue
         row = 2.4 * ranks.index(span.rank) + (1 if span.kind == "copy" else 0)
-        axis.broken_barh(
+        bars[span.kind] = axis.broken_barh(
             [((begin - start) * 1e3, (end - begin) * 1e3)],
             (row - 0.42, 0.84),
             color=COLOURS[span.kind],
             edgecolor="white",
             linewidth=0.6,
-            label=names[span.kind] if span.kind not in seen else None,
         )
-        seen.add(span.kind)
-    ticks = [2.4 * i + k for i in range(len(ranks)) for k in (0, 1)]
-    axis.set_yticks(ticks, [f"rank {r} {what}" for r in ranks for what in ("kernels", "copies")])
+    what = ("kernels", "copies") if result.scenario.mode == "dwdp" else ("kernels",)
+    ticks = [2.4 * i + k for i in range(len(ranks)) for k in range(len(what))]
+    axis.set_yticks(ticks, [f"rank {r} {kind}" for r in ranks for kind in what])
+    axis.set_ylim(2.4 * len(ranks) - 0.9, -0.9)
     axis.set_xlim(0, (stop - start) * 1e3)
-    axis.invert_yaxis()
-    axis.set_xlabel("time (ms, from an arbitrary layer on)")
+    axis.set_xlabel(f"time (ms, from {start:.2f} s on)")
     axis.set_title(f"Timeline: {result.scenario.name}")
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    shown = [kind for kind in names if kind in bars]
+    axis.legend(
+        [bars[kind] for kind in shown],
+        [names[kind] for kind in shown],
+        frameon=False,
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+    )

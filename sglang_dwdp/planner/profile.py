@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .checks import kinds_of_fields, number, read_json, whole
 from .errors import PlannerError
-from .gpus import Gpu
+from .gpu import Gpu
 
 FORMAT_VERSION = 1
 
@@ -72,8 +72,27 @@ class CopyPoint:
 
 
 @dataclass(frozen=True)
+class ReadPoint:
+    """A grouped product on GPU ``device`` whose weights lie in the memory of GPU ``peer``.
+
+    Attributes:
+        rows_per_expert: rows of each expert; fewer than a tile read the weights once.
+        bytes_per_second: bytes of weights over the product's time.
+    """
+
+    device: int
+    peer: int
+    rows_per_expert: int
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
 class Profile:
-    """What was measured, and where."""
+    """What was measured, and where.
+
+    ``reads`` is empty where no GPU reaches another, or where reading in place failed: ``reads_failed`` says how.
+    Figures of other measurements may be put in by hand.
+    """
 
     gpu: str
     device: str
@@ -85,6 +104,8 @@ class Profile:
     attention: tuple[AttentionPoint, ...] = ()
     small: tuple[SmallPoint, ...] = ()
     copies: tuple[CopyPoint, ...] = ()
+    reads: tuple[ReadPoint, ...] = ()
+    reads_failed: str = ""
     version: int = field(default=FORMAT_VERSION)
 
     def to_json(self) -> dict[str, Any]:
@@ -104,31 +125,49 @@ class Profile:
         return fit(self, gpu)
 
 
+POINTS: dict[str, Any] = {
+    "grouped": GemmPoint,
+    "dense": GemmPoint,
+    "sustained": GemmPoint,
+    "attention": AttentionPoint,
+    "small": SmallPoint,
+    "copies": CopyPoint,
+    "reads": ReadPoint,
+}
+POSITIVE = {"seconds", "alone", "under_compute", "compute_slowdown", "bytes_per_second", "counted_bytes"}
+
+
 def load_profile(path: str) -> Profile:
     """Read what ``sglang-dwdp profile`` wrote.
 
     Raises:
-        PlannerError: if the file is missing, no JSON, or of another version.
+        PlannerError: if the file is missing, no JSON, of another version, or holds figures that make no sense.
     """
     file = Path(path)
     if not file.is_file():
         raise PlannerError(f"profile {path} does not exist; make one with `sglang-dwdp profile -o {path}`")
-    try:
-        data = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise PlannerError(f"profile {path} is not valid JSON: {error}") from None
-    if not isinstance(data, dict) or data.get("version") != FORMAT_VERSION:
+    data = read_json(file, "profile")
+    if data.get("version") != FORMAT_VERSION:
         raise PlannerError(f"{path} is no profile of version {FORMAT_VERSION}; measure it again")
-    kinds = {
-        "grouped": GemmPoint,
-        "dense": GemmPoint,
-        "sustained": GemmPoint,
-        "attention": AttentionPoint,
-        "small": SmallPoint,
-        "copies": CopyPoint,
-    }
     try:
-        points: dict[str, Any] = {name: tuple(kind(**p) for p in data.pop(name, ())) for name, kind in kinds.items()}
-        return Profile(**data, **points)
-    except TypeError as error:
+        points: dict[str, Any] = {
+            name: tuple(_point(kind, p) for p in data.pop(name, ())) for name, kind in POINTS.items()
+        }
+        profile = Profile(**data, **points)
+        kinds_of_fields(profile)
+    except (TypeError, PlannerError) as error:
         raise PlannerError(f"profile {path} is malformed: {error}") from None
+    return profile
+
+
+def _point(kind: Any, settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        raise PlannerError(f"{settings!r} is no {kind.__name__}")
+    for name, value in settings.items():
+        if name == "peer":
+            whole(name, value, least=ALL_PEERS)
+        elif name in POSITIVE:
+            number(name, value, positive=True)
+        else:
+            whole(name, value, least=0 if name == "device" else 1)
+    return kind(**settings)

@@ -39,13 +39,9 @@ def _gb(value: float) -> str:
 
 def plan_tables(plan: Plan) -> Stack:
     """Sweep, breakdown and memory of a plan, for a terminal."""
-    title = (
-        f"{plan.model.name} ({plan.precision.experts.name} experts) on {plan.group.size} x {plan.gpu.name}, "
-        f"{plan.group.stored(plan.model)} of {plan.model.experts} experts per rank"
-    )
     sweep = Table(
         **STYLE,
-        title=title,
+        title=plan.title,
         caption="ms per forward of one rank; vs DEP: DWDP's tokens/s per GPU",
     )
     for label in ("tokens", "compute", "fetch", "exposed", "DWDP", "DEP", "in-tree", "replica"):
@@ -63,7 +59,7 @@ def plan_tables(plan: Plan) -> Stack:
             _ms(p.replica.seconds) if p.replica else "no room",
             f"{p.speedup:.2f}x",
         )
-    chosen = next(p for p in plan.points if p.tokens == plan.chunk)
+    chosen = plan.chosen
     parts = Table(
         **STYLE,
         title=f"Breakdown at {plan.chunk:,} tokens per rank",
@@ -80,7 +76,7 @@ def plan_tables(plan: Plan) -> Stack:
         if any(values):
             parts.add_row(PART_LABELS[field.name], *(_ms(v) for v in values))
     parts.add_row("total", *(_ms(e.seconds) for e in shown), style="bold")
-    memories = Table(**STYLE, title=f"Memory per GPU ({_gb(plan.gpu.memory)} GB)", caption="GB")
+    memories = Table(**STYLE, title=f"Memory per GPU ({_gb(plan.case.gpu.memory)} GB)", caption="GB")
     memories.add_column("scheme")
     for label in ("replicated", "experts", "slots", "activations", "runtime", "for KV cache"):
         memories.add_column(label, justify="right")
@@ -113,12 +109,17 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         for p in plan.points
     ]
     return {
-        "model": plan.model.name,
-        "gpu": plan.gpu.name,
+        "model": plan.case.model.name,
+        "gpu": plan.case.gpu.name,
         "group_size": plan.group.size,
-        "local_experts": plan.group.stored(plan.model),
-        "expert_format": plan.precision.experts.name,
+        "gpus": plan.gpus,
+        "local_experts": plan.group.stored(plan.case.model),
+        "depth": plan.group.depth,
+        "expert_format": plan.case.precision.experts.name,
+        "lengths": asdict(plan.case.lengths),
+        "exchange": plan.case.exchange,
         "verdict": plan.verdict,
+        "pays": plan.pays,
         "crossover_tokens_per_rank": plan.crossover,
         "copies_hidden_from_tokens_per_rank": plan.hidden_from,
         "chunked_prefill_size": plan.chunk,
@@ -126,7 +127,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "flags": list(plan.flags),
         "memory_bytes": {scheme: asdict(m) for scheme, m in plan.memories.items()},
         "points": points,
-        "sources": dict(plan.gpu.sources),
+        "sources": dict(plan.case.gpu.sources),
     }
 
 
@@ -147,6 +148,13 @@ def profile_lines(profile: Profile) -> list[str]:
         )
     if not profile.copies:
         lines.append("copies: none measured: no GPU reaches another's memory")
+    for read in profile.reads:
+        lines.append(
+            f"GPU {read.device} reads experts in place on GPU {read.peer}: {read.bytes_per_second / 1e9:.0f} GB/s "
+            f"with {read.rows_per_expert} rows for each"
+        )
+    if profile.reads_failed:
+        lines.append(f"reading in place: not measured: {profile.reads_failed}")
     return lines
 
 
@@ -173,11 +181,15 @@ def result_json(result: Result) -> dict[str, Any]:
 
 def result_table(results: list[Result]) -> Table:
     """Outcomes of several scenarios side by side."""
-    table = Table(**STYLE, title="Simulated prefill serving")
-    columns = ("GPUs", "tok/s per GPU", "TTFT p50 s", "p90 s", "p99 s", "exposed copy", "copying", "in-step wait")
+    table = Table(
+        **STYLE,
+        title="Simulated prefill serving",
+        caption="p50 to p99: TTFT in s; exposed: kernels wait for copies; copying: copy engines are busy; "
+        "in step: ranks wait for the slowest (shares of the ranks' time)",
+    )
     table.add_column("scenario")
-    for label in columns:
-        table.add_column(label, justify="right")
+    for label in ("GPUs", "tok/s/GPU", "p50", "p90", "p99", "exposed", "copying", "in step"):
+        table.add_column(label, justify="right", no_wrap=True)
     for result in results:
         data = result_json(result)
         ttft = data["ttft_seconds"]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .checks import choice, kinds_of_fields, number, read_text, whole
 from .cost import COPY_POLICIES, Group
 from .dep import EXCHANGES
 from .errors import PlannerError
 from .formats import Precision, default_precision, get_format
-from .gpus import Gpu, get_gpu
-from .models import ModelShape, load_model
+from .gpu import Gpu
+from .gpus import get_gpu
+from .memory import memory
+from .models import load_model
+from .shape import ModelShape
 from .workload import Lengths
 
 MODES = ("dwdp", "dep", "replica")
 ROUTERS = ("round_robin", "least_tokens")
 ORDERS = ("rotation", "random")
+MOST_GPUS = 65_536  # a simulated GPU takes some 10 kB
 
 
 @dataclass(frozen=True)
@@ -72,21 +77,21 @@ class Scenario:
     name: str = field(default="scenario", compare=False)
 
     def __post_init__(self) -> None:
-        _choice("mode", self.mode, MODES)
-        _choice("router", self.router, ROUTERS)
-        _choice("order", self.order, ORDERS)
-        _choice("copies", self.copies, COPY_POLICIES)
-        _choice("exchange", self.exchange, EXCHANGES)
+        kinds_of_fields(self)
+        choice("mode", self.mode, MODES)
+        choice("router", self.router, ROUTERS)
+        choice("order", self.order, ORDERS)
+        choice("copies", self.copies, COPY_POLICIES)
+        choice("exchange", self.exchange, EXCHANGES)
         for name in ("group_size", "groups", "token_budget", "requests", "depth"):
-            if getattr(self, name) < 1:
-                raise PlannerError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("rate", "concurrency", "jitter", "max_prefill_tokens", "frontend"):
-            if getattr(self, name) < 0:
-                raise PlannerError(f"{name} must not be negative, is {getattr(self, name)}")
+            whole(name, getattr(self, name), least=1)
+        whole("the number of GPUs, group_size x groups,", self.ranks, most=MOST_GPUS)
+        if self.group_size > self.gpu.max_group:
+            known = f"{self.gpu.name} links {self.gpu.max_group} GPUs"
+            raise PlannerError(f"{known}, so group_size cannot be {self.group_size}")
         if self.rate and self.concurrency:
             raise PlannerError("give either rate (open loop) or concurrency (closed loop), not both")
-        if self.slowdown <= 0:
-            raise PlannerError(f"slowdown must be positive, is {self.slowdown}")
+        number("slowdown", self.slowdown, positive=True)
         if self.lockstep and self.mode != "replica":
             raise PlannerError("lockstep applies to mode replica only; dep is always in step")
         if self.mode == "dwdp":
@@ -110,21 +115,16 @@ class Scenario:
         )
 
 
-def _choice(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise PlannerError(f"unknown {what} {value!r}; known: {', '.join(known)}")
-
-
 def scenario_from_mapping(data: Mapping[str, Any], name: str = "scenario") -> Scenario:
     """Build a scenario; ``model``, ``gpu`` and ``lengths`` are required.
 
     Raises:
-        PlannerError: for an unknown or missing key, or a value of the wrong kind.
+        PlannerError: for an unknown or missing key, a value of the wrong kind, or a model that does not fit.
     """
     data = dict(data)
     missing = [key for key in ("model", "gpu", "lengths") if key not in data]
     if missing:
-        raise PlannerError(f"scenario {name} lacks {', '.join(missing)}")
+        raise PlannerError(f"there is no {', no '.join(missing)}")
     model = load_model(str(data.pop("model")))
     gpu = get_gpu(str(data.pop("gpu")))
     precision = _precision(model, data)
@@ -132,18 +132,22 @@ def scenario_from_mapping(data: Mapping[str, Any], name: str = "scenario") -> Sc
     if not isinstance(raw_lengths, Mapping):
         raise PlannerError("lengths must be a mapping such as {kind: uniform, length: 8192, ratio: 0.8}")
     known_lengths = {f.name for f in fields(Lengths)}
-    unknown = sorted(set(raw_lengths) - known_lengths)
-    if unknown:
-        raise PlannerError(f"unknown key lengths.{unknown[0]}; known: {', '.join(sorted(known_lengths))}")
+    _known("lengths key", raw_lengths, known_lengths)
     known = {f.name for f in fields(Scenario)} - {"model", "gpu", "precision", "lengths", "name"}
-    unknown = sorted(set(data) - known)
-    if unknown:
-        raise PlannerError(f"unknown scenario key {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    try:
-        lengths = Lengths(**raw_lengths)
-        return Scenario(model, gpu, precision, lengths, name=name, **data)
-    except TypeError as error:
-        raise PlannerError(f"scenario {name}: {error}") from None
+    _known("scenario key", data, known)
+    scenario = Scenario(model, gpu, precision, Lengths(**raw_lengths), name=name, **data)
+    needed = memory(model, gpu, precision, scenario.mode, scenario.group, scenario.token_budget)
+    if not needed.fits:
+        raise PlannerError(
+            f"{model.name} in {precision.experts.name} does not fit: {needed.used / 1e9:.0f} GB of weights, "
+            f"activations and workspaces, {gpu.memory / 1e9:.0f} GB on {gpu.name}"
+        )
+    return scenario
+
+
+def _known(what: str, found: Iterable[Any], known: set[str]) -> None:
+    for key in found:
+        choice(what, key, tuple(sorted(known)))
 
 
 def _precision(model: ModelShape, data: dict[str, Any]) -> Precision:
@@ -153,7 +157,7 @@ def _precision(model: ModelShape, data: dict[str, Any]) -> Precision:
         precision = replace(precision, projections=get_format(str(data.pop("projection_format"))))
     if "attention_format" in data:
         attention = str(data.pop("attention_format"))
-        _choice("attention_format", attention, ("bf16", "fp8"))
+        choice("attention_format", attention, ("bf16", "fp8"))
         precision = replace(precision, attention=attention)
     if "dispatch_format" in data:
         dispatch = get_format(str(data.pop("dispatch_format"))).bytes_per_param
@@ -173,14 +177,27 @@ def load_scenarios(path: str) -> list[Scenario]:
     if not file.is_file():
         raise PlannerError(f"scenario file {path} does not exist")
     try:
-        data = yaml.safe_load(file.read_text())
+        data = yaml.safe_load(read_text(file))
     except yaml.YAMLError as error:
-        raise PlannerError(f"{path} is not valid YAML: {error}") from None
+        raise PlannerError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, Mapping):
         raise PlannerError(f"{path} must hold a mapping")
     if "scenarios" not in data:
-        return [scenario_from_mapping(data, file.stem)]
-    if not isinstance(data["scenarios"], Mapping):
-        raise PlannerError(f"{path}: scenarios must be a mapping of names to settings")
+        return [_named(path, file.stem, data)]
+    _known(f"key of {path}", data, {"defaults", "scenarios"})
+    if not isinstance(data["scenarios"], Mapping) or not data["scenarios"]:
+        raise PlannerError(f"{path}: scenarios must be a mapping of names to settings, with one at least")
     defaults = data.get("defaults") or {}
-    return [scenario_from_mapping({**defaults, **(own or {})}, name) for name, own in data["scenarios"].items()]
+    found = []
+    for name, own in data["scenarios"].items():
+        if not isinstance(defaults, Mapping) or not isinstance(own or {}, Mapping):
+            raise PlannerError(f"{path}: defaults and scenario {name} must be mappings of settings")
+        found.append(_named(path, str(name), {**defaults, **(own or {})}))
+    return found
+
+
+def _named(path: str, name: str, settings: Mapping[str, Any]) -> Scenario:
+    try:
+        return scenario_from_mapping(settings, name)
+    except PlannerError as error:
+        raise PlannerError(f"{path}, scenario {name}: {error}") from None

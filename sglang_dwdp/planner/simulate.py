@@ -14,9 +14,8 @@ import numpy as np
 import simpy
 from simpy.events import Event
 
-from .cost import forward_parts, layer_fetch_bytes, pull_bandwidth
-from .dep import exchange_bandwidth, exchange_bytes, expert_wait
-from .kernels import elementwise
+from .cost import layer_fetch_bytes, pull_bandwidth
+from .forward_times import dep_forward, layer_times
 from .outcome import TIMELINE_LIMIT, Result, Span
 from .rank import Rank, Request
 from .scenario import Scenario
@@ -99,33 +98,15 @@ class _Simulation:
 
     # -- compute ---------------------------------------------------------------------------------
 
-    def layer_seconds(self, batch: Batch) -> tuple[float, float, float]:
-        """(dense layers together, before the experts, the experts) of one rank; the latter two per layer."""
-        s = self.scenario
-        base = forward_parts(s.model, s.gpu, s.precision, batch)
-        local = base.attention + base.dense_gemm + base.other
-        share = s.model.dense_layers / s.model.layers
-        moe = max(1, s.model.moe_layers)
-        extra = 0.0
-        if s.mode == "dwdp":
-            size = layer_fetch_bytes(s.model, s.precision, s.group)
-            extra = s.gpu.copy_interference * size / pull_bandwidth(s.gpu, s.group)
-            if s.merge_copy:
-                stored = s.group.stored(s.model) * s.model.expert_params
-                moved = 2 * stored * s.precision.experts.bytes_per_param
-                extra += moved / (s.gpu.hbm_bandwidth * s.gpu.efficiency.elementwise)
-        scale = s.slowdown
-        before = local * (1 - share) / moe + extra
-        return local * share * scale, before * scale, base.grouped_gemm / moe * scale
-
     def noise(self, rank: Rank, *shape: int) -> np.ndarray[Any, np.dtype[np.float64]]:
         sigma = np.sqrt(np.log1p(self.scenario.jitter**2))
         return rank.compute_rng.lognormal(-(sigma**2) / 2, sigma, shape)
 
-    def span(self, rank: int, kind: str, start: float, end: float | None = None) -> None:
-        stop = float(self.env.now) if end is None else end
-        if len(self.timeline) < TIMELINE_LIMIT and stop > start:
-            self.timeline.append(Span(rank, kind, start, stop))
+    def span(self, rank: int, kind: str, start: float) -> None:
+        """Note what a rank of the first group did from ``start`` until now."""
+        now = float(self.env.now)
+        if rank < self.scenario.group_size and len(self.timeline) < TIMELINE_LIMIT and now > start:
+            self.timeline.append(Span(rank, kind, start, now))
 
     def independent(self, rank: Rank) -> Generator[Event, Any, None]:
         s, env = self.scenario, self.env
@@ -135,21 +116,21 @@ class _Simulation:
         while True:
             yield from self.wait_for_work([rank])
             batch, finished = rank.form(s)
-            dense, before, experts = self.layer_seconds(batch)
+            times = layer_times(s, batch)
             self.forwards += 1
             started, rank.step_started = rank.step_started, env.event()
             started.succeed()
             factors = self.noise(rank, moe).tolist() if s.jitter else [1.0] * moe
             if not fetches:  # nothing to wait for: one event for the whole forward
                 start = float(env.now)
-                yield env.timeout(dense + (before + experts) * sum(factors))
-                self.span(rank.index, "compute", start)
+                yield env.timeout(times.dense + (times.before + times.experts) * sum(factors))
+                self.span(rank.index, "forward", start)
                 self.finish(finished)
                 continue
-            pending = dense
+            pending = times.dense
             for factor in factors:
                 start = float(env.now)
-                yield env.timeout(pending + before * factor)
+                yield env.timeout(pending + times.before * factor)
                 self.span(rank.index, "compute", start)
                 pending = 0.0
                 start = float(env.now)
@@ -158,7 +139,7 @@ class _Simulation:
                     rank.exposed += float(env.now) - start
                     self.span(rank.index, "wait", start)
                 start = float(env.now)
-                yield env.timeout(experts * factor)
+                yield env.timeout(times.experts * factor)
                 self.span(rank.index, "experts", start)
                 rank.slots.release()
                 done += 1
@@ -174,10 +155,10 @@ class _Simulation:
             batches = [batch for batch, _ in formed]
             self.forwards += n
             if s.mode == "replica":
-                times = np.array([sum(self.layer_seconds(b)[1:]) for b in batches])
-                heads = [self.layer_seconds(b)[0] for b in batches]
+                times = [layer_times(s, b) for b in batches]
+                heads = [t.dense for t in times]
                 factors = self.noise(ranks[0], moe, n) if s.jitter else np.ones((moe, n))
-                layers = times * factors
+                layers = np.array([t.before + t.experts for t in times]) * factors
                 duration = max(heads) + float(layers.max(axis=1).sum())
                 self.waited += n * duration - float(layers.sum()) - sum(heads)
             else:
@@ -185,35 +166,19 @@ class _Simulation:
             start = float(env.now)
             yield env.timeout(duration)
             for rank in ranks:
-                self.span(rank.index, "compute", start)
+                self.span(rank.index, "forward", start)
             self.finish([request for _, finished in formed for request in finished])
 
     def dep_seconds(self, first: Rank, batches: list[Batch]) -> float:
-        """One DEP forward: slowest rank's own kernels, the experts' products shared, the exchange."""
-        s, n = self.scenario, len(batches)
-        tokens = sum(b.tokens for b in batches) / n
-        share = max(1, round(s.model.experts / n))
-        mean = Batch(tokens, 0.0)
-        grouped = forward_parts(s.model, s.gpu, s.precision, mean, experts=share).grouped_gemm
-        skew = expert_wait(s.model, s.gpu, n, grouped)
-        # an idle rank still launches its kernels: elementwise() at zero tokens is the gaps
-        idle = s.model.layers * elementwise(s.model, s.gpu, s.precision, 0.0, moe=True)
-        own = []
-        for batch in batches:
-            parts = forward_parts(s.model, s.gpu, s.precision, batch) if batch.tokens else None
-            own.append(parts.attention + parts.dense_gemm + parts.other if parts else idle)
-        sent = exchange_bytes(s.model, s.precision, tokens, n, s.exchange) if n > 1 else 0.0
-        moved = sent / exchange_bandwidth(s.gpu) + 2 * s.gpu.kernel_gap
-        moe = s.model.moe_layers
-        if s.jitter:
-            factors = self.noise(first, moe, n)
-            layers = (np.array(own) + grouped) / moe * factors
-            compute = float(layers.max(axis=1).sum()) + skew
-        else:
-            compute = max(own) + grouped + skew
-        mean_own = sum(own) / n + grouped
-        self.waited += n * max(0.0, compute - mean_own)
-        return compute * s.slowdown + (moe * moved if n > 1 else 0.0)
+        """One DEP forward with jitter: every layer takes as long as its slowest rank."""
+        times = dep_forward(self.scenario, batches)
+        moe = self.scenario.model.moe_layers
+        own = np.array(times.own)
+        slowest = float(own.max())
+        if self.scenario.jitter:
+            slowest = float((own / moe * self.noise(first, moe, len(batches))).max(axis=1).sum())
+        self.waited += max(0.0, (slowest + times.hot_experts) * len(batches) - float(own.sum()))
+        return slowest + times.hot_experts + times.exchange
 
     # -- copies ----------------------------------------------------------------------------------
 

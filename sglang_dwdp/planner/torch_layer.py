@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .errors import PlannerError
-from .models import ModelShape
+from .shape import ModelShape
 
 # Kernels that ``TorchLayer.small`` launches: 14 for the rotations, 6 copies into other layouts, 5
 # norms and sums, about 13 for routing, 2 for the activation, 5 to permute and combine.

@@ -9,9 +9,12 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from .checks import choice, kinds_of_fields, whole
 from .errors import PlannerError
 
 KINDS = ("fixed", "uniform", "normal", "lognormal")
+FEWEST_PROMPTS = 4  # that typical forwards of one rank come from
+LONGEST = 10_000_000  # tokens of a prompt; no model reads more
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,13 @@ class Lengths:
     limit: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise PlannerError(f"unknown length distribution {self.kind!r}; known: {', '.join(KINDS)}")
-        if self.length < 1:
-            raise PlannerError(f"prompt length must be at least 1 token, not {self.length}")
-        if not 0 <= self.ratio <= 1:
+        choice("length distribution", self.kind, KINDS)
+        kinds_of_fields(self)
+        whole("prompt length", self.length, 1, LONGEST)
+        if self.ratio > 1:
             raise PlannerError(f"length ratio must be within 0 and 1, not {self.ratio}")
-        if self.std < 0:
-            raise PlannerError(f"standard deviation of lengths must not be negative: {self.std}")
+        if self.std > LONGEST:
+            raise PlannerError(f"standard deviation of lengths must be at most {LONGEST:,}, not {self.std:,}")
 
     def sample(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
         """``count`` lengths, shape [count], in tokens."""
@@ -53,9 +55,8 @@ class Lengths:
             drawn = rng.lognormal(np.log(self.length) - variance / 2, np.sqrt(variance), count)
         else:
             drawn = np.full(count, float(self.length))
-        top = self.limit or np.inf
-        whole: NDArray[np.int64] = np.clip(np.rint(drawn), 1, top).astype(np.int64)
-        return whole
+        drawn_lengths: NDArray[np.int64] = np.clip(np.rint(drawn), 1, self.limit or LONGEST).astype(np.int64)
+        return drawn_lengths
 
 
 @dataclass(frozen=True)
@@ -131,16 +132,23 @@ def pack(lengths: Sequence[int], budget: int, chunked: bool, window: int = 0) ->
 def typical_rounds(
     lengths: Lengths, budget: int, chunked: bool, ranks: int, window: int = 0, rounds: int = 400
 ) -> tuple[tuple[Batch, ...], ...]:
-    """Forwards of saturated ranks, ``[rounds][ranks]``; each rank packs its own queue (fixed seed)."""
+    """Forwards of saturated ranks, ``[rounds][ranks]``; each rank packs its own queue (fixed seed).
+
+    Prompts of many chunks are sampled over their whole length: the first ``rounds`` forwards would only see their
+    beginnings, whose attention is cheap.
+    """
     rng = np.random.default_rng(20260402)
+    few_prompts = chunked and lengths.length > budget * rounds // FEWEST_PROMPTS
     per_rank: list[list[Batch]] = []
     for _ in range(ranks):
         batches: list[Batch] = []
         while len(batches) < rounds:
             need = int((rounds - len(batches) + 2) * (budget / lengths.length + 1)) + 1
+            drawn = lengths.sample(FEWEST_PROMPTS if few_prompts else need, rng).tolist()
             # the last forward is cut off by the end of the sample
-            batches += pack(lengths.sample(need, rng).tolist(), budget, chunked, window)[:-1]
-        per_rank.append(batches[:rounds])
+            batches += pack(drawn, budget, chunked, window)[:-1]
+        step = len(batches) / rounds if few_prompts else 1
+        per_rank.append([batches[int(i * step)] for i in range(rounds)])
     return tuple(tuple(rank[i] for rank in per_rank) for i in range(rounds))
 
 

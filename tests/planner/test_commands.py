@@ -11,7 +11,7 @@ from sglang_dwdp.cli import main
 
 PLAN = ["plan", "gpt-oss-120b", "--gpu", "H200", "--num-gpus", "4"]
 SCENARIO = """
-defaults: {model: mixtral-8x7b, gpu: H100, group_size: 2, requests: 12, lengths: {length: 2000}}
+defaults: {model: mixtral-8x7b, gpu: H200, group_size: 2, requests: 12, lengths: {length: 2000}}
 scenarios: {DEP2: {mode: dep}, DWDP2: {mode: dwdp, copies: serial}, replicas: {mode: replica}}
 """
 
@@ -67,6 +67,16 @@ def test_plan_takes_a_profile_and_draws(capsys: pytest.CaptureFixture[str], tmp_
         (["plan", "mixtral", "--gpu", "Z80"], "unknown GPU"),
         (["plan", "mixtral", "--gpu", "H100", "--num-gpus", "8", "--group-size", "3"], "not a multiple"),
         (["plan", "mixtral", "--gpu", "H100", "--profile", "none.json"], "does not exist"),
+        ([*PLAN, "--group-size", "0"], "--group-size must be at least 1, not 0"),
+        ([*PLAN, "--num-gpus", "0"], "--num-gpus must be at least 1, not 0"),
+        ([*PLAN, "--depth", "0"], "--depth must be at least 1, not 0"),
+        ([*PLAN, "--local-experts", "999"], "a rank stores 32 to 128"),
+        ([*PLAN, "--tokens-per-rank", "-1"], "--tokens-per-rank must be at least 1"),
+        ([*PLAN, "--length-std", "nan"], "std must be a finite number"),
+        ([*PLAN, "--direct-read", "0"], "--direct-read must be positive"),
+        ([*PLAN, "--plot", "nowhere/plan.png"], "nowhere is not a directory"),
+        ([*PLAN, "--plot", "plan.xyz"], "ends in .pdf, .png, .svg"),
+        (["simulate", "--scenario", "none.yaml", "--plot", "nowhere/s.png"], "nowhere is not a directory"),
         (["simulate", "--scenario", "none.yaml"], "does not exist"),
     ],
 )
@@ -77,6 +87,41 @@ def test_errors_are_one_line_and_exit_code_1(
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_plan_takes_what_two_gpus_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Copy rates and interference between two GPUs, and reads in place: by the profile, or as given."""
+    profile = json.loads(Path("benchmarks/results/profile_h100.json").read_text())
+    copy = {"alone": 390e9, "under_compute": 300e9, "compute_slowdown": 1.25}
+    profile["copies"] = [{"device": 0, "peer": 1, **copy}, {"device": 1, "peer": 0, **copy}]
+    read = {"rows_per_expert": 4, "bytes_per_second": 200e9}
+    profile["reads"] = [{"device": 0, "peer": 1, **read}, {"device": 1, "peer": 0, **read}]
+    file = tmp_path / "two.json"
+    file.write_text(json.dumps(profile))
+    command = ["plan", "qwen3-30b-a3b", "--gpu", "H100", "--num-gpus", "2", "--json", "--profile", str(file)]
+    found = {}
+    for name, extra in {"measured": [], "faster": ["--direct-read", "400"]}.items():
+        assert main([*command, *extra]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+    first = found["measured"]["points"][0]["dwdp"]
+    assert first["fetch_seconds"] == pytest.approx(first["fetch_bytes"] / 300e9)
+    assert first["parts"]["interference"] == pytest.approx(0.2 * first["fetch_seconds"])
+    sources = found["measured"]["sources"]
+    for name in ("copy_bandwidth", "pair_bandwidth", "copy_interference", "direct_read"):
+        assert sources[name] == "measured on NVIDIA H100 80GB HBM3"
+    assert found["faster"]["sources"]["direct_read"] == "given by --direct-read"
+    assert found["measured"]["direct_max_tokens"] < found["faster"]["direct_max_tokens"]
+
+
+def test_a_plan_that_does_not_pay_does_not_say_set(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PLAN, "--tokens-per-rank", "600", "--local-experts", "32"]) == 0
+    out = capsys.readouterr().out
+    assert "\nSet:" not in out
+    assert "To serve with DWDP nonetheless: --enable-dwdp --tp-size 4 --chunked-prefill-size 600" in out
+    assert main(["plan", "qwen3-235b-a22b", "--gpu", "H100"]) == 0
+    out = capsys.readouterr().out
+    assert "does not fit: use DEP" in out
+    assert "--enable-dwdp" not in out
 
 
 def test_simulate_prints_and_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
 """The cost model: calibration, the roofline table, and what must hold for any input."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,11 +19,13 @@ from sglang_dwdp.planner.calibrate import (
     table_1_rounds,
 )
 from sglang_dwdp.planner.cost import Group, dwdp, forward_parts, in_tree_group, layer_fetch_bytes, replica
-from sglang_dwdp.planner.dep import dep, exchange_bytes, expert_wait
+from sglang_dwdp.planner.dep import dep, exchange_bytes, expert_wait, length_wait
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import FORMATS, default_precision, get_format
-from sglang_dwdp.planner.gpus import GPUS, Gpu, get_gpu, roofline_gpu
-from sglang_dwdp.planner.models import ModelShape, load_model
+from sglang_dwdp.planner.gpu import Gpu, roofline_gpu
+from sglang_dwdp.planner.gpus import GPUS, get_gpu
+from sglang_dwdp.planner.models import load_model
+from sglang_dwdp.planner.shape import ModelShape
 from sglang_dwdp.planner.workload import Batch, batch_of, mean_batch, typical_rounds
 
 NAMES = ("deepseek-r1", "qwen3-30b-a3b", "gpt-oss-120b", "mixtral-8x7b", "glm-4.5")
@@ -110,15 +111,37 @@ def test_distinct_experts_are_bounded(rows: float, experts: int) -> None:
     assert count <= max(rows, 1.0) + 1e-9
 
 
-@given(
-    st.integers(2, 6).flatmap(
-        lambda ranks: st.lists(st.lists(st.floats(0, 10), min_size=ranks, max_size=ranks), min_size=1, max_size=30)
-    )
+@given(models, gpus, st.integers(1, 6), st.integers(2, 6), st.data())
+def test_lockstep_never_beats_independent_ranks(
+    model: ModelShape, gpu: Gpu, rounds: int, ranks: int, data: st.DataObject
+) -> None:
+    """Waiting for each other in every forward takes at least as long as the busiest rank needs alone for all of its."""
+    sizes = st.lists(st.lists(lengths, min_size=ranks, max_size=ranks), min_size=rounds, max_size=rounds)
+    drawn = [[_batch(items, model.window) for items in row] for row in data.draw(sizes)]
+    mean = mean_batch(drawn)
+    base = forward_parts(model, gpu, BF16, mean)
+    together = length_wait(base, mean, drawn)
+    for rank in range(ranks):
+        assert together >= length_wait(base, mean, [[row[rank]] for row in drawn]) - 1e-9 * base.total
+
+
+def test_every_constant_has_a_source() -> None:
+    for gpu in GPUS.values():
+        plain = {f.name for f in fields(Gpu)} - {"name", "sources", "direct_read"}
+        assert plain <= set(gpu.sources), gpu.name
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("h100 sxm", "H100"),
+        ("GB200 NVL72", "GB200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("AMD Instinct MI355X", "MI355X"),
+    ],
 )
-def test_lockstep_never_beats_independent_ranks(times: list[list[float]]) -> None:
-    """Meeting in every layer takes the sum of maxima, going alone at most the maximum of sums."""
-    layers = np.array(times)
-    assert layers.max(axis=1).sum() >= layers.sum(axis=0).max() - 1e-9
+def test_gpus_by_the_names_in_use(name: str, expected: str) -> None:
+    assert get_gpu(name).name == expected
 
 
 def test_redundant_experts_reduce_the_fetch() -> None:

@@ -81,10 +81,57 @@ def test_a_dense_model_is_refused() -> None:
         model_from_config(config, "dense")
 
 
-def test_broken_json_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(PlannerError, match="not valid JSON"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "not valid JSON"),
+        (b"[]", "must hold a JSON object, not list"),
+        (b"\xf2\x00", "cannot read"),
+    ],
+)
+def test_files_that_are_no_config_are_named(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(PlannerError, match=message):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "wide"}, "hidden_size 'wide': not a whole number"),
+        ({"hidden_size": 0}, "hidden_size 0: must be 1 to"),
+        ({"hidden_size": 2048.5}, "not a whole number"),
+        ({"num_hidden_layers": 10**6}, "must be 1 to 10,000"),
+        ({"num_experts": True}, "not a whole number"),
+        ({"num_experts": 4}, "8 of 4 experts per token"),
+        ({"quantization_config": [1]}, "cannot be understood"),
+        ({"text_config": 3}, "cannot be understood"),
+        ({"mlp_only_layers": list(range(48))}, "all 48 layers dense"),
+        ({"mlp_only_layers": ["first"]}, "mlp_only_layers 'first'"),
+    ],
+)
+def test_configs_that_make_no_sense_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlannerError, match=message):
+        model_from_config(BUILTIN_CONFIGS["qwen3-30b-a3b"] | change, "m")
+
+
+@pytest.mark.parametrize(
+    ("change", "dense"),
+    [
+        ({"mlp_layer_types": ["dense", "dense"] + ["sparse"] * 46}, 2),
+        ({"moe_layer_freq": [0] + [1] * 47}, 1),
+        ({"moe_layer_freq": 1}, 0),
+        ({"first_k_dense_replace": 3}, 3),
+        ({"mlp_only_layers": [0, 99]}, 1),
+    ],
+)
+def test_dense_layers_by_the_names_in_use(change: dict[str, Any], dense: int) -> None:
+    assert model_from_config(BUILTIN_CONFIGS["qwen3-30b-a3b"] | change, "m").dense_layers == dense
+
+
+def test_a_file_of_another_name_names_the_model(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps(BUILTIN_CONFIGS["mixtral-8x7b"]))
+    assert load_model(str(tmp_path / "mine.json")).name == "mine"
 
 
 @pytest.mark.parametrize(

@@ -6,22 +6,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_dwdp.planner.compare import Case, evaluate
 from sglang_dwdp.planner.cost import Group, dwdp
 from sglang_dwdp.planner.direct import direct_max_tokens, direct_seconds, expected_remote_experts
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import FORMATS, default_precision
-from sglang_dwdp.planner.gpus import GPUS, Gpu, get_gpu
+from sglang_dwdp.planner.gpu import Gpu
+from sglang_dwdp.planner.gpus import GPUS, get_gpu
 from sglang_dwdp.planner.memory import memory, replicated_bytes
 from sglang_dwdp.planner.models import load_model
-from sglang_dwdp.planner.plan import Plan, evaluate, make_plan
+from sglang_dwdp.planner.plan import Plan, make_plan
 from sglang_dwdp.planner.workload import Batch, Lengths
 
 LENGTHS = Lengths("uniform", 8192, ratio=0.8)
 MODEL_NAMES = ("qwen3-30b-a3b", "gpt-oss-20b", "gpt-oss-120b", "deepseek-r1", "mixtral-8x7b")
 
 
+def _case(name: str, gpu: str, fmt: str) -> Case:
+    return Case(load_model(name), get_gpu(gpu), default_precision(FORMATS[fmt]), LENGTHS)
+
+
 def _plan(name: str, gpu: str, size: int, fmt: str) -> Plan:
-    return make_plan(load_model(name), get_gpu(gpu), default_precision(FORMATS[fmt]), Group(size), LENGTHS)
+    return make_plan(_case(name, gpu, fmt), Group(size))
 
 
 def test_where_a_replica_fits_it_is_preferred() -> None:
@@ -44,18 +50,16 @@ def test_where_none_fits_replicas_are_not_mentioned() -> None:
 def test_the_crossover_separates_loss_from_gain() -> None:
     plan = _plan("deepseek-r1", "GB200", 4, "nvfp4")
     assert plan.crossover is not None
-    model, gpu, precision = plan.model, plan.gpu, plan.precision
-    below = evaluate(model, gpu, precision, plan.group, LENGTHS, int(plan.crossover * 0.8))
-    above = evaluate(model, gpu, precision, plan.group, LENGTHS, int(plan.crossover * 1.1))
+    below = evaluate(plan.case, plan.group, int(plan.crossover * 0.8))
+    above = evaluate(plan.case, plan.group, int(plan.crossover * 1.1))
     assert below.speedup < 1 <= above.speedup
     assert f"--chunked-prefill-size {plan.chunk}" in plan.flags
     assert plan.chunk > plan.crossover
 
 
 def test_the_flags_say_everything_that_was_planned_with() -> None:
-    model, gpu = load_model("deepseek-r1"), get_gpu("GB200")
-    precision = default_precision(FORMATS["nvfp4"])
-    plain = make_plan(model, gpu, precision, Group(4), LENGTHS)
+    case = _case("deepseek-r1", "GB200", "nvfp4")
+    plain = make_plan(case, Group(4))
     assert plain.flags == (
         "--enable-dwdp",
         "--tp-size 4",
@@ -66,27 +70,18 @@ def test_the_flags_say_everything_that_was_planned_with() -> None:
         f"--dwdp-direct-max-tokens {plain.direct_tokens}",
     )
     assert plain.chunk > 16384
-    more = make_plan(model, gpu, precision, Group(4, local_experts=80, depth=3), LENGTHS, gpus=8)
+    more = make_plan(case, Group(4, local_experts=80, depth=3), gpus=8)
     assert {"--tp-size 8", "--dwdp-group-size 4", "--dwdp-local-experts 80", "--dwdp-depth 3"} <= set(more.flags)
     assert more.memories["dwdp"].experts > plain.memories["dwdp"].experts
     # SGLang's own DWDP stores equal shares whatever is asked of ours
     assert more.memories["in-tree dwdp"].experts == plain.memories["in-tree dwdp"].experts
-    small = make_plan(
-        load_model("qwen3-30b-a3b"), get_gpu("H100"), default_precision(FORMATS["bf16"]), Group(2), LENGTHS
-    )
+    small = _plan("qwen3-30b-a3b", "H100", 2, "bf16")
     assert any("--max-prefill-tokens" in flag for flag in small.flags) == (small.chunk > 16384)
 
 
 def test_a_slow_link_gets_a_no() -> None:
     gpu = replace(get_gpu("H100"), copy_bandwidth=5e9, pair_bandwidth=5e9)
-    plan = make_plan(
-        load_model("gpt-oss-120b"),
-        gpu,
-        default_precision(FORMATS["mxfp4"]),
-        Group(4),
-        LENGTHS,
-        "all-to-all",
-    )
+    plan = make_plan(replace(_case("gpt-oss-120b", "H100", "mxfp4"), gpu=gpu, exchange="all-to-all"), Group(4))
     # DEP's exchange crosses the same slow link, so compare where it matters: few tokens
     assert plan.points[0].speedup < 0.2
     assert plan.hidden_from is None or plan.hidden_from > 32768
@@ -152,8 +147,69 @@ def test_with_every_expert_at_home_direct_has_no_limit() -> None:
         direct_max_tokens(model, get_gpu("H100"), 2, limit=0)
 
 
-def test_a_slower_direct_read_lowers_the_threshold() -> None:
+def test_the_measured_rate_of_direct_reads_sets_the_threshold() -> None:
     model, gpu = load_model("qwen3-30b-a3b"), get_gpu("H200")
-    slow_kernel = replace(gpu, link_bandwidth=gpu.link_bandwidth * 4)  # poorer packets, same copies
-    assert slow_kernel.direct_read_bandwidth < gpu.link_bandwidth
-    assert direct_max_tokens(model, gpu, 4) >= 1
+    computed = gpu.direct_read_bandwidth
+    assert gpu.direct_read == 0
+    # 380 of 450 GB/s with 256 B a packet: 47.2 B of header; 128 / (128 + 47.2) of the link
+    assert computed == pytest.approx(450e9 * 128 / (128 + 256 * (450 / 380 - 1)))
+    slower, same, faster = (replace(gpu, direct_read=factor * computed) for factor in (0.5, 1.0, 1.5))
+    assert faster.direct_read_bandwidth == 1.5 * computed
+    limits = [direct_max_tokens(model, found, 4) for found in (slower, same, faster)]
+    assert limits[0] < limits[1] == direct_max_tokens(model, gpu, 4) < limits[2]
+
+
+def test_a_chunk_that_memory_forbids_is_not_advised() -> None:
+    plan = _plan("kimi-k2", "B200", 8, "fp8")
+    assert plan.crossover is not None
+    assert plan.chunk < plan.crossover
+    assert not plan.pays
+    assert plan.verdict.startswith("DWDP8 would pay above")
+    assert "fit (-" in plan.verdict
+    assert "use DEP, 4-bit experts or GPUs with more memory" in plan.verdict
+
+
+def test_where_dwdp_does_not_fit_there_is_nothing_to_set() -> None:
+    plan = _plan("qwen3-235b-a22b", "H100", 8, "bf16")
+    assert plan.verdict == "DWDP8 does not fit: use DEP, FP8 or 4-bit experts or GPUs with more memory."
+    assert plan.flags == ()
+    assert not plan.pays
+
+
+def test_a_chunk_below_the_crossover_is_told_so() -> None:
+    plan = make_plan(_case("qwen3-30b-a3b", "H100", "bf16"), Group(4), tokens=3000)
+    assert plan.chosen.tokens == plan.chunk == 3000
+    assert [p.tokens for p in plan.points] == sorted(p.tokens for p in plan.points)
+    assert "not at 3k (-" in plan.verdict
+    assert "larger chunks" in plan.verdict
+    assert not plan.pays
+
+
+def test_as_few_experts_are_kept_as_hide_the_copies() -> None:
+    case = _case("gpt-oss-120b", "H200", "mxfp4")
+    plan = make_plan(case, Group(8), tokens=2048, choose_local_experts=True)
+    count = plan.group.local_experts
+    assert count > 16
+    assert plan.chosen.hidden
+    assert not evaluate(case, replace(plan.group, local_experts=count - 1), 2048).hidden
+    assert f"--dwdp-local-experts {count}" in plan.flags
+    assert f"DWDP8 with {count} local experts" in plan.verdict
+    # with a chunk that hides all copies, equal shares are enough
+    assert make_plan(case, Group(8), tokens=32768, choose_local_experts=True).group.local_experts == 0
+    # and where memory does not allow more, so it stays
+    assert make_plan(_case("kimi-k2", "B200", "fp8"), Group(8), choose_local_experts=True).group.local_experts == 0
+
+
+def test_more_slots_are_advised_only_where_they_save_time() -> None:
+    """Copies run ahead under a block of dense layers as far as there are slots."""
+    case = _case("deepseek-r1", "GB200", "nvfp4")
+    assert make_plan(case, Group(4), choose_depth=True).group.depth == 2
+    half_dense = replace(case, model=replace(case.model, layers=16, dense_layers=8))
+    found = {}
+    for tokens in (2048, 4096, 32768):
+        times = {n: evaluate(half_dense, Group(4, depth=n), tokens).dwdp.seconds for n in (2, 3, 4)}
+        depth = make_plan(half_dense, Group(4), tokens=tokens, choose_depth=True).group.depth
+        assert times[depth] <= 1.01 * min(times.values())
+        assert all(times[n] > 1.01 * min(times.values()) for n in range(2, depth))
+        found[tokens] = depth
+    assert found == {2048: 3, 4096: 2, 32768: 2}

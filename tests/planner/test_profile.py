@@ -1,6 +1,7 @@
 """Profiles: fitting finds the constants that made the points; the torch layer is right."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from sglang_dwdp.planner.copies import BLOCK, COPIES, PRODUCTS, jobs, measure_co
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.fit import fit
 from sglang_dwdp.planner.formats import FORMATS
-from sglang_dwdp.planner.gpus import Gpu, get_gpu
-from sglang_dwdp.planner.measure import measure
-from sglang_dwdp.planner.models import ModelShape, load_model
+from sglang_dwdp.planner.gpu import Gpu
+from sglang_dwdp.planner.gpus import get_gpu
+from sglang_dwdp.planner.measure import _reads, measure
+from sglang_dwdp.planner.models import load_model
 from sglang_dwdp.planner.profile import (
     ALL_PEERS,
     AttentionPoint,
@@ -25,7 +27,10 @@ from sglang_dwdp.planner.profile import (
     SmallPoint,
     load_profile,
 )
+from sglang_dwdp.planner.reads import TorchReadBench, measure_reads
 from sglang_dwdp.planner.report import profile_lines
+from sglang_dwdp.planner.shape import ModelShape
+from sglang_dwdp.planner.torch_layer import median_seconds
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "profile_h100.json"
 COMPARED = MEASURED.with_name("planner_vs_gpu_h100.json")
@@ -154,6 +159,61 @@ def test_every_pair_is_measured_alone_and_under_compute(devices: int, expected: 
             assert copies * len(sources) * BLOCK / 400e9 < products * 1e-3
 
 
+class FakeReads:
+    """GPUs whose kernels read 1 GB of a peer's weights at 250 GB/s, and at 200 with many rows."""
+
+    weight_bytes = 10**9
+
+    def __init__(self, devices: int, unreachable: tuple[tuple[int, int], ...] = ()) -> None:
+        self.devices = devices
+        self.unreachable = unreachable
+
+    def reaches(self, reader: int, source: int) -> bool:
+        return (reader, source) not in self.unreachable
+
+    def seconds(self, reader: int, source: int, rows_per_expert: int) -> float:
+        return 1 / 250 if rows_per_expert < 10 else 1 / 200
+
+
+def test_every_pair_reads_in_place() -> None:
+    assert measure_reads(FakeReads(1)) == []
+    points = measure_reads(FakeReads(2))
+    assert [(p.device, p.peer, p.rows_per_expert) for p in points] == [(0, 1, 4), (0, 1, 32), (1, 0, 4), (1, 0, 32)]
+    assert [p.bytes_per_second for p in points[:2]] == [pytest.approx(250e9), pytest.approx(200e9)]
+    assert {(p.device, p.peer) for p in measure_reads(FakeReads(2, ((1, 0),)))} == {(0, 1)}
+    gpu = get_gpu("H100")
+    found = fit(Profile("H100", "test", "0", "m", reads=tuple(points)), gpu)
+    assert found.direct_read_bandwidth == pytest.approx(225e9)
+    assert found.sources["direct_read"] == "measured on test"
+    assert fit(Profile("H100", "test", "0", "m"), gpu).direct_read == 0
+
+
+@pytest.mark.gpu(1)
+def test_a_product_reads_mapped_weights() -> None:
+    """Of another GPU where there is one, else of this one; the memory is given back."""
+    torch = pytest.importorskip("torch")
+    model = load_model("qwen3-30b-a3b")
+    bench = TorchReadBench(torch, model, lambda call: median_seconds(torch, "cuda", call))
+    source = bench.devices - 1
+    free = torch.cuda.mem_get_info(source)[0]
+    seconds = bench.seconds(0, source, 4)
+    assert 5e9 < bench.weight_bytes / seconds < 4e12
+    torch.cuda.empty_cache()
+    assert torch.cuda.mem_get_info(source)[0] > free - bench.weight_bytes // 2
+
+
+def test_reads_that_fail_leave_the_rest_of_the_profile() -> None:
+    class Refuses:
+        @property
+        def cuda(self) -> None:
+            raise RuntimeError("no mapped memory\nmore")
+
+    points, why = _reads(Refuses(), _tiny(), lambda call: 1.0)
+    assert (points, why) == ((), "no mapped memory")
+    profile = Profile("H100", "test", "0", "m", reads_failed=why)
+    assert profile_lines(profile)[-1] == "reading in place: not measured: no mapped memory"
+
+
 def test_pairs_without_peer_access_are_left_out() -> None:
     bench = FakeBench(3, unreachable=((0, 1), (1, 0)))
     assert jobs(bench) == [(0, (2,)), (1, (2,)), (2, (0,)), (2, (1,)), (2, (0, 1))]
@@ -184,10 +244,8 @@ def test_the_shipped_profile_loads_and_applies() -> None:
 
 def test_predictions_from_the_shipped_profile_still_match_the_measured_layers() -> None:
     """Guards the model: profiled on one shape, within 12 % of each measured layer of four."""
-    import sys
-
-    sys.path.insert(0, str(MEASURED.parents[1]))
-    from planner_vs_gpu import predict
+    sys.path.insert(0, str(MEASURED.parents[2]))
+    from benchmarks.planner_vs_gpu import predict
 
     gpu = load_profile(str(MEASURED)).apply(get_gpu("H100"))
     rows = json.loads(COMPARED.read_text())["rows"]
@@ -197,12 +255,30 @@ def test_predictions_from_the_shipped_profile_still_match_the_measured_layers() 
     assert float(np.mean(np.abs(errors))) < 0.05
 
 
+def test_the_documentation_quotes_what_was_measured() -> None:
+    text = (MEASURED.parents[2] / "docs" / "planner.md").read_text()
+    for row in json.loads(COMPARED.read_text())["rows"]:
+        predicted, measured = 1e3 * row["predicted"]["total"], 1e3 * row["measured_seconds"]
+        assert f"{predicted:.2f} / {measured:.2f}, {100 * row['error']:+.1f} %" in text, row
+
+
+def _json(**changes: object) -> str:
+    return json.dumps({**Profile("H100", "test", "0", "m").to_json(), **changes})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "not valid JSON"),
         ('{"version": 99}', "measure it again"),
         ('{"version": 1, "gpu": "H100"}', "malformed"),
+        ("[]", "must hold a JSON object"),
+        (_json(small=[{"tokens": 1, "counted_bytes": 1.0, "kernels": 1, "seconds": 0}]), "seconds must be positive"),
+        (_json(small=[3]), "3 is no SmallPoint"),
+        (_json(copies=[{"peer": 1, "alone": "fast", "under_compute": 1, "compute_slowdown": 1}]), "alone must be a"),
+        (_json(reads=[{"device": 0, "peer": 1, "rows_per_expert": 4}]), "bytes_per_second"),
+        (_json(reads=7), "malformed"),
+        (_json(gpu=3), "gpu must be a text"),
     ],
 )
 def test_bad_profiles_are_refused(tmp_path: Path, text: str, message: str) -> None:

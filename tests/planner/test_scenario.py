@@ -36,7 +36,7 @@ def test_formats_can_be_set_one_by_one() -> None:
         ({"mode": "magic"}, "dwdp, dep, replica"),
         ({"gpu": "abacus"}, "unknown GPU"),
         ({"lengths": 5}, "must be a mapping"),
-        ({"lengths": {"mean": 3}}, "lengths.mean"),
+        ({"lengths": {"mean": 3}}, "unknown lengths key 'mean'"),
         ({"speed": 3}, "unknown scenario key 'speed'"),
         ({"rate": 1.0, "concurrency": 4}, "not both"),
         ({"requests": 0}, "at least 1"),
@@ -44,7 +44,19 @@ def test_formats_can_be_set_one_by_one() -> None:
         ({"slowdown": 0.0}, "positive"),
         ({"local_experts": 1}, "stores 4 to 8"),
         ({"lockstep": True}, "replica only"),
-        ({"requests": "many"}, "scenario"),
+        ({"requests": "many"}, "requests must be a whole number, not 'many'"),
+        ({"requests": 1.5}, "whole number"),
+        ({"groups": True}, "whole number"),
+        ({"chunked": "maybe"}, "chunked must be true or false"),
+        ({"seed": -1}, "at least 0"),
+        ({"rate": float("nan")}, "rate must be a finite number"),
+        ({"frontend": float("inf")}, "frontend must be a finite number"),
+        ({"lengths": {"length": 10.5}}, "length must be a whole number"),
+        ({"lengths": {"length": 1000, "std": float("nan")}}, "std must be a finite number"),
+        ({"group_size": 16}, "links 8 GPUs"),
+        ({"groups": 10**9}, "at most 65,536"),
+        ({"mode": "replica"}, "does not fit: 10[0-9] GB of weights"),
+        ({"local_experts": -2, "mode": "dep"}, "at least 0"),
         ({"attention_format": "int1"}, "bf16, fp8"),
     ],
 )
@@ -54,19 +66,29 @@ def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
 
 
 def test_missing_keys_are_named() -> None:
-    with pytest.raises(PlannerError, match="lacks gpu, lengths"):
+    with pytest.raises(PlannerError, match="there is no gpu, no lengths"):
         scenario_from_mapping({"model": "mixtral"})
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- a list", "must hold a mapping"), ("a: [", "not valid YAML"), ("scenarios: 3", "mapping of names")],
+    [
+        ("- a list", "must hold a mapping"),
+        ("a: [", "not valid YAML"),
+        ("scenarios: 3", "mapping of names"),
+        ("scenarios: {}", "with one at least"),
+        ("defaults: 3\nscenarios: {a: {mode: dep}}", "must be mappings of settings"),
+        ("scenarios: {a: 3}", "defaults and scenario a must be mappings"),
+        ("scenarios: {a: {mode: dep}}\nextra: 1", "unknown key of .* 'extra'"),
+        ("scenarios: {first: {mode: dep}}", "scenario first: there is no model"),
+    ],
 )
 def test_bad_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "s.yaml"
     path.write_text(text)
-    with pytest.raises(PlannerError, match=message):
+    with pytest.raises(PlannerError, match=message) as caught:
         load_scenarios(str(path))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

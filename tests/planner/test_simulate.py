@@ -117,6 +117,27 @@ def test_steady_state_agrees_with_the_closed_form(budget: int) -> None:
     assert result.seconds / 40 == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("budget", [4096, 12288, 65536])
+def test_the_closed_form_knows_what_slots_are_worth(depth: int, budget: int) -> None:
+    """Three dense layers, copies near the balance: with one slot they hide under attention only."""
+    model = replace(load_model("deepseek-r1"), layers=13, dense_layers=3)
+    precision = default_precision(FORMATS["nvfp4"])
+    scenario = replace(
+        BASE,
+        model=model,
+        gpu=get_gpu("GB200"),
+        precision=precision,
+        lengths=Lengths("fixed", budget),
+        token_budget=budget,
+        group_size=4,
+        depth=depth,
+        requests=4 * 40,
+    )
+    expected = dwdp(model, scenario.gpu, precision, batch_of([(budget, 0)]), Group(4, depth=depth)).seconds
+    assert simulate(scenario).seconds / 40 == pytest.approx(expected, rel=0.04)
+
+
 def test_serial_random_copies_lose_to_slices_when_copies_bound() -> None:
     model = replace(load_model("deepseek-r1"), layers=13, dense_layers=3)
     scenario = replace(

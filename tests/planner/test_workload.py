@@ -67,6 +67,15 @@ def test_typical_rounds_are_full_and_repeatable() -> None:
     assert rounds == typical_rounds(lengths, 4096, True, 3, rounds=20)
 
 
+def test_prompts_of_many_chunks_are_seen_to_their_end() -> None:
+    """Chunks late in a long prompt attend to all that precedes them: half of its length on average."""
+    rounds = typical_rounds(Lengths("fixed", 131072), 512, True, 2, rounds=64)
+    batches = [b for ranks in rounds for b in ranks]
+    assert len(batches) == 128
+    assert all(b.tokens == 512 for b in batches)
+    assert sum(b.pairs / b.tokens for b in batches) / 128 == pytest.approx(65536, rel=0.05)
+
+
 def test_batch_of_counts_the_window() -> None:
     batch = batch_of([(10, 0), (4, 6)], window=4)
     assert batch.tokens == 14
@@ -80,7 +89,11 @@ def test_batch_of_counts_the_window() -> None:
         ({"kind": "zipf"}, "known: fixed"),
         ({"length": 0}, "at least 1"),
         ({"ratio": 1.5}, "within 0 and 1"),
-        ({"std": -1}, "negative"),
+        ({"std": -1.0}, "negative"),
+        ({"std": float("inf")}, "finite"),
+        ({"length": 10**11}, "at most 10,000,000"),
+        ({"length": "8k"}, "whole number"),
+        ({"limit": -1}, "at least 0"),
     ],
 )
 def test_bad_lengths_are_refused(settings: dict[str, Any], message: str) -> None:

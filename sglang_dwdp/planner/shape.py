@@ -1,0 +1,107 @@
+"""The shape of a mixture-of-experts model, as the cost model needs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mla:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): ranks and head sizes."""
+
+    q_rank: int
+    kv_rank: int
+    rope_dim: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Dimensions of one model; all counts are plain integers, parameters are counted once.
+
+    Attributes:
+        qk_dim, v_dim: head sizes of the query-key product and of the values.
+        window: sliding-window length in tokens of the ``window_layers`` layers; 0 for none.
+        shared_intermediate: width of the shared experts together; 0 for none.
+        expert_format: name of the weight format that the checkpoint ships its experts in.
+    """
+
+    name: str
+    hidden: int
+    layers: int
+    dense_layers: int
+    experts: int
+    top_k: int
+    moe_intermediate: int
+    dense_intermediate: int
+    shared_intermediate: int
+    heads: int
+    kv_heads: int
+    qk_dim: int
+    v_dim: int
+    vocab: int
+    mla: Mla | None = None
+    window: int = 0
+    window_layers: int = 0
+    expert_format: str = "bf16"
+
+    @property
+    def moe_layers(self) -> int:
+        """Layers whose MLP is a mixture of experts."""
+        return self.layers - self.dense_layers
+
+    @property
+    def expert_params(self) -> int:
+        """Parameters of one expert: gate, up and down projections."""
+        return 3 * self.hidden * self.moe_intermediate
+
+    @property
+    def shared_params(self) -> int:
+        """Parameters of one layer's shared experts."""
+        return 3 * self.hidden * self.shared_intermediate
+
+    @property
+    def dense_mlp_params(self) -> int:
+        """Parameters of the MLP of one dense layer."""
+        return 3 * self.hidden * self.dense_intermediate
+
+    @property
+    def router_params(self) -> int:
+        """Parameters of one router (kept in 16 bits)."""
+        return self.hidden * self.experts
+
+    @property
+    def projection_params(self) -> int:
+        """Parameters of one layer's attention projections."""
+        out = self.heads * self.v_dim * self.hidden
+        if self.mla is None:
+            kv = self.hidden * self.kv_heads * (self.qk_dim + self.v_dim)
+            return self.hidden * self.heads * self.qk_dim + kv + out
+        nope = self.qk_dim - self.mla.rope_dim
+        query = self.hidden * self.mla.q_rank + self.mla.q_rank * self.heads * self.qk_dim
+        if self.mla.q_rank == 0:
+            query = self.hidden * self.heads * self.qk_dim
+        down = self.hidden * (self.mla.kv_rank + self.mla.rope_dim)
+        up = self.mla.kv_rank * self.heads * (nope + self.v_dim)
+        return query + down + up + out
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Cached elements per token and layer (latent and rotary part for MLA)."""
+        if self.mla is not None:
+            return self.mla.kv_rank + self.mla.rope_dim
+        return self.kv_heads * (self.qk_dim + self.v_dim)
+
+    @property
+    def total_params(self) -> int:
+        """All parameters, with untied embedding and output head; norms left out."""
+        moe = self.experts * self.expert_params + self.shared_params + self.router_params
+        return (
+            self.layers * self.projection_params
+            + self.moe_layers * moe
+            + self.dense_layers * self.dense_mlp_params
+            + 2 * self.vocab * self.hidden
+        )
+
+    def attention_flops(self, pairs: float) -> float:
+        """FLOP of one layer's attention over ``pairs`` (query, key) pairs: 2 (d_qk + d_v) per head."""
+        return 2.0 * pairs * self.heads * (self.qk_dim + self.v_dim)
