@@ -53,7 +53,7 @@ def start_engine(options: Mapping[str, Any], index: int) -> Any:
     import sglang
 
     common = {"skip_tokenizer_init": True, "disable_radix_cache": True, "sleep_on_idle": True, "log_level": "info"}
-    return sglang.Engine(**common, port=31000 + PORTS * index, **options)
+    return sglang.Engine(port=31000 + PORTS * index, **(common | dict(options)))
 
 
 def answer_requests(engine: Any, descriptor: int, other: Callable[[Any], Any] | None = None) -> None:

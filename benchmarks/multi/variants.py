@@ -26,6 +26,8 @@ def kind_options(name: str, ranks: int) -> dict[str, Any]:
     the same with DeepEP's all-to-all. Neither shards the language model's head or dense layers, as DWDP does not.
     """
     experts = {"attn_dp_size": ranks, "ep_size": ranks, "enable_dp_lm_head": True, "moe_dense_tp_size": 1}
+    # A rank that sleeps notices a peer's request up to a second late, and the peer waits for it.
+    experts["sleep_on_idle"] = False
     kinds: dict[str, dict[str, Any]] = {
         OURS: {"tp_size": ranks, "enable_dwdp": True},
         "dwdp-direct": {"tp_size": ranks, "enable_dwdp": True, "dwdp_view": "direct"},
