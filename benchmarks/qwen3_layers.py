@@ -10,8 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.serving.models import prepare
 from benchmarks.serving.scenario import Model
 
-MADE = {
+MADE = {  # the serving scenarios' too, so that one checkpoint serves both
     "family": "qwen3_moe",
+    "dtype": "bfloat16",
     "num_layers": 8,
     "num_experts": 128,
     "top_k": 8,
