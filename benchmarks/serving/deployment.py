@@ -16,7 +16,7 @@ from benchmarks.one_gpu import one_gpu_environment
 from benchmarks.serving import launch
 from benchmarks.serving.ports import check_free, reserved_port
 from benchmarks.serving.scenario import Scenario, Variant
-from benchmarks.serving.servers import Process, reason, wait_healthy
+from benchmarks.serving.servers import FAILED, Process, reason, wait_healthy
 from sglang_dwdp.demo.server import fewer_models
 
 
@@ -71,11 +71,11 @@ class Deployment:
     def trouble(self) -> str:
         """What is wrong with a process that still runs, for a message: SGLang takes a minute to go down, or stays."""
         for process in self._processes.values():
+            if FAILED in process.log.read_text(errors="replace"):
+                return f"; a scheduler of {process.name} failed: {reason(process.log)} (log: {process.log})"
             gone = process.lost()
             if gone:
                 return f"; {process.name} lost {gone}"
-            if "Scheduler hit an exception" in process.log.read_text(errors="replace"):
-                return f"; a scheduler of {process.name} failed: {reason(process.log)} (log: {process.log})"
         return ""
 
     def loads(self) -> list[dict[str, Any]]:

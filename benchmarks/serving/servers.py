@@ -16,6 +16,7 @@ import requests
 from benchmarks.serving.errors import RunError
 
 _POLL_S = 0.5
+FAILED = "Scheduler hit an exception"  # what SGLang logs before a scheduler ends by itself
 _WORKER = "sglang::"  # how SGLang names its schedulers, controllers and detokenizers
 # Lines of a log that say why a server ended, the most telling first.
 _TELLING = ("sglang-dwdp: error:", "AssertionError", "ValueError", "RuntimeError", "OutOfMemoryError", "Error:")
@@ -85,7 +86,8 @@ class Process:
             raise RunError(f"{self.name} ended with exit code {code}: {reason(self.log)} (log: {self.log})")
         gone = self.lost()
         if gone:
-            raise RunError(f"{self.name} lost {gone}: {reason(self.log)} (log: {self.log})")
+            why = reason(self.log) if FAILED in self.log.read_text(errors="replace") else "killed, or ended in silence"
+            raise RunError(f"{self.name} lost {gone}: {why} (log: {self.log})")
 
     def ask_to_stop(self) -> None:
         """SIGTERM, once: where several are to end, they do so together."""
