@@ -21,6 +21,8 @@ from benchmarks.serving.results import Results
 from benchmarks.serving.scenario import Point, Scenario, Variant
 from benchmarks.serving.tables import heading
 
+_BROKEN_S = 10.0  # SGLang waits for requests that it has not answered; after a failure nobody does
+
 
 class Deadline:
     """After `seconds` (0: never) nothing new is begun; what is missing then is left for the next call."""
@@ -101,7 +103,7 @@ def _run_group(whole: Comparison, group: Sequence[Variant]) -> None:
             do(whole, variant, deployment, *arguments)
             return
         del serving[variant.name]
-        deployment.stop()
+        deployment.stop(_BROKEN_S)
 
     def ask_all_to_stop() -> None:
         for deployment in serving.values():

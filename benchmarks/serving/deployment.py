@@ -16,7 +16,7 @@ from benchmarks.one_gpu import one_gpu_environment
 from benchmarks.serving import launch
 from benchmarks.serving.ports import check_free, reserved_port
 from benchmarks.serving.scenario import Scenario, Variant
-from benchmarks.serving.servers import Process, reason, wait_healthy
+from benchmarks.serving.servers import FAILED, Process, reason, wait_healthy
 from sglang_dwdp.demo.server import fewer_models
 
 
@@ -41,6 +41,7 @@ class Deployment:
         """
         for url, process in self._processes.items():
             wait_healthy(process, url, timeout_s, progress)
+            process.watch_workers()
         return time.monotonic() - min(process.started for process in self._processes.values())
 
     def ask_to_stop(self) -> None:
@@ -48,11 +49,11 @@ class Deployment:
         for process in self._processes.values():
             process.ask_to_stop()
 
-    def stop(self) -> None:
-        """End the processes. Idempotent."""
+    def stop(self, timeout_s: float) -> None:
+        """End the processes, by force after so many seconds. Idempotent."""
         self.ask_to_stop()
         for process in self._processes.values():
-            process.stop()
+            process.stop(timeout_s)
 
     @property
     def routed(self) -> bool:
@@ -68,10 +69,13 @@ class Deployment:
             process.check_alive()
 
     def trouble(self) -> str:
-        """What a process that still runs has logged of its end, for a message: SGLang takes a minute to go down."""
+        """What is wrong with a process that still runs, for a message: SGLang takes a minute to go down, or stays."""
         for process in self._processes.values():
-            if "Scheduler hit an exception" in process.log.read_text(errors="replace"):
+            if FAILED in process.log.read_text(errors="replace"):
                 return f"; a scheduler of {process.name} failed: {reason(process.log)} (log: {process.log})"
+            gone = process.lost()
+            if gone:
+                return f"; {process.name} lost {gone}"
         return ""
 
     def loads(self) -> list[dict[str, Any]]:

@@ -86,10 +86,10 @@ def _throughput(by_variant: dict[str, list[Row]], device: str) -> str:
                 )
         axis.set_xlabel("TPOT, median (ms)")
         axis.set_ylabel(f"output tokens/s per {device}")
-        axis.margins(x=0.2, y=0.1)
-        axis.set_xlim(left=0)
-        axis.set_ylim(bottom=0)
-        axis.legend(frameon=False)
+        shown = [row for found in by_variant.values() for row in found]
+        axis.set_xlim(0, 1.25 * max(row.tpot for row in shown))
+        axis.set_ylim(0, 1.15 * max(row.per_device for row in shown))
+        axis.legend(frameon=False, loc="lower left")
 
     return _svg(draw)
 

@@ -85,10 +85,16 @@ def sparkline(values: Sequence[float], top: float, width: int = 60) -> str:
 
 
 def lines_of(samples: Sequence[Sample]) -> list[str]:
-    """Requests on each rank over the time of a run, drawn as bars."""
-    ranks = depths(samples)
-    top = max((max(row) for row in ranks if row), default=0)
+    """Requests on each rank, and tokens that wait there for prefill, over the time of a run, drawn as bars."""
     return [
-        f"  requests on rank {rank} over time, at most {max(row):3d}: {sparkline(row, top)}"
+        f"  {what} on rank {rank} over time, at most {max(row):6,d}: {sparkline(row, top)}"
+        for what, ranks in (("requests", depths(samples)), ("waiting tokens", pending(samples)))
+        for top in [max((max(row) for row in ranks), default=0)]
         for rank, row in enumerate(ranks)
+        if top
     ]
+
+
+def pending(samples: Sequence[Sample]) -> list[list[int]]:
+    """Tokens that wait for prefill on each rank over time, `[ranks][samples]`."""
+    return [list(row) for row in zip(*(sample["pending_tokens"] for sample in samples), strict=True)]

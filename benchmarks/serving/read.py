@@ -142,6 +142,10 @@ def _load(data: Any) -> Load:
         raise ScenarioError("load needs rates (requests per second) or concurrencies (requests in flight)")
     if any(rate <= 0 for rate in rates):
         raise ScenarioError("load.rates must be above 0")
+    if order != "drawn" and (concurrencies or float("inf") in rates):
+        raise ScenarioError(
+            f"load.order {order} needs finite rates alone: requests sent at once arrive in another order"
+        )
     return Load(
         lengths=lengths,
         output_tokens=checks.number(data["output_tokens"], "load.output_tokens", int, 1),

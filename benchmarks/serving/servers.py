@@ -10,11 +10,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import requests
 
 from benchmarks.serving.errors import RunError
 
 _POLL_S = 0.5
+FAILED = "Scheduler hit an exception"  # what SGLang logs before a scheduler ends by itself
+_WORKER = "sglang::"  # how SGLang names its schedulers, controllers and detokenizers
 # Lines of a log that say why a server ended, the most telling first.
 _TELLING = ("sglang-dwdp: error:", "AssertionError", "ValueError", "RuntimeError", "OutOfMemoryError", "Error:")
 
@@ -31,6 +34,7 @@ class Process:
         self.log = log
         self.started = time.monotonic()
         self._asked = False
+        self._workers: dict[psutil.Process, str] = {}
         with log.open("wb") as output:
             try:
                 self._process = subprocess.Popen(
@@ -48,14 +52,42 @@ class Process:
         """None while it runs."""
         return self._process.poll()
 
+    def watch_workers(self) -> None:
+        """From now on `check_alive` also looks at the processes of SGLang that the program has started.
+
+        SGLang itself does not notice when one is killed, and leaves its requests unanswered.
+        """
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(self.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error, IndexError):
+                    title = child.cmdline()[0]
+                    if title.startswith(_WORKER):
+                        self._workers[child] = title
+
+    def lost(self) -> str | None:
+        """The title of a watched process that is gone."""
+        for worker, title in self._workers.items():
+            try:
+                if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+                    continue
+            except psutil.NoSuchProcess:
+                pass
+            return f"{title}, process {worker.pid}"
+        return None
+
     def check_alive(self) -> None:
         """
         Raises:
-            RunError: the program has ended; the message says why, as far as its log does.
+            RunError: the program, or a process of it that is watched, has ended; the message says why, as far as its
+                log does.
         """
         code = self.exit_code()
         if code is not None:
             raise RunError(f"{self.name} ended with exit code {code}: {reason(self.log)} (log: {self.log})")
+        gone = self.lost()
+        if gone:
+            why = reason(self.log) if FAILED in self.log.read_text(errors="replace") else "killed, or ended in silence"
+            raise RunError(f"{self.name} lost {gone}: {why} (log: {self.log})")
 
     def ask_to_stop(self) -> None:
         """SIGTERM, once: where several are to end, they do so together."""

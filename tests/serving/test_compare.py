@@ -101,7 +101,7 @@ def test_one_that_cannot_start_and_one_that_dies_do_not_stop_the_others(
     assert (first["out/GPU"], first["in+out/GPU"]) == ("50.0", "550")
     assert first["most requests on a rank"] == "1 4"
     assert ratios.rows[0] == ["first", "–", "1.00 / 1.00 / 1.00 / 1.00"]
-    assert "requests on rank 1 over time, at most   4: █" in output
+    assert "requests on rank 1 over time, at most      4: █" in output
 
     html = write_report(results, {"processor": "<none>"}).read_text()
     assert html.count("<svg") == 5  # throughput, TTFT, exposed copies, queues at two load points
@@ -117,7 +117,7 @@ def test_one_that_cannot_start_and_one_that_dies_do_not_stop_the_others(
     for sheet in sheets(results):
         assert all(f"| {' | '.join(row)} |" in printed for row in sheet.rows)
     assert f"mortal did not run: {errors['mortal']}" in printed
-    assert "requests on rank 1 over time, at most   4: █" in printed
+    assert "requests on rank 1 over time, at most      4: █" in printed
     run_json = data["variants"]["first"]["runs"]["rate-2"]
     assert "generated_texts" not in run_json["benchmark"]
     assert len(run_json["benchmark"]["text_hashes"]) == 2

@@ -79,6 +79,8 @@ CASES: list[tuple[dict[str, Any], str]] = [
     (changed(load__rates=[], load__concurrencies=[]), "load needs rates"),
     (changed(load__concurrencies=[1.5]), "load.concurrencies must be a whole number"),
     (changed(load__order="shuffled"), "load.order 'shuffled' is none of drawn, long_to_one_rank"),
+    (changed(load__order="long_to_one_rank"), "needs finite rates alone"),
+    (changed(load__order="long_to_one_rank", load__rates=[1]), "needs finite rates alone"),
     (changed(load__requests=0), "load.requests must be at least 1"),
     (changed(variants={}), "variants is empty"),
     (changed(variants=["dwdp"]), "variants must be a mapping"),

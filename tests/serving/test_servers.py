@@ -77,6 +77,34 @@ def test_one_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     assert process.exit_code() == -signal.SIGKILL
 
 
+def test_one_that_loses_a_worker(tmp_path: Path) -> None:
+    program = """
+import subprocess, sys, time
+worker = subprocess.Popen(["sglang::scheduler_DP1", "-c", "import time; time.sleep(600)"], executable=sys.executable)
+other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("pids", worker.pid, other.pid, flush=True)
+time.sleep(600)
+"""
+    process = start(tmp_path, program)
+    try:
+        while not (words := (tmp_path / "log").read_text().split()):
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.watch_workers()
+        process.check_alive()
+        os.kill(int(words[2]), signal.SIGKILL)  # no process of SGLang's: compilers, for one, come and go
+        time.sleep(0.2)
+        process.check_alive()
+        os.kill(int(words[1]), signal.SIGKILL)  # a zombie, whose parent does not care
+        time.sleep(0.2)
+        with pytest.raises(
+            RunError, match=rf"it lost sglang::scheduler_DP1, process {words[1]}: killed, or ended in silence .*log"
+        ):
+            process.check_alive()
+    finally:
+        process.stop(1)
+
+
 def test_one_that_ends_at_once(tmp_path: Path) -> None:
     program = "import sys; print('Loading'); sys.stderr.write('ValueError: 8 experts\\nbye\\n'); sys.exit(3)"
     process = start(tmp_path, program)

@@ -83,6 +83,11 @@ def test_queues_without_the_benchmarks_own_start() -> None:
     assert queues.depths(kept) == [[3, 0], [1, 0]]
     assert queues.trim(samples[:5]) == queues.depths([]) == []
     assert queues.sparkline([0, 3, 1, 0], 3, width=2) == "█▃"
+    loaded = [{**sample, "pending_tokens": [0, 4000 * (place == 1)]} for place, sample in enumerate(kept)]
+    assert queues.lines_of(loaded)[2:] == [
+        "  waiting tokens on rank 0 over time, at most      0:   ",
+        "  waiting tokens on rank 1 over time, at most  4,000:  █",
+    ]
     assert queues.sparkline([0, 0], 0) == ""
 
 
