@@ -11,6 +11,7 @@ from .shape import ModelShape
 
 # A few rows for each expert: fewer than a tile, so that weights are read once, and reading them is what takes time.
 ROWS_PER_EXPERT = (4, 32)
+LEAST_OF_OWN = 0.9  # timings vary
 
 
 class ReadBench(Protocol):
@@ -24,19 +25,25 @@ class ReadBench(Protocol):
         ...
 
     def seconds(self, reader: int, source: int, rows_per_expert: int) -> float:
-        """Seconds of one grouped product on ``reader`` whose ``weight_bytes`` bytes lie on ``source``."""
+        """Seconds of one grouped product on ``reader`` whose ``weight_bytes`` bytes lie on ``source``, or on itself."""
         ...
 
 
 def measure_reads(bench: ReadBench) -> list[ReadPoint]:
-    """Every ordered pair of GPUs that reach each other; nothing with one GPU."""
+    """Every ordered pair of GPUs that reach each other; nothing with one GPU.
+
+    Raises:
+        OSError: a peer's memory was read faster than a GPU's own, so it was not read at all.
+    """
     points = []
     for reader in range(bench.devices):
-        for source in range(bench.devices):
-            if source == reader or not bench.reaches(reader, source):
-                continue
-            for rows in ROWS_PER_EXPERT:
+        sources = [source for source in range(bench.devices) if source != reader and bench.reaches(reader, source)]
+        for rows in ROWS_PER_EXPERT if sources else ():
+            own = bench.seconds(reader, reader, rows)
+            for source in sources:
                 seconds = bench.seconds(reader, source, rows)
+                if seconds < LEAST_OF_OWN * own:
+                    raise OSError(f"GPU {reader} seemed to read GPU {source}'s memory faster than its own")
                 points.append(ReadPoint(reader, source, rows, bench.weight_bytes / seconds))
     return points
 

@@ -174,7 +174,8 @@ def median_seconds(torch: Any, device: str, call: Callable[[], Any], repeats: in
         return statistics.median(times)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # torch's own capture stream is of the GPU that captured first: on another one, nothing would be captured.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
         call()
     for _ in range(3):
         graph.replay()

@@ -172,6 +172,8 @@ class FakeReads:
         return (reader, source) not in self.unreachable
 
     def seconds(self, reader: int, source: int, rows_per_expert: int) -> float:
+        if reader == source:
+            return 1 / 2500
         return 1 / 250 if rows_per_expert < 10 else 1 / 200
 
 
@@ -186,6 +188,17 @@ def test_every_pair_reads_in_place() -> None:
     assert found.direct_read_bandwidth == pytest.approx(225e9)
     assert found.sources["direct_read"] == "measured on test"
     assert fit(Profile("H100", "test", "0", "m"), gpu).direct_read == 0
+
+
+def test_reads_that_cannot_be_are_no_measurement() -> None:
+    """As where a product was captured on another GPU's stream, and so never ran."""
+
+    class Empty(FakeReads):
+        def seconds(self, reader: int, source: int, rows_per_expert: int) -> float:
+            return 1e-5 if source == 0 and reader == 1 else super().seconds(reader, source, rows_per_expert)
+
+    with pytest.raises(OSError, match="GPU 1 seemed to read GPU 0's memory faster than its own"):
+        measure_reads(Empty(2))
 
 
 @pytest.mark.gpu(1)
