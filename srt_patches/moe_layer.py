@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.model_executor.model_runner_components.moe_ep_setup import check_quantized_moe_compatibility
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
 
@@ -63,6 +64,16 @@ def build(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) 
         moe_tp_size=1, moe_tp_rank=0, moe_dp_size=get_parallel().tp_size, moe_dp_rank=get_parallel().tp_rank
     ):
         original(layer, *args, **kwargs)
+
+
+def check_blocks(runner: Any) -> None:
+    """In place of `ModelRunner.check_quantized_moe_compatibility`, which wants a block's width to divide an expert's
+    width divided by the ranks: here no rank has a part of an expert.
+
+    Raises:
+        ValueError: SGLang's, for experts that are no whole number of blocks wide.
+    """
+    check_quantized_moe_compatibility(model_config=runner.model_config, tp_size=1, moe_ep_size=1, moe_dp_size=1)
 
 
 def local_index(layer: Any, expert_id: int) -> int:
@@ -215,6 +226,11 @@ def install_shard_count() -> None:
 
 _PATH = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
 HOOKS = (
+    Hook(
+        "sglang.srt.model_executor.model_runner.ModelRunner.check_quantized_moe_compatibility",
+        HookType.REPLACE,
+        check_blocks,
+    ),
     Hook(f"{_PATH}.__init__", HookType.AROUND, build),
     Hook(f"{_PATH}._map_global_expert_id_to_local_expert_id", HookType.REPLACE, local_index),
     Hook(f"{_PATH}.weight_loader", HookType.AROUND, load),

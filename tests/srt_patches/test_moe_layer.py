@@ -50,6 +50,19 @@ def test_ways_that_are_refused(method: object, backend: MoeRunnerBackend | None,
         way_of_layer(layer(method, backend))
 
 
+def test_blocks_are_compared_with_whole_experts() -> None:
+    """192 columns on each of 4 ranks would be no number of blocks; an expert's 768 are."""
+
+    def runner(width: int) -> SimpleNamespace:
+        config = SimpleNamespace(quantization_config={"weight_block_size": [128, 128]})
+        text = SimpleNamespace(moe_intermediate_size=width)
+        return SimpleNamespace(model_config=SimpleNamespace(hf_config=config, hf_text_config=text))
+
+    moe_layer.check_blocks(runner(768))
+    with pytest.raises(ValueError, match="weight_block_size_n=128"):
+        moe_layer.check_blocks(runner(800))
+
+
 def test_per_expert_state_that_is_known_is_rebuilt_for_all_experts() -> None:
     config = MoeRunnerConfig(gemm1_alpha=1.702, gemm1_clamp_limit=7.0)
     few = torch.ones(2)
