@@ -22,7 +22,8 @@ READY = "ready"
 ANSWER_S = 240.0  # longest time for one run, where the caller sets none
 POLL_S = 0.5
 FAILED = "Scheduler hit an exception"  # SGLang's words; its processes then take a minute to end
-PORTS = 500  # engines that start together draw the same ports, so each has a range of its own
+# Engines that start together draw the same ports, so each has a range of its own, below those that systems hand out.
+FIRST_PORT, PORTS = 11000, 500
 
 Prompts = list[list[int]]
 ByRank = Mapping[int, Prompts]
@@ -53,7 +54,7 @@ def start_engine(options: Mapping[str, Any], index: int) -> Any:
     import sglang
 
     common = {"skip_tokenizer_init": True, "disable_radix_cache": True, "sleep_on_idle": True, "log_level": "info"}
-    return sglang.Engine(port=31000 + PORTS * index, **(common | dict(options)))
+    return sglang.Engine(port=FIRST_PORT + PORTS * index, **(common | dict(options)))
 
 
 def answer_requests(engine: Any, descriptor: int, other: Callable[[Any], Any] | None = None) -> None:

@@ -16,15 +16,17 @@ import random
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from one_gpu import one_gpu_environment
-from qwen3_layers import model_path
+from qwen3_layers import model_path  # makes the package importable
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.engines import FIRST_PORT, PORTS
 
 DWDP = {"tp_size": 2, "enable_dwdp": True}
 EAGER = {"disable_cuda_graph": True, "disable_overlap_schedule": True, "chunked_prefill_size": 1024}
@@ -70,7 +72,7 @@ def measure(name: str, model: str) -> dict[str, Any]:
     engine = sglang.Engine(
         model_path=model,
         skip_tokenizer_init=True,
-        port=31000 + 500 * list(VARIANTS).index(name),  # engines that start together draw the same ports
+        port=FIRST_PORT + PORTS * list(VARIANTS).index(name),
         attention_backend="triton",
         moe_runner_backend="triton",
         disable_custom_all_reduce=True,
@@ -184,11 +186,14 @@ def main() -> None:
     with ThreadPoolExecutor(args.at_a_time) as pool:
         gpus = cycle(args.gpus)
         runs = {
-            name: pool.submit(run_variant, name, model, next(gpus), args.logs, args.timeout) for name in args.variants
+            pool.submit(run_variant, name, model, next(gpus), args.logs, args.timeout): name for name in args.variants
         }
-        results = {name: run.result() for name, run in runs.items()}
-    summary = compare(results)
-    args.out.write_text(json.dumps(summary, indent=1))
+        results: dict[str, dict[str, Any]] = {}
+        for run in as_completed(runs):  # what is there is written at once: the last engines may take long
+            results[runs[run]] = run.result()
+            summary = compare({name: results[name] for name in args.variants if name in results})
+            args.out.write_text(json.dumps(summary, indent=1))
+            console.print(f"{runs[run]}: {'failed' if 'error' in results[runs[run]] else 'done'}")
     show(summary, console)
     for name, result in results.items():
         if "error" in result:
