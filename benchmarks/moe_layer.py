@@ -134,6 +134,8 @@ def kernels_of(shape: Shape, weight_format: str, experts: Experts) -> dict[str, 
     """By name, what makes a kernel and the experts that it reads."""
 
     def flashinfer() -> tuple[Kernel, Experts]:
+        if not load.ready(weight_format):  # its first call would compile for as long as everything else takes
+            raise RuntimeError(f"not built: sglang-dwdp build-kernels --format {weight_format}")
         prepared = for_flashinfer(weight_format, experts)
         return lambda case, given: run_flashinfer(weight_format, case, given), prepared
 

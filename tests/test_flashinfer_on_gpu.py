@@ -53,9 +53,7 @@ def weight_format(request: pytest.FixtureRequest) -> str:
         pytest.skip("needs a Hopper GPU")
     load.install()
     name: str = request.param
-    from flashinfer.jit.fused_moe import gen_cutlass_fused_moe_sm90_module
-
-    if name not in load.built() and not gen_cutlass_fused_moe_sm90_module().is_compiled:
+    if not load.ready(name):
         pytest.skip(f"needs `sglang-dwdp build-kernels --format {name}`")
     return name
 
