@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import get_args
@@ -53,6 +54,8 @@ def _demo(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand. What the user can mend is one line on stderr, and exit code 1."""
     args = parser().parse_args(argv)
+    # As an exception, so that servers and compilers that a subcommand started end with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return int(args.run(args))
     except DwdpError as error:

@@ -1,0 +1,54 @@
+"""The console script: what ends it, and what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sglang_dwdp import cli
+
+# A subcommand that holds something, as the demo holds its servers.
+HOLDS = """
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from sglang_dwdp import cli
+
+def run(args):
+    try:
+        print("running", flush=True)
+        time.sleep(60)
+    finally:
+        Path(sys.argv[1]).write_text("gone")
+
+cli.parser = lambda: SimpleNamespace(parse_args=lambda argv: Namespace(run=run))
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_whatever_ends_it_a_subcommand_lets_go_of_what_it_holds(how: signal.Signals, code: int, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    process = subprocess.Popen([sys.executable, "-c", HOLDS, str(file)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "running\n"
+        os.kill(process.pid, how)
+        assert process.wait(30) == code
+    finally:
+        process.kill()
+    assert file.read_text() == "gone"
+
+
+def test_what_a_user_can_mend_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--experts", "4", "--ranks", "5"]) == 1
+    assert capsys.readouterr().err == (
+        "sglang-dwdp: error: --experts 4 cannot be shared among --ranks 5: give at least as many\n"
+    )
