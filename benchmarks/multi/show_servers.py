@@ -125,13 +125,17 @@ def plot(servers: Result, found: Result, path: Path) -> bool:
         (right, "decode, tokens/s of all ranks"),
     ):
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set_title(title)
         axis.set_xlabel("sequences of a rank" if axis is right else "tokens of a rank's forward")
         axis.grid(alpha=0.3)
+        axis.set_ylabel("ratio" if axis is middle else "tokens/s")
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False)
+            axis.legend(frameon=False, loc="lower right" if axis is middle else "upper left")
     left.set_ylim(bottom=0)
+    left.yaxis.set_major_formatter("{x:,.0f}")
     right.set_yscale("log")
+    right.yaxis.set_major_formatter("{x:,.0f}")
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return True

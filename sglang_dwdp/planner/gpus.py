@@ -75,7 +75,12 @@ GPUS: dict[str, Gpu] = {
             copy_interference=_INTERFERENCE,
             expert_skew=_SKEW,
             kernel_gap=_HOPPER_GAP,
-            sources=_HOPPER_SOURCES,
+            direct_read=338e9,
+            sources=_HOPPER_SOURCES
+            | {
+                "direct_read": "measured on two H100s that read at once, a Triton grouped product "
+                "(benchmarks/results/multi_gpu_2xh100_copies.json)"
+            },
         ),
         Gpu(
             name="H200",

@@ -187,7 +187,7 @@ def test_every_pair_reads_in_place() -> None:
     found = fit(Profile("H100", "test", "0", "m", reads=tuple(points)), gpu)
     assert found.direct_read_bandwidth == pytest.approx(225e9)
     assert found.sources["direct_read"] == "measured on test"
-    assert fit(Profile("H100", "test", "0", "m"), gpu).direct_read == 0
+    assert fit(Profile("H100", "test", "0", "m"), gpu).direct_read == gpu.direct_read
 
 
 def test_reads_that_cannot_be_are_no_measurement() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from benchmarks.serving.report import write_report
 from benchmarks.serving.results import Results
 from benchmarks.serving.scenario import Scenario
 from benchmarks.serving.tables import failures, sheets
-from benchmarks.serving_table import tables
+from benchmarks.serving_table import kept, tables
 from tests.serving.fakes import BENCHMARK, SERVER
 
 SECONDS = "0.4"
@@ -118,6 +119,9 @@ def test_one_that_cannot_start_and_one_that_dies_do_not_stop_the_others(
         assert all(f"| {' | '.join(row)} |" in printed for row in sheet.rows)
     assert f"mortal did not run: {errors['mortal']}" in printed
     assert "requests on rank 1 over time, at most      4: █" in printed
+    (results.folder / "kept.json").write_text(json.dumps(kept(data)))
+    assert tables(results.folder / "kept.json", queues=True) == re.sub(r" \(log: [^)]*\)", "", printed)
+    assert str(tmp_path) not in (results.folder / "kept.json").read_text()
     run_json = data["variants"]["first"]["runs"]["rate-2"]
     assert "generated_texts" not in run_json["benchmark"]
     assert len(run_json["benchmark"]["text_hashes"]) == 2
@@ -202,9 +206,9 @@ def test_a_benchmark_that_fails_or_takes_too_long(tmp_path: Path, monkeypatch: p
         results.error(whole.variants[0])
     )
     monkeypatch.setattr(client, "command", command("import time; time.sleep(60)"))
-    object.__setattr__(whole, "run_timeout_s", 0.5)
+    object.__setattr__(whole, "run_timeout_s", 8.0)
     results, _ = run(whole, tmp_path, monkeypatch)
-    assert "the benchmark took longer than 0.5 s (run_timeout_s" in str(results.error(whole.variants[0]))
+    assert "the benchmark took longer than 8 s (run_timeout_s" in str(results.error(whole.variants[0]))
     assert processes(tmp_path) == []
 
 
