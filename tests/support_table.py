@@ -27,7 +27,7 @@ RECORD, PAGE = DOCS / "support.json", DOCS / "support.md"
 # Where a test runs over several ranks or sizes, all of them are run together.
 PARITY, MODELS = "tests/e2e/test_parity.py::", "tests/e2e/test_models.py::"
 CPU_MODELS: Mapping[str, str] = {
-    "Qwen3-MoE": rf"{PARITY}test_qwen3_moe\[",
+    "Qwen3-MoE": rf"{PARITY}test_qwen3_moe_staged_and_direct\[",
     "Qwen2-MoE": rf"{PARITY}test_qwen2_moe",
     "DeepSeek-V2": rf"{PARITY}test_deepseek\w*\[deepseek_v2",
     "DeepSeek-V3, R1": rf"{PARITY}test_deepseek\w*\[deepseek_v3",

@@ -14,6 +14,7 @@ from sglang_dwdp import cli
 
 # A subcommand that holds something, as the demo holds its servers.
 HOLDS = """
+import signal
 import sys
 import time
 from argparse import Namespace
@@ -28,6 +29,7 @@ def run(args):
     finally:
         Path(sys.argv[1]).write_text("gone")
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background inherit that it is ignored
 cli.parser = lambda: SimpleNamespace(parse_args=lambda argv: Namespace(run=run))
 sys.exit(cli.main())
 """
