@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.serving.models import prepare
 from benchmarks.serving.scenario import Model
 
-MADE = {  # the serving scenarios' too, so that one checkpoint serves both
+MADE: dict[str, Any] = {  # the serving scenarios' too, so that one checkpoint serves both
     "family": "qwen3_moe",
     "dtype": "bfloat16",
     "num_layers": 8,

@@ -12,20 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import session, tail
+from benchmarks.qwen3_layers import MADE
 
-GPU_SHAPE: dict[str, Any] = {  # Qwen3-30B-A3B's, 16 of its 48 layers: 20 GB
-    "family": "qwen3_moe",
-    "num_layers": 16,
-    "num_experts": 128,
-    "top_k": 8,
-    "hidden_size": 2048,
-    "moe_intermediate_size": 768,
-    "num_heads": 32,
-    "num_kv_heads": 4,
-    "head_dim": 128,
-    "max_positions": 32768,
-    "num_files": 8,
-}
+# Qwen3-30B-A3B's, 16 of its 48 layers: 20 GB.
+GPU_SHAPE: dict[str, Any] = MADE | {"num_layers": 16, "max_positions": 32768, "num_files": 8}
 CPU_SHAPE: dict[str, Any] = {"family": "qwen3_moe", "dtype": "float32", "num_layers": 2, "num_experts": 12}
 
 
