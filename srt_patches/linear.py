@@ -2,7 +2,8 @@
 
 SGLang takes care of attention, of dense layers and of the LM head by the server's arguments, but shards some
 layers over the tensor-parallel group all the same: the shared experts of DeepSeek and Qwen2-MoE, for instance,
-whose partial sums nobody would add up (wrong tokens and no error with SGLang's own --dwdp-size).
+whose partial sums nobody would add up (wrong tokens and no error with SGLang's own --dwdp-size), and the LM head of
+MiniMax-M2.
 """
 
 from __future__ import annotations
@@ -20,4 +21,12 @@ def whole(original: Callable[[Any], Any], parallel_group: Any) -> Any:
     return original(parallel_group) if parallel_group == "attn_tp" else None
 
 
-HOOKS = (Hook("sglang.srt.layers.linear._resolve_linear_group", HookType.AROUND, whole),)
+def whole_head(original: Callable[..., None], head: Any, *args: Any, **kwargs: Any) -> None:
+    """Around `ParallelLMHead.__init__`: sharded over attention's group at most, which has one rank."""
+    original(head, *args, **kwargs | {"use_attn_tp_group": kwargs.get("enable_tp", True)})
+
+
+HOOKS = (
+    Hook("sglang.srt.layers.linear._resolve_linear_group", HookType.AROUND, whole),
+    Hook("sglang.srt.layers.vocab_parallel_embedding.ParallelLMHead.__init__", HookType.AROUND, whole_head),
+)
