@@ -14,27 +14,34 @@ from sglang_dwdp import cpu_engine
 OURS, IN_TREE, DEP, DEEPEP, REPLICAS = "dwdp", "in-tree", "dep", "deepep", "replicas"
 DEFAULT = (OURS, IN_TREE, DEP, REPLICAS)
 ON_CPU = (OURS, REPLICAS)
-VARIANTS = (*DEFAULT, DEEPEP, "dwdp-direct", "dwdp-staged")
+DEEPEP_NORMAL = "deepep-normal"
+VARIANTS = (*DEFAULT, DEEPEP, "dwdp-direct", "dwdp-staged", DEEPEP_NORMAL)  # an engine's ports go by its place here
 REFERENCE = (REPLICAS, DEP, IN_TREE, OURS)  # whose tokens the others' are compared with: the first that came up
-REQUIRED_MODULE = {DEEPEP: "deep_ep"}
+REQUIRED_MODULE = {DEEPEP: "deep_ep", DEEPEP_NORMAL: "deep_ep"}
+# NVSHMEM has no other host to reach here, and DeepGEMM compiles only what comes, during warm-up.
+DEEPEP_ENVIRONMENT = {"NVSHMEM_REMOTE_TRANSPORT": "none", "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}
 
 
 def kind_options(name: str, ranks: int) -> dict[str, Any]:
     """What makes an engine that variant.
 
     The exchange of tokens under expert parallelism is SGLang's default, all-gather and reduce-scatter; `deepep` is
-    the same with DeepEP's all-to-all. Neither shards the language model's head or dense layers, as DWDP does not.
+    the same with DeepEP's all-to-all, for which SGLang runs bf16 experts with DeepGEMM alone; `deepep-normal` has its
+    kernels for prefills only, which need no NVSHMEM, and so no graphs. None of them shards the language model's head
+    or dense layers, as DWDP does not.
     """
     experts = {"attn_dp_size": ranks, "ep_size": ranks, "enable_dp_lm_head": True, "moe_dense_tp_size": 1}
     # A rank that sleeps notices a peer's request up to a second late, and the peer waits for it.
     experts["sleep_on_idle"] = False
+    deepep = {"moe_a2a_backend": "deepep", "moe_runner_backend": "deep_gemm"}
     kinds: dict[str, dict[str, Any]] = {
         OURS: {"tp_size": ranks, "enable_dwdp": True},
         "dwdp-direct": {"tp_size": ranks, "enable_dwdp": True, "dwdp_view": "direct"},
         "dwdp-staged": {"tp_size": ranks, "enable_dwdp": True, "dwdp_view": "staged"},
         IN_TREE: {"tp_size": ranks, "dwdp_size": ranks},
         DEP: {"tp_size": ranks, **experts},
-        DEEPEP: {"tp_size": ranks, **experts, "moe_a2a_backend": "deepep", "moe_runner_backend": "auto"},
+        DEEPEP: {"tp_size": ranks, **experts, **deepep},
+        DEEPEP_NORMAL: {"tp_size": ranks, **experts, **deepep, "deepep_mode": "normal"},
         REPLICAS: {"tp_size": 1, "dp_size": ranks},
     }
     return kinds[name]
@@ -48,7 +55,7 @@ def engine_options(name: str, ranks: int, load: Load, model: str, *, cpu: bool, 
     keeps it), and the running requests by them in every case.
     """
     kind = kind_options(name, ranks)
-    chunk_factor = ranks if name in (IN_TREE, DEP, DEEPEP) else 1
+    chunk_factor = ranks if name in (IN_TREE, DEP, DEEPEP, DEEPEP_NORMAL) else 1
     options: dict[str, Any] = {
         "model_path": model,
         "chunked_prefill_size": load.chunk * chunk_factor,
@@ -83,6 +90,8 @@ def environment(name: str, ranks: int, devices: int, directory: Path, base: Mapp
 
     # Engines that load at the same time make GPUs look unevenly used, which SGLang refuses otherwise.
     added = {**fewer_models(), "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+    if name in REQUIRED_MODULE:
+        added |= DEEPEP_ENVIRONMENT
     if not devices:
         return added | cpu_engine.environment(ranks, base)
     return added | (one_gpu_environment(directory, base) if devices == 1 else {})

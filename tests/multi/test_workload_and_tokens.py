@@ -50,7 +50,7 @@ def test_all_variants_get_the_same_chunk_and_room_on_a_rank(ranks: int) -> None:
     for name in variants.VARIANTS:
         options = variants.engine_options(name, ranks, GPU_LOAD, "M", cpu=False, attention="triton")
         # SGLang divides both by the ranks of attention data parallelism; this plugin keeps the chunk.
-        divides_chunk = ranks if name in ("in-tree", "dep", "deepep") else 1
+        divides_chunk = ranks if name in ("in-tree", "dep", "deepep", "deepep-normal") else 1
         divides_requests = options["tp_size"]
         per_rank.add(
             (
@@ -88,6 +88,8 @@ def test_what_cannot_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert several["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] == "0"
     assert "SGLANG_NCCL_SO_PATH" not in several  # NCCL between GPUs; not where ranks share one
     assert "SGLANG_NCCL_SO_PATH" in variants.environment("dep", 2, 1, tmp_path, os.environ)
+    assert "NVSHMEM_REMOTE_TRANSPORT" not in several
+    assert variants.environment("deepep", 2, 2, tmp_path, {})["NVSHMEM_REMOTE_TRANSPORT"] == "none"
     assert variants.environment("replicas", 2, 0, tmp_path, {})["SGLANG_USE_CPU_ENGINE"] == "1"
 
 
