@@ -61,6 +61,8 @@ LAYERS: Mapping[tuple[str, str], str] = {
     ("block-FP8", "deep_gemm"): rf"{KERNELS}test_deep_gemm_on_views_gpu",
     ("MXFP4", "flashinfer_mxfp4"): rf"({ON_GPU}\[mxfp4-|{KERNELS}test_mxfp4_on_views_gpu)",
 }
+# Ways that have no test of a layer are covered by that of a model.
+BY_MODELS = (("bf16", "deep_gemm"), ("block-FP8", "triton"), ("MXFP4", "triton"))
 
 _TOP = """# What is supported
 
@@ -88,7 +90,8 @@ a way below is unverified.
 _MIDDLE = """
 ## Weight formats and MoE backends on GPUs
 
-Verified: a layer on views gives bitwise what it gives on resident experts. What is not listed is refused.
+Verified: a layer on views gives bitwise what it gives on resident experts, or (`test_parity`) a model's tokens and
+log-probabilities are bitwise those of a single rank. What is not listed is refused.
 
 | experts | backend | Hopper | Blackwell |
 |---|---|---|---|
@@ -161,9 +164,16 @@ def _cell(passed: Mapping[str, str], way: Way, gpu: str) -> str:
         return "–"
     if way.status is Status.REFUSED:
         return f"refused: {way.reason}"
-    pattern = LAYERS.get((way.weights, way.backend))
+    key = (way.weights, way.backend)
+    pattern = by_models(key) if key in BY_MODELS else LAYERS.get(key)
     shown = evidence(passed, pattern) if pattern is not None and gpu == "Hopper" else None
     return shown or "unverified"
+
+
+def by_models(key: tuple[str, str]) -> str:
+    """The pattern of the models' tests that run this format on this backend."""
+    cases = [case for case in ALL if (WEIGHTS[case.weights], case.backend) == key]
+    return "|".join(re.escape(f"{GPU_MODELS}test_parity[{case.name}-") for case in cases)
 
 
 def main(results: list[Path]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.e2e.gpu_cases import ALL, FUSED
 from tests.support_table import (
+    BY_MODELS,
     FAMILIES,
     GPU_MODELS,
     PAGE,
@@ -56,6 +57,15 @@ def test_a_model_on_gpus_is_verified_with_all_its_ranks_only() -> None:
     both = dict.fromkeys(names, "2026-01-01")
     assert on_gpu(both, case) == "verified: `test_parity` (2 passed, 2026-01-01)"
     assert on_gpu(both | {names[1]: "failed 2026-01-02"}, case).startswith("FAILED: `test_parity` (1 of 2")
+
+
+def test_ways_without_a_layer_of_their_own_are_verified_by_models() -> None:
+    for key in BY_MODELS:
+        case = next(case for case in ALL if (WEIGHTS[case.weights], case.backend) == key)
+        record = {f"{GPU_MODELS}test_parity[{case.name}-{ranks}]": "2026-01-01" for ranks in case.ranks}
+        row = next(line for line in page(record).splitlines() if line.startswith(f"| {key[0]} | `{key[1]}` |"))
+        assert f"verified: `test_parity` ({len(case.ranks)} passed" in row
+        assert row.endswith("| unverified |")  # on Blackwell
 
 
 def test_every_model_on_gpus_has_its_words() -> None:

@@ -151,6 +151,7 @@ ALL = (
         environment=MASKED,
     ),
     Case("qwen3_moe", "bf16", "deep_gemm", "bf16 experts with deep_gemm", ranks=(3,), environment=MASKED),
+    Case("gpt_oss", "mxfp4", "triton", "MXFP4 experts with triton", GPT_OSS, ranks=(3,)),
 )
 BY_NAME = {case.name: case for case in ALL}
 # Models whose shared experts SGLang fuses into the routed ones by itself, which DWDP turns off.
