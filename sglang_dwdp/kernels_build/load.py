@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_dwdp.kernels_build.formats import ARCHITECTURES, FORMATS
-from sglang_dwdp.kernels_build.recipe import directory_of, manifest_of
+from sglang_dwdp.kernels_build.recipe import library_of
 from sglang_dwdp.kernels_build.toolchain import pip_folders
 
 logger = logging.getLogger(__name__)
@@ -25,12 +25,8 @@ _FUNCTION = "gen_cutlass_fused_moe_sm90_module"
 
 def built(architecture: str = ARCHITECTURES[0]) -> dict[str, Path]:
     """The slim modules that are there for the installed FlashInfer, by format."""
-    found = {}
-    for name, spec in FORMATS.items():
-        module = spec.module_name(architecture)
-        if manifest_of(module) is not None:
-            found[name] = directory_of(module) / f"{module}.so"
-    return found
+    libraries = {name: library_of(spec.module_name(architecture)) for name, spec in FORMATS.items()}
+    return {name: library for name, library in libraries.items() if library is not None}
 
 
 def ready(name: str, architecture: str = ARCHITECTURES[0]) -> bool:

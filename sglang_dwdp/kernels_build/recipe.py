@@ -56,14 +56,33 @@ def directory_of(name: str) -> Path:
     return Path(env.FLASHINFER_JIT_DIR) / name
 
 
+def library_of(name: str) -> Path | None:
+    """The module of this name for the installed FlashInfer; None: it was not built, or not to its end.
+
+    `import sglang` moves FlashInfer's cache below SGLANG_CACHE_DIR, where it is imported first. So a module may lie in
+    the cache that this process has, or in the one of a process that did not import SGLang, as a build is.
+    """
+    from flashinfer.jit import env
+
+    below = Path(env.FLASHINFER_JIT_DIR).relative_to(env.FLASHINFER_CACHE_DIR)
+    for folder in (directory_of(name), Path.home() / ".cache" / "flashinfer" / below / name):
+        if _read_manifest(folder) is not None and (folder / f"{name}.so").exists():
+            return folder / f"{name}.so"
+    return None
+
+
 def manifest_of(name: str) -> dict[str, Any] | None:
     """What was built under this name for the installed FlashInfer; None: nothing, or not to its end."""
-    directory = directory_of(name)
+    library = library_of(name)
+    return None if library is None else _read_manifest(library.parent)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
-        content: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
+        content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
-    return content if (directory / f"{name}.so").exists() else None
+    return content
 
 
 @contextlib.contextmanager

@@ -80,6 +80,38 @@ def test_slim_modules_are_used_only_where_the_full_one_is_not_there(monkeypatch:
     assert load.choose(lambda: full) is full
 
 
+WHERE = """
+import sys
+if sys.argv[1] == "sglang":
+    import sglang
+from sglang_dwdp.kernels_build import load
+print(*load.built().values())
+"""
+
+
+@pytest.mark.parametrize("first", ["sglang", "flashinfer"])
+def test_a_built_module_is_found_where_sglang_has_moved_flashinfers_cache(first: str, tmp_path: Path) -> None:
+    """`import sglang` sets FLASHINFER_WORKSPACE_BASE; a build does not import SGLang, and a server does."""
+    from flashinfer import __version__
+
+    name = load.FORMATS["bf16"].module_name("9.0a")
+    folder = tmp_path / ".cache" / "flashinfer" / __version__ / "90a" / "cached_ops" / name
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    dropped = ("FLASHINFER_WORKSPACE_BASE", "SGLANG_CACHE_DIR")
+    environment = {key: value for key, value in os.environ.items() if key not in dropped}
+    environment |= {"HOME": str(tmp_path), "FLASHINFER_CUDA_ARCH_LIST": "9.0a"}
+    command = [sys.executable, "-c", WHERE, first]
+
+    def found() -> str:
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+        return said.stdout.splitlines()[-1]
+
+    assert found() == ""  # not built to its end
+    (folder / f"{name}.so").touch()
+    assert found() == str(folder / f"{name}.so")
+
+
 OPEN = """
 import sys, torch
 from pathlib import Path

@@ -79,7 +79,8 @@ def test_a_view_that_begins_on_a_peers_gpu_is_this_gpus_tensor(here: int) -> Non
         grid = (triton.cdiv(len(view), 1024),)
         _add_one[grid](view, result, len(view), BLOCK=1024)  # Triton asks the driver for every pointer
         assert torch.equal(result, expected + 1)
-        with torch.cuda.graph(graph):
+        # A stream of this GPU: torch's own for captures belongs to the first GPU that captured.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
             _add_one[grid](view, result, len(view), BLOCK=1024)
         view[:4].fill_(7)
         view[4:8].copy_(expected[:4])
