@@ -136,6 +136,22 @@ CONFLICTS: tuple[Conflict, ...] = (
         "Drop --weight-cache-mode and --startup-weight-load-mode overlap.",
     ),
     Conflict(
+        _set("checkpoint_engine_wait_weights_before_ready"),
+        "--checkpoint-engine-wait-weights-before-ready waits for weights, and DWDP refuses new ones",
+        "Drop it, and give --model-path the weights.",
+    ),
+    Conflict(
+        lambda args: (getattr(args, "expert_balancedness_report_mode", None) or "off") != "off",
+        "--expert-balancedness-report-mode sums over all ranks after every forward, and DWDP ranks do not wait for "
+        "each other",
+        "Drop --expert-balancedness-report-mode: every rank runs all experts of its own tokens.",
+    ),
+    Conflict(
+        _set("enable_return_routed_experts"),
+        "--enable-return-routed-experts cuts a rank's tokens out of those of all ranks, which DWDP does not gather",
+        "Drop --enable-return-routed-experts.",
+    ),
+    Conflict(
         _set("enable_pdmux"),
         "--enable-pdmux runs layers of a prefill between decodes, out of the order that slots are filled for",
         "Drop --enable-pdmux.",
@@ -146,8 +162,8 @@ CONFLICTS: tuple[Conflict, ...] = (
         "Drop --enable-prefill-delayer.",
     ),
     Conflict(
-        lambda args: getattr(args, "disaggregation_mode", "null") == "decode",
-        "--disaggregation-mode decode has not been run with DWDP",
+        lambda args: getattr(args, "disaggregation_mode", "null") == "decode" or _set("enable_pd_role_switch")(args),
+        "--disaggregation-mode decode, and --enable-pd-role-switch to it, have not been run with DWDP",
         "Use --enable-dwdp on the prefill server (or without disaggregation) and a plain decode server.",
     ),
 )

@@ -68,7 +68,16 @@ def way_of_layer(layer: Any) -> Way:
     """How a layer runs on a GPU.
 
     Raises:
-        DwdpConfigError: that way cannot read shared experts, or was not examined.
+        DwdpConfigError: that way cannot read shared experts, or was not examined, as FP8 without scales of blocks.
     """
     backend = getattr(layer.runner_backend, "value", None)
+    method = layer.quant_method
+    other_scales = not getattr(method, "block_quant", True) or getattr(method, "use_mxfp8", False)
+    if type(method).__name__ == "Fp8MoEMethod" and (other_scales or getattr(method, "is_fp4_expert", False)):
+        # A static scale of activations becomes the largest of the experts that a rank loaded, and none of the others.
+        raise DwdpConfigError(
+            f"layer {layer.layer_id}: of FP8 experts DWDP can share those with a scale for each block of weights "
+            "(weight_block_size in the checkpoint's config); these have others, which were not examined. Use a "
+            "checkpoint with block scales, or serve without --enable-dwdp."
+        )
     return check(layer.layer_id, type(layer.quant_method).__name__, backend)

@@ -49,9 +49,13 @@ CASES = [
     ({"kt_weight_path": "w"}, "offloaded"),
     ({"weight_cache_mode": "daemon"}, "after start-up"),
     ({"startup_weight_load_mode": "overlap"}, "after start-up"),
+    ({"checkpoint_engine_wait_weights_before_ready": True}, "waits for weights"),
+    ({"expert_balancedness_report_mode": "prometheus"}, "--expert-balancedness-report-mode"),
+    ({"enable_return_routed_experts": True}, "--enable-return-routed-experts"),
     ({"enable_pdmux": True}, "--enable-pdmux"),
     ({"enable_prefill_delayer": True}, "prefill delayer"),
     ({"disaggregation_mode": "decode"}, "decode"),
+    ({"enable_pd_role_switch": True}, "--enable-pd-role-switch"),
 ]
 
 

@@ -50,6 +50,16 @@ def test_ways_that_are_refused(method: object, backend: MoeRunnerBackend | None,
         way_of_layer(layer(method, backend))
 
 
+@pytest.mark.parametrize("scales", [{"block_quant": False}, {"use_mxfp8": True}, {"is_fp4_expert": True}])
+def test_fp8_with_other_scales_than_those_of_blocks_is_refused(scales: dict[str, bool]) -> None:
+    method = Fp8MoEMethod()
+    vars(method).update({"block_quant": True} | scales)
+    with pytest.raises(DwdpConfigError, match=r"layer 3: of FP8 experts DWDP can share .* block"):
+        way_of_layer(layer(method, MoeRunnerBackend.TRITON))
+    vars(method).update(block_quant=True, use_mxfp8=False, is_fp4_expert=False)
+    assert way_of_layer(layer(method, MoeRunnerBackend.TRITON)).weights == "block-FP8"
+
+
 def test_blocks_are_compared_with_whole_experts() -> None:
     """192 columns on each of 4 ranks would be no number of blocks; an expert's 768 are."""
 
