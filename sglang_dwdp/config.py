@@ -79,12 +79,12 @@ class DwdpConfig:
         float,
     )
     timeout_s: float = _option(
-        300.0, "Longest wait in seconds for a peer during set-up, and for a copy during a forward."
+        300.0, "Longest wait in seconds for a peer during set-up, and, on the CPU engine, for a copy during a forward."
     )
     audit: bool = _option(
         False,
         "Count, in every forward, calls into torch.distributed and the bytes of remote experts read in place, and "
-        "report both in /server_info. Slows forwards down.",
+        "report both in /server_info. Slows forwards down; replays of CUDA graphs are not counted.",
     )
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         lambda args: args.dwdp_size not in (1, args.tp_size),
         "--dwdp-size {args.dwdp_size} is SGLang's own DWDP, and it names another group than --tp-size {args.tp_size}",
-        "Drop --dwdp-size: --enable-dwdp takes all --tp-size ranks as the group.",
+        "Drop --dwdp-size: --enable-dwdp takes all --tp-size ranks as the group, or --dwdp-group-size of them.",
     ),
     Conflict(
         _above_one("nnodes"),

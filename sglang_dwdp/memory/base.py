@@ -137,4 +137,4 @@ class Memory(Protocol):
         """Return when all that this process has written is in memory, so that a peer who is told so can read it."""
 
     def copy_engine(self, timeout_s: float) -> CopyEngine:
-        """A copy stream whose waits end after `timeout_s` seconds."""
+        """A copy stream. Waits of the host end after `timeout_s` seconds; those of a GPU's stream have no end."""
