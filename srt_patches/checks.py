@@ -80,4 +80,4 @@ def way_of_layer(layer: Any) -> Way:
             "(weight_block_size in the checkpoint's config); these have others, which were not examined. Use a "
             "checkpoint with block scales, or serve without --enable-dwdp."
         )
-    return check(layer.layer_id, type(layer.quant_method).__name__, backend)
+    return check(layer.layer_id, type(method).__name__, backend)

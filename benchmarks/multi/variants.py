@@ -11,13 +11,13 @@ from benchmarks.multi.workload import Load
 from benchmarks.one_gpu import one_gpu_environment
 from sglang_dwdp import cpu_engine
 
-OURS, IN_TREE, DEP, DEEPEP, REPLICAS = "dwdp", "in-tree", "dep", "deepep", "replicas"
+OURS, IN_TREE, DEP, REPLICAS = "dwdp", "in-tree", "dep", "replicas"
+DEEPEP, DEEPEP_NORMAL = WITH_DEEPEP = ("deepep", "deepep-normal")
 DEFAULT = (OURS, IN_TREE, DEP, REPLICAS)
 ON_CPU = (OURS, REPLICAS)
-DEEPEP_NORMAL = "deepep-normal"
 VARIANTS = (*DEFAULT, DEEPEP, "dwdp-direct", "dwdp-staged", DEEPEP_NORMAL)  # an engine's ports go by its place here
 REFERENCE = (REPLICAS, DEP, IN_TREE, OURS)  # whose tokens the others' are compared with: the first that came up
-REQUIRED_MODULE = {DEEPEP: "deep_ep", DEEPEP_NORMAL: "deep_ep"}
+REQUIRED_MODULE = dict.fromkeys(WITH_DEEPEP, "deep_ep")
 # NVSHMEM has no other host to reach here, and DeepGEMM compiles only what comes, during warm-up.
 DEEPEP_ENVIRONMENT = {"NVSHMEM_REMOTE_TRANSPORT": "none", "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}
 
@@ -55,7 +55,7 @@ def engine_options(name: str, ranks: int, load: Load, model: str, *, cpu: bool, 
     keeps it), and the running requests by them in every case.
     """
     kind = kind_options(name, ranks)
-    chunk_factor = ranks if name in (IN_TREE, DEP, DEEPEP, DEEPEP_NORMAL) else 1
+    chunk_factor = ranks if name in (IN_TREE, DEP, *WITH_DEEPEP) else 1
     options: dict[str, Any] = {
         "model_path": model,
         "chunked_prefill_size": load.chunk * chunk_factor,
@@ -90,7 +90,7 @@ def environment(name: str, ranks: int, devices: int, directory: Path, base: Mapp
 
     # Engines that load at the same time make GPUs look unevenly used, which SGLang refuses otherwise.
     added = {**fewer_models(), "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
-    if name in REQUIRED_MODULE:
+    if name in WITH_DEEPEP:
         added |= DEEPEP_ENVIRONMENT
     if not devices:
         return added | cpu_engine.environment(ranks, base)
