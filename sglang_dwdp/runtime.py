@@ -146,9 +146,12 @@ class DwdpRuntime:
         self._direct = self._rests_direct
 
     def count_reads(self, layer_id: int, expert_ids: torch.Tensor) -> None:
-        """Count the remote bytes that a direct forward reads; `expert_ids` are those it was routed to."""
+        """Count the remote bytes that a direct forward reads; `expert_ids` are those it was routed to.
+
+        Outside of forwards nothing is counted: ids cannot be read while a graph is captured.
+        """
         assert self._shared is not None
-        if self._direct:
+        if self._direct and self.in_forward:
             remote = self._shared.layers[self._position[layer_id]].remote_bytes
             routed = set(expert_ids.reshape(-1).tolist())
             self.counters.bytes_read_in_place += sum(remote[e] for e in routed if 0 <= e < len(remote))

@@ -21,6 +21,7 @@ from sglang_dwdp.conflicts import refuse_conflicts
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.placement import balanced
 from sglang_dwdp.srt_patches import moe_backend
+from sglang_dwdp.srt_patches.graphs import graphs_off
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.planned import with_direct_limit
 
@@ -131,10 +132,10 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         declare_resolution(server_args, _SOURCE, sleep_on_idle=True)
     if view.device == "cpu" or not config.has_direct:
         # A graph holds addresses, and what a slot holds changes from layer to layer.
-        declare_resolution(server_args, _SOURCE, disable_cuda_graph=True)
+        declare_resolution(server_args, _SOURCE, disable_cuda_graph=True, **graphs_off(view, ("decode", "prefill")))
     elif config.view == "auto":
         # Decode graphs read direct views. A prefill's views change with its size, so it runs without graphs.
-        declare_resolution(server_args, _SOURCE, cuda_graph_backend_prefill="disabled")
+        declare_resolution(server_args, _SOURCE, **graphs_off(view, ("prefill",)))
     if view.device != "cpu" and config.view != "direct":
         logger.info(
             "DWDP: CUDA graphs of prefill are off, because staged forwards change their views (--dwdp-view %s). "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sglang_dwdp.demo.families import Family
@@ -42,6 +42,7 @@ class Case:
     kernels: the format of FlashInfer's kernels that it needs (`sglang-dwdp build-kernels`).
     logged: what a rank's log says of its layers.
     share_all: on 3 ranks scales and biases are shared like weights, however small they are.
+    variation: a word for `dwdp`, which are options of the engines with DWDP only.
     """
 
     family: Family
@@ -54,6 +55,8 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     share_all: bool = False
+    variation: str = ""
+    dwdp: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def quantization(self) -> Quantization:
@@ -64,7 +67,7 @@ class Case:
     @property
     def name(self) -> str:
         """Such as "qwen3_moe-bf16-triton"."""
-        return f"{self.family}-{self.weights}-{self.backend}"
+        return "-".join(filter(None, (self.family, self.weights, self.backend, self.variation)))
 
 
 _FP8 = {"fp8_gemm_runner_backend": "triton"}  # of the linear layers: DeepGEMM would compile for minutes
@@ -153,6 +156,16 @@ ALL = (
     Case("qwen3_moe", "bf16", "deep_gemm", "bf16 experts with deep_gemm", ranks=(3,), environment=MASKED),
     Case("gpt_oss", "mxfp4", "triton", "MXFP4 experts with triton", GPT_OSS, ranks=(3,)),
 )
-BY_NAME = {case.name: case for case in ALL}
+# Options of DWDP's, each with the first model on 2 ranks.
+VARIATIONS = (
+    replace(ALL[0], ranks=(2,), variation="audit", dwdp={"dwdp_audit": True}),
+    replace(
+        ALL[0],
+        ranks=(2,),
+        variation="staged",
+        dwdp={"dwdp_view": "staged", "cuda_graph_backend_decode": "full"},  # no graph can read slots
+    ),
+)
+BY_NAME = {case.name: case for case in ALL + VARIATIONS}
 # Models whose shared experts SGLang fuses into the routed ones by itself, which DWDP turns off.
 FUSED = ("glm4_moe-bf16-triton", "deepseek_v3-fp8-triton")

@@ -5,7 +5,8 @@
 One GPU is enough: the ranks of an engine share it (`benchmarks/one_gpu.py`). All engines are started when the first
 test wants one, several at a time, on all GPUs there are; a test waits for those that it compares. Variables:
 DWDP_ENGINES_AT_A_TIME (by processors), DWDP_ENGINES_DEADLINE_S (after which no more are started: their tests are
-skipped), DWDP_ENGINES_LOGS (a folder that keeps every engine's log and answers).
+skipped), DWDP_ENGINES_LOGS (a folder that keeps every engine's log and answers), DWDP_ENGINES_FIRST_PORT (for two
+runs at a time).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ import torch
 from benchmarks.one_gpu import one_gpu_environment
 from sglang_dwdp.demo.checkpoint import make_checkpoint
 from sglang_dwdp.demo.server import fewer_models
-from tests.e2e.gpu_cases import ALL, BY_NAME, FUSED, Case
+from tests.e2e.gpu_cases import ALL, BY_NAME, FUSED, VARIATIONS, Case
 from tests.e2e.gpu_engine import LENGTHS
 
 pytestmark = [pytest.mark.gpu(3), pytest.mark.models]
@@ -72,6 +74,7 @@ class Engines:
         at_a_time = int(os.environ.get("DWDP_ENGINES_AT_A_TIME") or max(1, len(os.sched_getaffinity(0)) // 2))
         self._pool = ThreadPoolExecutor(at_a_time)
         self._deadline = time.monotonic() + float(os.environ.get("DWDP_ENGINES_DEADLINE_S") or 3600)
+        self._first_port = int(os.environ.get("DWDP_ENGINES_FIRST_PORT") or 11000)
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
         self._ranks_on = Counter(dict.fromkeys(gpus, 0))
@@ -97,6 +100,8 @@ class Engines:
 
     @staticmethod
     def name(case: Case, ranks: int, fused: bool = False) -> str:
+        if ranks == 1:
+            case = replace(case, variation="")
         return f"{case.name}-{'fused' if fused else ranks}"
 
     def close(self) -> None:
@@ -165,14 +170,14 @@ class Engines:
         """The engine's options. Engines that start together would draw the same ports."""
         result: dict[str, Any] = {
             "tp_size": ranks,
-            "port": 11000 + 400 * (next(self._count) % 50),
+            "port": self._first_port + 400 * (next(self._count) % 50),
             "moe_runner_backend": case.backend,
             "cuda_graph_backend_prefill": "disabled",
             "disable_shared_experts_fusion": not fused,
             **case.options,
         }
         if ranks > 1:
-            result |= {"enable_dwdp": True, "dwdp_direct_max_tokens": DIRECT_MAX_TOKENS}
+            result |= {"enable_dwdp": True, "dwdp_direct_max_tokens": DIRECT_MAX_TOKENS, **case.dwdp}
             if case.share_all and ranks == 3:
                 result["dwdp_replicate_below_kib"] = 0
         return result
@@ -263,6 +268,22 @@ def test_parity(engines: Engines, name: str, ranks: int) -> None:
         assert report["direct_forwards"] > 0
         assert report["staged_forwards"] > 0
     assert f"run {case.logged}" in result["log"]
+
+
+@pytest.mark.parametrize(("name", "ranks"), [(case.name, ranks) for case in VARIATIONS for ranks in case.ranks])
+def test_options_of_dwdp(engines: Engines, name: str, ranks: int) -> None:
+    """Neither counting nor a wish for graphs that cannot be changes an answer, or stops the capture of graphs."""
+    expected = engines.result(BY_NAME[name], 1)["answers"][0]
+    result = engines.result(BY_NAME[name], ranks)
+    assert result["answers"] == [expected] * ranks
+    for report in result["reports"]:
+        if name.endswith("audit"):
+            assert report["direct_forwards"] > 0
+            assert report["bytes_read_in_place"] > 0
+            assert report["collectives"] == 0
+        else:
+            assert report["direct_forwards"] == 0
+            assert report["staged_forwards"] > len(LENGTHS)
 
 
 @pytest.mark.parametrize("name", FUSED)

@@ -38,6 +38,7 @@ resolved = server_args.resolved_dict()
 print("RESULT " + json.dumps({
     "config": None if config is None else dataclasses.asdict(config),
     "resolved": {k: v for k, v in resolved.items() if isinstance(v, (str, int, float, bool, type(None)))},
+    "graphs": {phase: resolved["cuda_graph_config"][phase].get("backend") for phase in ("decode", "prefill")},
     "environment": sorted(k for k in os.environ if before.get(k) != os.environ[k]),
     "hooked": hasattr(tm.TokenizerManager.begin_weight_update, "__wrapped__"),
 }))
@@ -83,7 +84,8 @@ def test_without_the_flag_the_plugin_changes_nothing(model: str) -> None:
 
 def test_with_the_flag(model: str) -> None:
     argv = ("--model-path", model, "--device", "cpu", "--tp", "3", "--chunked-prefill-size", "6000")
-    result = resolve(*argv, "--enable-dwdp", "--dwdp-view", "direct", "--dwdp-depth", "5")
+    graphs = ("--cuda-graph-backend-decode", "full", "--cuda-graph-config", '{"prefill": {"backend": "breakable"}}')
+    result = resolve(*argv, *graphs, "--enable-dwdp", "--dwdp-view", "direct", "--dwdp-depth", "5")
     assert (result["config"]["view"], result["config"]["depth"]) == ("direct", 5)
     assert result["config"]["direct_max_tokens"] == UNPLANNED_DIRECT_MAX_TOKENS  # settled: this is the CPU engine
     resolved = result["resolved"]
@@ -102,6 +104,7 @@ def test_with_the_flag(model: str) -> None:
         "sleep_on_idle": True,
     }
     assert {name: resolved[name] for name in expected} == expected
+    assert result["graphs"] == {"decode": "disabled", "prefill": "disabled"}
     assert result["hooked"] is True
 
 
