@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.config import DwdpConfig
@@ -26,7 +27,8 @@ def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_
     if config is None:
         return
     try:
-        _install(role, config, server_args.device)
+        # The attribute is what the user gave; what SGLang found instead of nothing is in the resolved arguments.
+        _install(role, config, resolving_view(server_args).device)
     except DwdpRuntimeError as error:
         # At once: SGLang ends the server as soon as this process closes its pipe, before a traceback is out.
         sys.stderr.write(f"sglang-dwdp: error: {error}\n")

@@ -4,9 +4,9 @@
 
 One GPU is enough: the ranks of an engine share it (`benchmarks/one_gpu.py`). All engines are started when the first
 test wants one, several at a time, on all GPUs there are; a test waits for those that it compares. Variables:
-DWDP_ENGINES_AT_A_TIME (by processors), DWDP_ENGINES_DEADLINE_S (after which no more are started: their tests are
-skipped), DWDP_ENGINES_LOGS (a folder that keeps every engine's log and answers), DWDP_ENGINES_FIRST_PORT (for two
-runs at a time).
+DWDP_ENGINES_AT_A_TIME (by processors), DWDP_ENGINES_DEADLINE_S (after which tests whose engines have not answered
+are skipped), DWDP_ENGINES_LOGS (a folder that keeps every engine's log and answers), DWDP_ENGINES_RESUME=1 (answers
+that an interrupted run left there are taken), DWDP_ENGINES_FIRST_PORT (for two runs at a time).
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class Engines:
         at_a_time = int(os.environ.get("DWDP_ENGINES_AT_A_TIME") or max(1, len(os.sched_getaffinity(0)) // 2))
         self._pool = ThreadPoolExecutor(at_a_time)
         self._deadline = time.monotonic() + float(os.environ.get("DWDP_ENGINES_DEADLINE_S") or 3600)
+        self._resume = os.environ.get("DWDP_ENGINES_RESUME") == "1"
         self._first_port = int(os.environ.get("DWDP_ENGINES_FIRST_PORT") or 11000)
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
@@ -109,6 +110,9 @@ class Engines:
         self._pool.shutdown(cancel_futures=True)
 
     def _run(self, name: str, case: Case, ranks: int, fused: bool) -> dict[str, Any]:
+        out, log = self.logs / f"{name}.json", self.logs / f"{name}.log"
+        if self._resume and out.exists():
+            return {**json.loads(out.read_text()), "log": log.read_text(errors="replace")}
         if time.monotonic() > self._deadline:
             return {"skipped": f"{name} was not started before DWDP_ENGINES_DEADLINE_S"}
         with self._lock:
@@ -147,6 +151,8 @@ class Engines:
             finally:
                 end_session(process)
         if not out.exists():
+            if code is None and time.monotonic() > self._deadline:
+                return {"skipped": f"{name} had no answers before DWDP_ENGINES_DEADLINE_S; {log}"}
             ended = f"no answers within {ENGINE_S:.0f} s" if code is None else f"exit code {code}"
             last = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
             return {"error": f"{name}: {ended}; {log}:\n{last}"}
@@ -154,10 +160,9 @@ class Engines:
         print(f"{name}: {time.monotonic() - began:.0f} s on GPU {gpu}")  # noqa: T201
         return result | {"log": log.read_text(errors="replace")}
 
-    @staticmethod
-    def _wait(process: subprocess.Popen[bytes], out: Path) -> int | None:
+    def _wait(self, process: subprocess.Popen[bytes], out: Path) -> int | None:
         """The exit code, or None when the time is over; 0 as soon as the answers are there, which saves the end."""
-        until = time.monotonic() + ENGINE_S
+        until = min(time.monotonic() + ENGINE_S, self._deadline)
         while time.monotonic() < until:
             if out.exists():
                 return 0

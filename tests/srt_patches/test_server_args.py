@@ -32,6 +32,9 @@ server_args.resolve_once()
 config = getattr(server_args, "_dwdp", None)
 import dataclasses
 from sglang.srt.runtime_context import publish
+from sglang_dwdp.srt_patches import processes
+devices, install = [], processes._install
+processes._install = lambda role, config, device: devices.append(device) or install(role, config, device)
 publish(server_args, role="tokenizer")
 import sglang.srt.managers.tokenizer_manager as tm
 resolved = server_args.resolved_dict()
@@ -40,6 +43,7 @@ print("RESULT " + json.dumps({
     "resolved": {k: v for k, v in resolved.items() if isinstance(v, (str, int, float, bool, type(None)))},
     "graphs": {phase: resolved["cuda_graph_config"][phase].get("backend") for phase in ("decode", "prefill")},
     "environment": sorted(k for k in os.environ if before.get(k) != os.environ[k]),
+    "devices": devices,
     "hooked": hasattr(tm.TokenizerManager.begin_weight_update, "__wrapped__"),
 }))
 """
@@ -83,7 +87,7 @@ def test_without_the_flag_the_plugin_changes_nothing(model: str) -> None:
 
 
 def test_with_the_flag(model: str) -> None:
-    argv = ("--model-path", model, "--device", "cpu", "--tp", "3", "--chunked-prefill-size", "6000")
+    argv = ("--model-path", model, "--tp", "3", "--chunked-prefill-size", "6000")
     graphs = ("--cuda-graph-backend-decode", "full", "--cuda-graph-config", '{"prefill": {"backend": "breakable"}}')
     result = resolve(*argv, *graphs, "--enable-dwdp", "--dwdp-view", "direct", "--dwdp-depth", "5")
     assert (result["config"]["view"], result["config"]["depth"]) == ("direct", 5)
@@ -106,6 +110,7 @@ def test_with_the_flag(model: str) -> None:
     assert {name: resolved[name] for name in expected} == expected
     assert result["graphs"] == {"decode": "disabled", "prefill": "disabled"}
     assert result["hooked"] is True
+    assert result["devices"] == ["cpu"]  # which nobody named
 
 
 def test_a_config_file(model: str, tmp_path: Path) -> None:
