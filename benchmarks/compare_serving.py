@@ -52,7 +52,7 @@ def main() -> int:
             with Display(console, len(chosen) * len(scenario.load.points())) as display:
                 compare(scenario, chosen, model, results, display, deadline)
         return _finish(scenario, chosen, results, console)
-    except ScenarioError as error:
+    except (ScenarioError, OSError) as error:
         sys.stderr.write(f"compare_serving: error: {error}\n")
         return 2
     except KeyboardInterrupt:
@@ -85,7 +85,10 @@ def _chosen(scenario: Scenario, names: list[str] | None) -> list[Variant]:
 
 
 def _finish(scenario: Scenario, chosen: list[Variant], results: Results, console: Console) -> int:
-    found = machine()
+    machines = results.machines() or [machine()]
+    if len(machines) > 1:
+        console.print("[yellow]these runs are of several machines or versions: do not compare them[/yellow]")
+    found = machines[-1]
     with (results.folder / "table.txt").open("w") as file:
         for target in (console, Console(file=file, width=200)):
             for sheet in sheets(results):
@@ -93,9 +96,10 @@ def _finish(scenario: Scenario, chosen: list[Variant], results: Results, console
             for name, error in failures(results):
                 target.print(f"{name} did not run: {error}", highlight=False, markup=False)
     console.print(f"{write_json(results, found)}\n{write_report(results, found)}", highlight=False)
-    different = [v.name for v in chosen if scenario.check.must_equal and same_tokens(results, v) < 1]
+    # What was not compared (NaN) is not equal either.
+    different = [v.name for v in chosen if scenario.check.must_equal and not same_tokens(results, v) >= 1]
     if different:
-        console.print(f"[red]tokens differ from {scenario.reference}'s: {', '.join(different)}[/red]")
+        console.print(f"[red]tokens not those of {scenario.reference}: {', '.join(different)}[/red]")
     complete = all(results.complete(variant) and not results.error(variant) for variant in chosen)
     return 0 if complete and not different else 1
 

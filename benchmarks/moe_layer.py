@@ -106,7 +106,12 @@ class Views:
 
 
 def median_ms(runs: Sequence[Callable[[], object]], seconds: float) -> tuple[list[float], int]:
-    """The median time on the GPU of each of `runs`, which take turns in being first, and the number of rounds."""
+    """The median time on the GPU of each of `runs`, and the number of rounds.
+
+    The first call after a synchronization starts on an idle GPU and so includes gaps between launches: it is not
+    timed. `runs` take turns in following it, equally often, since of two groups of times the larger one would be the
+    median.
+    """
     for run in runs:
         for _ in range(2):
             run()
@@ -115,11 +120,13 @@ def median_ms(runs: Sequence[Callable[[], object]], seconds: float) -> tuple[lis
     for run in runs:
         run()
     torch.cuda.synchronize()
-    rounds = max(5, min(101, round(seconds / (time.perf_counter() - begin))))
+    per_round = (time.perf_counter() - begin) * (len(runs) + 1) / len(runs)
+    rounds = 2 * max(3, min(50, round(seconds / per_round / 2)))
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in runs]
     times: list[list[float]] = [[] for _ in runs]
     for number in range(rounds):
         order = list(range(len(runs)))[:: -1 if number % 2 else 1]
+        runs[order[-1]]()
         for index in order:
             marks[index][0].record()
             runs[index]()

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -183,8 +184,17 @@ def topology() -> list[str]:
     return [line for line in done.stdout.splitlines() if line.strip()]
 
 
+def trouble(found: Mapping[str, Any]) -> bool:
+    """Whether a part failed or was not run, none of its servers started, or memory was not bitwise the owners'."""
+    engines = found.get("variants", {}).values()
+    compared = [found[name] for name in ("direct_is_right", "staged_is_right") if name in found]
+    compared += [mine["same"] for row in found.get("rows", ()) for mine in row["by_rank"] if "same" in mine]
+    broken = "error" in found or "not_run" in found
+    return broken or (bool(engines) and all("error" in one for one in engines)) or not all(compared)
+
+
 def main() -> None:
-    """Run the parts; print the tables, write the JSON and the plot. Exit code 1 where a part failed."""
+    """Run the parts; print the tables, write the JSON and the plot. Exit code 1 where one is in trouble."""
     args = parse()
     if args.job:
         work(Job(**json.loads(args.job)))
@@ -213,7 +223,9 @@ def main() -> None:
             run.report["parts"][part] = found | {"seconds": round(time.monotonic() - begin, 1)}
             run.save()
     run.show()
-    if any("error" in found for found in run.report["parts"].values()):
+    failed = [part for part, found in run.report["parts"].items() if trouble(found)]
+    if failed:
+        run.console.print(f"not as it should be: {', '.join(failed)}")
         raise SystemExit(1)
 
 

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return int(args.run(args))
-    except DwdpError as error:
+    except (DwdpError, OSError) as error:  # OSError: a file that cannot be read or written
         sys.stderr.write(f"sglang-dwdp: error: {error}\n")
         return 1
     except KeyboardInterrupt:

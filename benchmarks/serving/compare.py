@@ -74,7 +74,7 @@ def compare(
     Raises:
         ScenarioError: the scenario's port is busy.
     """
-    file = _dataset(scenario, variants, model, results.folder)
+    file = _dataset(scenario, model, results.folder)
     whole = Comparison(scenario, model, file, results, display, deadline)
     for variant in variants:
         display.advance(len(scenario.load.points()) - len(results.missing(variant)))
@@ -128,13 +128,13 @@ def _run_group(whole: Comparison, group: Sequence[Variant]) -> None:
         display.doing(f"stopping {', '.join(serving)}")
 
 
-def _dataset(scenario: Scenario, variants: Sequence[Variant], model: str, folder: Path) -> Path | None:
+def _dataset(scenario: Scenario, model: str, folder: Path) -> Path | None:
     if not workload.needs_file(scenario.load):
         return None
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    ranks = max(variant.ranks for variant in variants)
+    ranks = max(variant.ranks for variant in scenario.variants)  # the same requests, whichever are chosen
     path = folder / "requests.jsonl"
     workload.write_file(
         scenario.load,

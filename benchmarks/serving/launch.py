@@ -19,7 +19,14 @@ def kind_flags(variant: Variant) -> dict[str, Any]:
     return {
         "dwdp": {"tp-size": ranks, "enable-dwdp": True},
         "in-tree": {"tp-size": ranks, "dwdp-size": ranks},
-        "dep": {"tp-size": ranks, "attn-dp-size": ranks, "ep-size": ranks},
+        # As SGLang's own DWDP and this plugin set them: no rank waits for another outside of MoE layers.
+        "dep": {
+            "tp-size": ranks,
+            "attn-dp-size": ranks,
+            "ep-size": ranks,
+            "enable-dp-lm-head": True,
+            "moe-dense-tp-size": 1,
+        },
         "replicas": {"dp-size": ranks},
         "single": {"tp-size": 1},
     }[variant.kind]
@@ -52,7 +59,10 @@ def decode_flags(scenario: Scenario, variant: Variant) -> dict[str, Any]:
     plain = Variant(
         variant.name, "single" if variant.decode.ranks == 1 else "dep", variant.decode.ranks, variant.decode.flags
     )
-    return server_flags(scenario, plain) | {
+    flags = server_flags(scenario, plain)
+    if not scenario.cpu and not scenario.one_gpu:  # on the GPUs after those that prefill
+        flags.setdefault("base-gpu-id", int(flags.get("base-gpu-id", 0)) + variant.ranks)
+    return flags | {
         "disaggregation-mode": "decode",
         "disaggregation-transfer-backend": variant.decode.transfer_backend,
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from benchmarks.serving.errors import ScenarioError
 from benchmarks.serving.scenario import Model
 
 
@@ -49,6 +50,8 @@ def _make(model: Model, folder: Path, say: Callable[[str], None]) -> None:
     try:
         make_checkpoint(partial, settings.pop("family", "qwen3_moe"), dtype=dtype, **settings)
         partial.rename(folder)
+    except ValueError as error:
+        raise ScenarioError(f"model.make cannot work: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     say(f"made it in {time.monotonic() - start:.0f} s")

@@ -40,7 +40,7 @@ def load_scenario(path: Path) -> Scenario:
         raise ScenarioError(f"there is no scenario file {path}")
     try:
         data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ScenarioError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     try:
         return scenario_from(data, path.stem)
@@ -209,11 +209,14 @@ def _decode(raw: Any, where: str) -> Decode:
 def _check(data: Any) -> Check:
     data = checks.mapping(data, "check")
     checks.known(data, Check, "check.")
-    return Check(
+    check = Check(
         checks.number(data.get("requests", 8), "check.requests", int, 0),
         checks.number(data.get("new_tokens", 16), "check.new_tokens", int, 1),
         checks.flag(data.get("must_equal", False), "check.must_equal"),
     )
+    if check.must_equal and not check.requests:
+        raise ScenarioError("check.must_equal compares nothing with check.requests 0")
+    return check
 
 
 def _port(value: Any) -> int:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.serving.machine import machine
 from benchmarks.serving.scenario import Point, Scenario, Variant
 
 Record = dict[str, Any]
@@ -42,7 +43,8 @@ class Results:
         """Keep a record: `tokens`, `error`, or a point's key. Whole or not at all, whenever this is interrupted."""
         path = self._path(variant, what)
         partial = path.with_suffix(".partial")
-        head = {"scenario": self.scenario.name, "variant": variant.name, "fingerprint": self._fingerprint(variant)}
+        head: Record = {"scenario": self.scenario.name, "variant": variant.name, "machine": machine()}
+        head["fingerprint"] = self._fingerprint(variant)
         partial.write_text(json.dumps(head | record, indent=1) + "\n")
         partial.replace(path)
 
@@ -58,6 +60,16 @@ class Results:
         """Whether nothing of a variant is left to do."""
         checked = self.scenario.check.requests == 0 or self.tokens(variant) is not None
         return checked and not self.missing(variant)
+
+    def machines(self) -> list[Record]:
+        """What the runs were measured with, each machine and set of versions once."""
+        found: list[Record] = []
+        for variant in self.scenario.variants:
+            for point in self.scenario.load.points():
+                run = self.run(variant, point)
+                if run and run.get("machine") not in (None, *found):
+                    found.append(run["machine"])
+        return found
 
     def as_json(self, machine: Record) -> Record:
         """Everything in one record."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,8 @@ def writable(path: str, suffixes: tuple[str, ...] = ()) -> Path:
         raise PlannerError(f"cannot write {file}: {file.parent} is not a directory")
     if file.is_dir():
         raise PlannerError(f"cannot write {file}: it is a directory")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise PlannerError(f"cannot write {file}: permission denied")
     if suffixes and file.suffix.lower() not in suffixes:
         raise PlannerError(f"cannot write {path!r}: the name of a figure ends in {', '.join(suffixes)}")
     return file

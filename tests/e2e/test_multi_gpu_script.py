@@ -26,7 +26,8 @@ def test_servers_of_three_ranks(tmp_path: Path) -> None:
         text=True,
         timeout=900,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "not as it should be: reads\n" in done.stdout  # which was asked for, and needs GPUs
     report = json.loads(out.read_text())
     assert report["parts"]["reads"]["not_run"] == "it needs GPUs"
     servers = report["parts"]["servers"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import multi_gpu
 from benchmarks.engines import EngineError, EngineProcess, engine_process
 from benchmarks.multi.servers import Comparison, Setting
 from benchmarks.processes import tail
@@ -154,3 +155,19 @@ def test_processes_of_a_session_are_gone(tmp_path: Path) -> None:
             return
         time.sleep(0.05)
     raise AssertionError(f"process {child} is left")
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"rows": [{"by_rank": [{"same": True}, {"copy_s": 1.0}]}], "direct_is_right": True}, False),
+        ({"rows": [{"by_rank": [{"same": True}, {"same": False}]}]}, True),
+        ({"rows": [], "direct_is_right": True, "staged_is_right": False}, True),
+        ({"not_run": "it needs GPUs"}, True),
+        ({"error": "OSError()"}, True),
+        ({"variants": {"dwdp": {"reports": []}, "deepep": {"error": "cannot run"}}}, False),
+        ({"variants": {"dwdp": {"error": "exit code 1"}}}, True),
+    ],
+)
+def test_what_makes_the_script_fail(found: dict[str, Any], expected: bool) -> None:
+    assert multi_gpu.trouble(found) is expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -29,7 +30,11 @@ def scenario(gpus: int = 2, **variants: Any) -> Scenario:
     [
         ("dwdp", 1000, {"tp-size": 2, "enable-dwdp": True}),
         ("in-tree", 2000, {"tp-size": 2, "dwdp-size": 2}),
-        ("dep", 2000, {"tp-size": 2, "attn-dp-size": 2, "ep-size": 2}),
+        (
+            "dep",
+            2000,
+            {"tp-size": 2, "attn-dp-size": 2, "ep-size": 2, "enable-dp-lm-head": True, "moe-dense-tp-size": 1},
+        ),
         ("replicas", 1000, {"dp-size": 2}),
     ],
 )
@@ -71,4 +76,8 @@ def test_a_disaggregated_variant() -> None:
     assert prefill["chunked-prefill-size"] == 1000
     assert "enable-dwdp" not in decode
     assert (decode["attn-dp-size"], decode["random-seed"]) == (2, 9)
+    assert decode["base-gpu-id"] == 2  # the GPUs after those that prefill
+    assert "base-gpu-id" not in prefill
+    one = dataclasses.replace(whole, one_gpu=True)
+    assert "base-gpu-id" not in launch.decode_flags(one, variant)
     assert whole.devices(variant) == 4

@@ -96,6 +96,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     (changed(port=70000), "port must be at most 65000"),
     (changed(together=0), "together must be at least 1"),
     (changed(together=2, port=9000), "leave port out"),
+    (changed(check={"requests": 0, "must_equal": True}), "check.must_equal compares nothing with check.requests 0"),
     (changed(check={"requests": 2, "must_equal": "yes"}), "check.must_equal must be true or false, not 'yes'"),
 ]
 
