@@ -165,7 +165,7 @@ def run_flashinfer(
 
 
 def run_triton(weight_format: str, case: Case, experts: Experts) -> torch.Tensor:
-    """SGLang's Triton kernel, bf16 `[T, H]`. For MXFP4 `experts` are those of `dequantized`: it has no such kernel."""
+    """SGLang's Triton kernel, bf16 `[T, H]`. For MXFP4 `experts` are those of `as_bf16`: it has no such kernel."""
     from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe import fused_experts_impl
 
     more: dict[str, object] = {}

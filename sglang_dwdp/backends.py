@@ -69,8 +69,8 @@ WAYS = (
         Status.REFUSED,
         "its own routing and weight layout were not examined",
     ),
-    Way(_FP8, "triton", "block-FP8", _BOTH, Status.UNVERIFIED),
-    Way(_FP8, "deep_gemm", "block-FP8", _BOTH, Status.UNVERIFIED),
+    Way(_FP8, "triton", "block-FP8", _BOTH, Status.VERIFIED),
+    Way(_FP8, "deep_gemm", "block-FP8", _BOTH, Status.VERIFIED),
     Way(_FP8, FLASHINFER_FP8, "block-FP8", _HOPPER, Status.UNVERIFIED),
     Way(_FP8, "flashinfer_trtllm", "block-FP8", _BLACKWELL, Status.UNVERIFIED),
     Way(_FP8, "flashinfer_trtllm_routed", "block-FP8", _BLACKWELL, Status.UNVERIFIED),
@@ -121,6 +121,11 @@ def way_of(method: str, backend: str | None) -> Way:
     if known is not None:
         return known
     return Way(method, str(backend), "", (), Status.REFUSED, "it was not examined")
+
+
+def is_verified(way: Way, gpu: str) -> bool:
+    """Whether a way was compared with a single rank on a generation of GPUs, which so far is Hopper alone."""
+    return way.status is Status.VERIFIED and gpu == "Hopper"
 
 
 def check(layer_id: int, method: str, backend: str | None) -> Way:

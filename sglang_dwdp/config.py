@@ -42,8 +42,9 @@ class DwdpConfig:
     )
     direct_max_tokens: int | None = _option(
         None,
-        "Largest forward, in tokens, that --dwdp-view auto runs on direct views. Default: what the planner finds "
-        f"best for the model and the GPU; {UNPLANNED_DIRECT_MAX_TOKENS} where it knows neither.",
+        "Largest forward, in tokens, that --dwdp-view auto runs on direct views; decode in CUDA graphs uses them at "
+        "any size. Default: what the planner finds best for the model and the GPU; "
+        f"{UNPLANNED_DIRECT_MAX_TOKENS} where it knows neither.",
         int,
     )
     depth: int = _option(2, "Slots for staged experts, each with room for the remote experts of one MoE layer.")

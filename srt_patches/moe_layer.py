@@ -13,7 +13,7 @@ from sglang.srt.model_executor.model_runner_components.moe_ep_setup import check
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_dwdp.backends import Status, Way
+from sglang_dwdp.backends import Way, is_verified
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.placement import Placement, balanced
 from sglang_dwdp.srt_patches.checks import refuse_own_forward, refuse_sharded, refuse_unknown_state, way_of_layer
@@ -210,7 +210,7 @@ def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:
             )
     for way, count in ways.items():
         logger.info("DWDP: %d MoE layers run %s experts with %s", count, way.weights, way.backend)
-        if way.status is Status.UNVERIFIED:
+        if not is_verified(way, "Hopper" if torch.cuda.get_device_capability()[0] == 9 else "another"):
             logger.warning(
                 "DWDP: %s experts with %s have not been compared with a single rank on this kind of GPU yet",
                 way.weights,

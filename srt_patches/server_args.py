@@ -20,6 +20,7 @@ from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.conflicts import refuse_conflicts
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.placement import balanced
+from sglang_dwdp.release import refuse_other_release
 from sglang_dwdp.srt_patches import moe_backend
 from sglang_dwdp.srt_patches.graphs import graphs_off
 from sglang_dwdp.srt_patches.hooks import Hook
@@ -98,6 +99,7 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         return
     view = resolving_view(server_args)
     try:
+        refuse_other_release()
         refuse_conflicts(view)
         group_size = _group_size(config, view)
         _refuse_model(config, server_args, view, group_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_dwdp.backends import DEFAULTS, FLASHINFER_FP8, WAYS, Status, check, default_for, way_of
+from sglang_dwdp.backends import DEFAULTS, FLASHINFER_FP8, WAYS, Status, check, default_for, is_verified, way_of
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.kernels_build.formats import FORMATS
 
@@ -34,6 +34,13 @@ def test_flashinfer_for_block_fp8_is_asked_for_by_its_usual_name() -> None:
         check(0, "Fp8MoEMethod", "cutlass")
     assert "flashinfer_cutlass" in str(caught.value)
     assert FLASHINFER_FP8 not in str(caught.value)
+
+
+def test_what_was_verified_on_hopper_is_not_on_blackwell() -> None:
+    way = check(0, "UnquantizedFusedMoEMethod", "triton")
+    assert is_verified(way, "Hopper")
+    assert not is_verified(way, "Blackwell")
+    assert not is_verified(check(0, "Mxfp4MoEMethod", "triton"), "Hopper")
 
 
 def test_nothing_on_blackwell_alone_is_called_verified() -> None:

@@ -62,12 +62,6 @@ def activation_bytes(model: ModelShape, precision: Precision, tokens: float) -> 
     return tokens * (4 * model.hidden + routed) * precision.activation_bytes
 
 
-def kv_bytes_per_token(model: ModelShape, precision: Precision) -> float:
-    """Cache bytes per token over all layers (windowed layers counted in full, as SGLang sizes them
-    without its hybrid cache)."""
-    return model.layers * model.kv_elements_per_token * precision.kv_bytes
-
-
 def memory(
     model: ModelShape,
     gpu: Gpu,

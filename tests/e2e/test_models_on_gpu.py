@@ -6,7 +6,8 @@ One GPU is enough: the ranks of an engine share it (`benchmarks/one_gpu.py`). Al
 test wants one, several at a time, on all GPUs there are; a test waits for those that it compares. Variables:
 DWDP_ENGINES_AT_A_TIME (by processors), DWDP_ENGINES_DEADLINE_S (after which tests whose engines have not answered
 are skipped), DWDP_ENGINES_LOGS (a folder that keeps every engine's log and answers), DWDP_ENGINES_RESUME=1 (answers
-that an interrupted run left there are taken), DWDP_ENGINES_FIRST_PORT (for two runs at a time).
+that an interrupted run left there are taken; these can be compared without a GPU), DWDP_ENGINES_FIRST_PORT (for two
+runs at a time).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from sglang_dwdp.demo.server import fewer_models
 from tests.e2e.gpu_cases import ALL, BY_NAME, FUSED, VARIATIONS, Case
 from tests.e2e.gpu_engine import LENGTHS
 
-pytestmark = [pytest.mark.gpu(3), pytest.mark.models]
+RESUME = os.environ.get("DWDP_ENGINES_RESUME") == "1"
+pytestmark = [pytest.mark.models] if RESUME else [pytest.mark.gpu(3), pytest.mark.models]
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE_S = 300.0
@@ -74,7 +76,6 @@ class Engines:
         at_a_time = int(os.environ.get("DWDP_ENGINES_AT_A_TIME") or max(1, len(os.sched_getaffinity(0)) // 2))
         self._pool = ThreadPoolExecutor(at_a_time)
         self._deadline = time.monotonic() + float(os.environ.get("DWDP_ENGINES_DEADLINE_S") or 3600)
-        self._resume = os.environ.get("DWDP_ENGINES_RESUME") == "1"
         self._first_port = int(os.environ.get("DWDP_ENGINES_FIRST_PORT") or 11000)
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
@@ -111,8 +112,10 @@ class Engines:
 
     def _run(self, name: str, case: Case, ranks: int, fused: bool) -> dict[str, Any]:
         out, log = self.logs / f"{name}.json", self.logs / f"{name}.log"
-        if self._resume and out.exists():
+        if RESUME and out.exists():
             return {**json.loads(out.read_text()), "log": log.read_text(errors="replace")}
+        if not self._ranks_on:
+            return {"skipped": f"{name} has not run, and there is no GPU"}
         if time.monotonic() > self._deadline:
             return {"skipped": f"{name} was not started before DWDP_ENGINES_DEADLINE_S"}
         with self._lock:
@@ -242,13 +245,13 @@ def missing_kernels(case: Case) -> str | None:
     """What has to be built first; None: nothing."""
     from sglang_dwdp.kernels_build import load
 
-    if case.kernels is None or case.kernels in load.built():
+    if RESUME or case.kernels is None or case.kernels in load.built():
         return None
     return f"needs `sglang-dwdp build-kernels --format {case.kernels}`"
 
 
 def skip_without_kernels(case: Case) -> None:
-    if torch.cuda.get_device_capability()[0] != 9 and case.kernels is not None:
+    if case.kernels is not None and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
     if reason := missing_kernels(case):
         pytest.skip(reason)

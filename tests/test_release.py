@@ -1,0 +1,23 @@
+"""Another SGLang is refused, unless the user insists."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_dwdp import release
+from sglang_dwdp.errors import DwdpConfigError
+
+
+@pytest.mark.parametrize("installed", ["0.5.23", "0.5.23.post1", "0.5.23+cu130", "0.5.23rc1"])
+def test_this_release(monkeypatch: pytest.MonkeyPatch, installed: str) -> None:
+    monkeypatch.setattr(release, "version", lambda _name: installed)
+    release.refuse_other_release()
+
+
+@pytest.mark.parametrize("installed", ["0.5.24", "0.6.0.dev1", "main"])
+def test_another_release(monkeypatch: pytest.MonkeyPatch, installed: str) -> None:
+    monkeypatch.setattr(release, "version", lambda _name: installed)
+    with pytest.raises(DwdpConfigError, match=f"SGLang {installed} is installed.*sglang==0.5.23"):
+        release.refuse_other_release()
+    monkeypatch.setenv(release.OVERRIDE, "1")
+    release.refuse_other_release()
