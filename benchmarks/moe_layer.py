@@ -223,7 +223,10 @@ def main() -> None:
     args = parser.parse_args()
     console = Console(width=160)
     if args.docs:
-        moe_table.insert(DOCS, moe_table.for_docs([json.loads(path.read_text()) for path in args.docs]))
+        try:
+            moe_table.insert(DOCS, moe_table.for_docs([json.loads(path.read_text()) for path in args.docs]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"--docs takes files that this script wrote: {error!r}")
         return
     if args.out is None:
         parser.error("--out or --docs is needed")

@@ -35,7 +35,7 @@ SCRIPT = Path(__file__).resolve()
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all; with --cpu servers alone")
     parser.add_argument(
         "--variants", nargs="+", choices=variants.VARIANTS, help="default: " + " ".join(variants.DEFAULT)
     )
@@ -55,6 +55,12 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.ranks is not None and args.ranks < 2:
         parser.error(f"--ranks {args.ranks}: there is nothing to share with fewer than 2 ranks")
+    args.parts = args.parts or (["servers"] if args.cpu else list(PARTS))
+    try:
+        for folder in (args.logs, args.out.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"results cannot be written: {error}")
     return args
 
 
@@ -80,8 +86,6 @@ class Run:
             "parts": {},
             "targets": [],
         }
-        for folder in (args.logs, args.out.parent):
-            folder.mkdir(parents=True, exist_ok=True)
 
     def save(self) -> None:
         """Write the JSON, whole or not at all."""

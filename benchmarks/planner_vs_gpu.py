@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from sglang_dwdp.errors import DwdpError
 from sglang_dwdp.planner.cost import forward_parts
 from sglang_dwdp.planner.fit import fit
 from sglang_dwdp.planner.formats import FORMATS, default_precision
@@ -111,4 +112,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except DwdpError as error:
+        raise SystemExit(f"planner_vs_gpu: error: {error}") from None

@@ -55,6 +55,8 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=4096, help="per simulated server (theirs: 4,096)")
     parser.add_argument("--sensitivity", action="store_true", help="also print what other assumptions would give")
     args = parser.parse_args()
+    if args.requests < 1:
+        parser.error(f"--requests {args.requests}: at least one is needed")
     console = Console(width=120)
     rows = [
         *table_1(),

@@ -60,11 +60,15 @@ def main() -> None:
     parser.add_argument("--queues", action="store_true", help="also every rank's requests over time")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="write the one RESULTS.json there, without paths")
     args = parser.parse_args()
-    if args.keep:
-        if len(args.results) > 1:
-            parser.error("--keep takes one RESULTS.json")
-        args.keep.write_text(json.dumps(kept(json.loads(args.results[0].read_text())), indent=1) + "\n")
-    sys.stdout.write("\n\n".join(tables(path, args.queues) for path in args.results) + "\n")
+    if args.keep and len(args.results) > 1:
+        parser.error("--keep takes one RESULTS.json")
+    try:
+        text = "\n\n".join(tables(path, args.queues) for path in args.results)
+        if args.keep:
+            args.keep.write_text(json.dumps(kept(json.loads(args.results[0].read_text())), indent=1) + "\n")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        parser.error(f"RESULTS.json has to be what compare_serving.py wrote: {error!r}")
+    sys.stdout.write(text + "\n")
 
 
 if __name__ == "__main__":
