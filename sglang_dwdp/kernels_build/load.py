@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_dwdp.kernels_build.formats import ARCHITECTURES, FORMATS
-from sglang_dwdp.kernels_build.recipe import library_of
+from sglang_dwdp.kernels_build.recipe import library_of, manifest_of
 from sglang_dwdp.kernels_build.toolchain import pip_folders
 
 logger = logging.getLogger(__name__)
@@ -24,9 +24,30 @@ _FUNCTION = "gen_cutlass_fused_moe_sm90_module"
 
 
 def built(architecture: str = ARCHITECTURES[0]) -> dict[str, Path]:
-    """The slim modules that are there for the installed FlashInfer, by format."""
-    libraries = {name: library_of(spec.module_name(architecture)) for name, spec in FORMATS.items()}
-    return {name: library for name, library in libraries.items() if library is not None}
+    """The slim modules that are there for the installed FlashInfer and PyTorch's CUDA, by format."""
+    found = {}
+    for name, spec in FORMATS.items():
+        library = library_of(spec.module_name(architecture))
+        if library is not None and _fits(name, manifest_of(spec.module_name(architecture)) or {}):
+            found[name] = library
+    return found
+
+
+def _fits(name: str, manifest: Mapping[str, Any]) -> bool:
+    import torch
+
+    mine, built_for = ((text or "").split(".")[0] for text in (torch.version.cuda, manifest.get("cuda")))
+    if mine and built_for and mine != built_for:
+        logger.warning(
+            "The slim FlashInfer module for %s was built for CUDA %s, and PyTorch is for CUDA %s: run "
+            "`sglang-dwdp build-kernels --format %s` again.",
+            name,
+            built_for,
+            mine,
+            name,
+        )
+        return False
+    return True
 
 
 def ready(name: str, architecture: str = ARCHITECTURES[0]) -> bool:

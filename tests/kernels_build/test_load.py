@@ -89,6 +89,19 @@ print(*load.built().values())
 """
 
 
+@pytest.mark.parametrize(
+    ("built_for", "mine", "fits"), [("13.0", "13.2", True), ("12.9", "13.0", False), ("13.0", None, True)]
+)
+def test_a_module_for_another_cuda_is_left_alone(
+    built_for: str, mine: str | None, fits: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(load, "library_of", lambda name: Path(name) if name.endswith("bf16") else None)
+    monkeypatch.setattr(load, "manifest_of", lambda _name: {"cuda": built_for})
+    monkeypatch.setattr(torch.version, "cuda", mine)
+    assert list(load.built()) == (["bf16"] if fits else [])
+    assert ("build-kernels --format bf16` again" in caplog.text) is not fits
+
+
 @pytest.mark.parametrize("first", ["sglang", "flashinfer"])
 def test_a_built_module_is_found_where_sglang_has_moved_flashinfers_cache(first: str, tmp_path: Path) -> None:
     """`import sglang` sets FLASHINFER_WORKSPACE_BASE; a build does not import SGLang, and a server does."""
