@@ -28,7 +28,12 @@ _pipes: list[IO[bytes] | None] = []  # open until this process ends
 
 
 def watch() -> None:
-    """Start the cleaning process for this launcher; it ends by itself soon after the launcher."""
+    """Start the cleaning process for this launcher; it ends by itself soon after the launcher.
+
+    One is enough for all servers that the launcher starts: it follows all descendants.
+    """
+    if _pipes:
+        return
     # The pipe's write end stays open in this process for as long as it lives (children started with spawn do not
     # inherit it). The cleaner detaches itself, so that it is not killed with the server's process tree.
     process = subprocess.Popen(

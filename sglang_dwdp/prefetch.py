@@ -78,6 +78,7 @@ class Prefetcher:
             self._fill(slot, following)
 
     def _fill(self, slot: _Slot, layer: int) -> None:
-        slot.holds = layer
+        slot.holds = -1  # nothing that can be used, should the engine raise
         self._engine.fill(self._plans[layer], slot.released, slot.filled)
+        slot.holds = layer
         self.copied_bytes += self._plan_bytes[layer]

@@ -15,7 +15,7 @@ from sglang_dwdp.memory.base import Memory
 from sglang_dwdp.memory.exchange import Exchange
 from sglang_dwdp.metrics import Counters
 from sglang_dwdp.prefetch import Prefetcher
-from sglang_dwdp.sharing import SharedExperts, share_experts
+from sglang_dwdp.sharing import SharedExperts, SharedLayer, share_experts
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class DwdpRuntime:
         start = time.perf_counter()
         exchange = Exchange(name, self.rank, self.size, self.config.timeout_s)
         try:
-            shared = share_experts(self.config, self._memory, exchange, layers)
+            shared = share_experts(self.config, self._memory, exchange, layers, self._prepare)
         except BaseException:
             self._engine.close()
             raise
@@ -62,14 +62,12 @@ class DwdpRuntime:
         self._shared = shared
         self._position = {layer.layer.layer_id: i for i, layer in enumerate(shared.layers)}
         self._uses_direct = [self._direct] * len(shared.layers)
-        if self.config.view != "direct":
-            self._prefetcher = Prefetcher(
-                self._engine,
-                [layer.copies for layer in shared.layers],
-                [layer.copy_bytes for layer in shared.layers],
-                self.config.depth,
-            )
         self._log_setup(shared, time.perf_counter() - start)
+
+    def _prepare(self, layers: Sequence[SharedLayer]) -> None:
+        if self.config.view != "direct":
+            copies, sizes = [layer.copies for layer in layers], [layer.copy_bytes for layer in layers]
+            self._prefetcher = Prefetcher(self._engine, copies, sizes, self.config.depth)
 
     def _log_setup(self, shared: SharedExperts, seconds: float) -> None:
         remote = [sum(layer.remote_bytes) for layer in shared.layers]

@@ -19,8 +19,8 @@ from sglang_dwdp.budget import Tensors, local_experts
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.errors import DwdpConfigError, DwdpSetupError
 from sglang_dwdp.layers import ExpertLayer, describe, specs_of
-from sglang_dwdp.layout import copy_order, remote_bytes_of_experts, tensor_layout
-from sglang_dwdp.memory.base import CopyList, Memory
+from sglang_dwdp.layout import Span, copy_order, remote_bytes_of_experts, tensor_layout
+from sglang_dwdp.memory.base import Block, CopyList, Memory
 from sglang_dwdp.memory.exchange import Exchange
 from sglang_dwdp.memory.swap import agree_on_handles, swap_blocks
 from sglang_dwdp.placing import Mapped, Placed, Placer, Unmapped
@@ -43,6 +43,9 @@ class SharedLayer:
     copies: CopyList
     copy_bytes: int
     remote_bytes: list[int]
+
+
+Ready = Callable[[Sequence[SharedLayer]], None]
 
 
 @dataclass(slots=True)
@@ -72,8 +75,11 @@ class SharedExperts:
 class _Sharing:
     """The work of `share_experts`: its steps, and what they hand on."""
 
-    def __init__(self, config: DwdpConfig, memory: Memory, exchange: Exchange, owned: ExitStack) -> None:
-        self.config, self.memory, self.exchange, self.owned = config, memory, exchange, owned
+    def __init__(
+        self, config: DwdpConfig, memory: Memory, exchange: Exchange, owned: ExitStack, ready: Ready | None
+    ) -> None:
+        self.config, self.memory, self.exchange, self.owned, self.ready = config, memory, exchange, owned, ready
+        self.of_small = owned.enter_context(ExitStack())  # blocks that are of no use once replicas are made
         self.rank = exchange.rank
         self.slots = SlotMemory(memory, self.rank)
         self.placer: Placer = (
@@ -104,7 +110,10 @@ class _Sharing:
         replicated_bytes = self._replicate()
         self.placer.finish()
         self.memory.finish_writes()
+        if self.ready is not None:
+            self.ready(self.layers)
         self.exchange.barrier()  # no rank serves while another may still fail
+        self.of_small.close()
         return SharedExperts(
             self.layers,
             kept,
@@ -152,14 +161,21 @@ class _Sharing:
         first = layer.placement.shard(self.rank).start
         slot = None if self.config.view == "direct" else position % self.config.depth
         ranks = range(self.exchange.size)
-        wanted = {rank: [(spec.name, block) for spec in specs for block in spec.layout.blocks(rank)] for rank in ranks}
         with ExitStack() as passing:
             # Mappings hold memory by themselves; what cannot be mapped is held by its blocks.
-            holder = passing if self.memory.maps else self.owned
-            blocks = swap_blocks(self.memory, self.exchange, self.handles, wanted, holder)
+            holders = [(passing, list(specs))]
+            if not self.memory.maps:
+                small = [spec for spec in specs if self._is_small(layer, spec)]
+                holders = [(self.owned, [spec for spec in specs if spec not in small]), (self.of_small, small)]
+            found: list[tuple[str, int, Span, Block]] = []
+            for holder, held in holders:
+                if held:
+                    wanted = {r: [(spec.name, span) for spec in held for span in spec.layout.blocks(r)] for r in ranks}
+                    blocks = swap_blocks(self.memory, self.exchange, self.handles, wanted, holder)
+                    found += [(name, rank, span, block) for rank in ranks for name, span, block in blocks[rank]]
             for spec in specs:
                 self.at = f"layer {layer.layer_id}, {spec.name}"
-                parts = [(rank, span, b) for rank in ranks for name, span, b in blocks[rank] if name == spec.name]
+                parts = [(rank, span, block) for name, rank, span, block in found if name == spec.name]
                 shard = layer.shards()[spec.name]
                 if self._is_small(layer, spec):
                     self.copies_of_small.append((shared, spec.name, self.placer.replicate(spec, parts, shard, first)))
@@ -174,9 +190,9 @@ class _Sharing:
         if slot is not None:
             self._plan(shared, [spec for spec in specs if spec.name in placed], placed)
         self.peak_bytes = max(self.peak_bytes, self.memory.held_bytes - self.held_at_start)
+        self.layers.append(shared)  # before it is bound: a failure half-way has to be undone too
         layer.bind(shared.direct)
         self.memory.trim()  # what the layer held, before the next one takes its blocks
-        self.layers.append(shared)
 
     def _is_small(self, layer: ExpertLayer, spec: TensorSpec) -> bool:
         return not layer.is_weight(spec.name) and spec.layout.nbytes < self.config.replicate_below_bytes
@@ -206,9 +222,15 @@ class _Sharing:
 
 
 def share_experts(
-    config: DwdpConfig, memory: Memory, exchange: Exchange, layers: Sequence[ExpertLayer]
+    config: DwdpConfig,
+    memory: Memory,
+    exchange: Exchange,
+    layers: Sequence[ExpertLayer],
+    ready: Ready | None = None,
 ) -> SharedExperts:
     """Share the experts of `layers` with the group; all its ranks call this together.
+
+    ready: what else has to work before any rank may serve; called with the layers when they are shared.
 
     Raises:
         DwdpConfigError: the layers cannot be shared. Nothing was allocated.
@@ -216,18 +238,20 @@ def share_experts(
             was mapped is unmapped again; the model cannot run.
     """
     with ExitStack() as owned:
-        sharing = _Sharing(config, memory, exchange, owned)
+        sharing = _Sharing(config, memory, exchange, owned, ready)
         owned.callback(sharing.slots.close)
         try:
             result = sharing.run(layers)
         except DwdpConfigError as error:
             exchange.fail(str(error))
             raise
-        except Exception as error:
-            reason = f"rank {exchange.rank}, {sharing.at}: {error}"
+        except BaseException as error:
+            reason = f"rank {exchange.rank}, {sharing.at}: {str(error) or type(error).__name__}"
             exchange.fail(reason)
             for shared in sharing.layers:  # no parameter may point into what is unmapped next
                 shared.layer.use({name: tensor.new_empty(0) for name, tensor in shared.direct.items()})
+            if not isinstance(error, Exception):
+                raise
             raise DwdpSetupError(f"sharing the experts failed: {reason}") from error
         if memory.maps:  # views hold the slots' memory from here on; the blocks' descriptors are not needed
             sharing.slots.close()

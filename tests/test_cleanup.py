@@ -64,3 +64,9 @@ def test_files_go_after_the_launcher_however_it_ends(how: str) -> None:
         assert foreign.exists()
     finally:
         foreign.unlink()
+
+
+def test_one_cleaner_is_enough_for_all_servers_of_a_launcher() -> None:
+    program = "from sglang_dwdp import cleanup\nfor _ in range(3): cleanup.watch()\nprint(len(cleanup._pipes))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"

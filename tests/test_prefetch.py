@@ -1,8 +1,9 @@
-"""The ring of slots, against a model of two streams that runs copies as late, or as early, as events allow."""
+"""The ring of slots, against a model of two streams that run as early, or as late, as events allow."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -13,112 +14,158 @@ from sglang_dwdp.memory.base import CopyList, Event
 from sglang_dwdp.memory.host_shm import HostCopyEngine
 from sglang_dwdp.prefetch import Prefetcher
 
-
-@dataclass
-class Slots:
-    """Slots as lists of the layer they hold; `reader[slot]` is set while the compute stream reads it."""
-
-    holds: list[int]
-    reader: list[int | None] = field(default_factory=list)
+Operation = Callable[[], None]
 
 
 class ModelEvent:
+    """As the driver's: recorded by the host any number of times, reached by a stream as often, later."""
+
     def __init__(self) -> None:
-        self.happened = True
+        self.recorded = 0
+        self.reached = 0
+
+    def record(self) -> Operation:
+        """What a stream does when it comes to a record that the host makes now."""
+        self.recorded += 1
+        return lambda: setattr(self, "reached", self.reached + 1)
+
+    def passed(self) -> Callable[[], bool]:
+        """Whether a wait that the host makes now lets its stream go on."""
+        needed = self.recorded
+        return lambda: self.reached >= needed
 
 
 class ModelEngine:
-    """Runs a fill only when something waits for it (late), or as soon as it is enqueued (early)."""
+    """Two streams that work through what the host has enqueued, in the worst order that events allow.
 
-    def __init__(self, apply: Callable[[CopyList], None], late: bool) -> None:
-        self.apply, self.late = apply, late
-        self.queue: list[tuple[CopyList, ModelEvent, ModelEvent]] = []
+    eager: "copy" or "compute" streams run as soon as they can, "neither" not before the host is done; which of the
+    two runs first where both can is `first`.
+    """
+
+    def __init__(self, apply: Callable[[CopyList], None], eager: str, first: str) -> None:
+        self.apply, self.eager, self.first = apply, eager, first
+        self.streams: dict[str, deque[tuple[Callable[[], bool], Operation]]] = {"copy": deque(), "compute": deque()}
         self.fills = 0
 
     def event(self) -> Event:
         return ModelEvent()
 
     def record(self, event: ModelEvent) -> None:
-        event.happened = True
+        self.compute(event.record())
 
     def prepare(self, copies: CopyList) -> CopyList:
         return copies
 
     def fill(self, copies: CopyList, after: ModelEvent, done: ModelEvent) -> None:
         self.fills += 1
-        done.happened = False
-        self.queue.append((copies, after, done))
-        if not self.late:
-            self.run()
+        passed, reach = after.passed(), done.record()
+        self._enqueue("copy", passed, lambda: self.apply(copies))
+        self._enqueue("copy", lambda: True, reach)
+
+    def wait(self, done: ModelEvent) -> None:
+        self._enqueue("compute", done.passed(), lambda: None)
+
+    def compute(self, operation: Operation) -> None:
+        """The model's own work on the compute stream."""
+        self._enqueue("compute", lambda: True, operation)
 
     def exposed_s(self) -> float:
         return 0.0
 
-    def wait(self, done: ModelEvent) -> None:
-        # No further than to the last fill that `done` was given to: that is all a real engine promises.
-        while not done.happened:
-            self.run_one()
-
-    def run(self) -> None:
-        while self.queue:
-            self.run_one()
-
-    def run_one(self) -> None:
-        copies, after, done = self.queue.pop(0)
-        assert after.happened
-        self.apply(copies)
-        done.happened = all(later is not done for _, _, later in self.queue)
-
     def close(self) -> None:
-        pass
+        while self._step(sorted(self.streams, key=lambda name: name != self.first)):
+            pass
+        assert not any(self.streams.values()), "the streams wait for each other"
+
+    def _enqueue(self, stream: str, may: Callable[[], bool], operation: Operation) -> None:
+        self.streams[stream].append((may, operation))
+        while self.eager != "neither" and self._step([self.eager]):
+            pass
+
+    def _step(self, names: Sequence[str]) -> bool:
+        for name in names:
+            if self.streams[name] and self.streams[name][0][0]():
+                self.streams[name].popleft()[1]()
+                return True
+        return False
 
 
-def simulate(num_layers: int, depth: int, late: bool, steps: list[list[int]]) -> tuple[Prefetcher, ModelEngine]:
-    """Run steps (lists of layers in order); every layer must find its own experts, from wait to release."""
+def simulate(
+    num_layers: int, depth: int, order: tuple[str, str], steps: list[list[int]], cut: Sequence[int] = ()
+) -> tuple[Prefetcher, ModelEngine]:
+    """Run steps (lists of layers in order); every layer must find its own experts, from wait to release.
+
+    cut: steps whose last layer runs, but is not released, as where an exception ends a forward.
+    """
     used = min(depth, num_layers)
     holds, reading = [-1] * used, [False] * used
 
     def apply(copies: CopyList) -> None:
         (layer,) = copies
-        slot = layer % used
-        assert not reading[slot], "a slot was overwritten while it was read"
-        holds[slot] = layer
+        assert not reading[layer % used], "a slot was overwritten while it was read"
+        holds[layer % used] = layer
 
-    engine = ModelEngine(apply, late)
+    def begin(layer: int) -> None:
+        assert holds[layer % used] == layer, "a slot was read before it was filled"
+        reading[layer % used] = True
+
+    def end(layer: int) -> None:
+        assert holds[layer % used] == layer
+        reading[layer % used] = False
+
+    engine = ModelEngine(apply, *order)
     ring = Prefetcher(engine, [[layer] for layer in range(num_layers)], [1] * num_layers, depth)
-    for step in steps:
+    for number, step in enumerate(steps):
         ring.prime()
-        for layer in step:
+        for position, layer in enumerate(step, 1):
             ring.wait(layer)
-            assert holds[layer % used] == layer
-            reading[layer % used] = True
-            engine.run()  # copies that are allowed by now must not touch what is read
-            assert holds[layer % used] == layer
-            reading[layer % used] = False
-            ring.release(layer)
+            engine.compute(partial(begin, layer))
+            engine.compute(partial(end, layer))
+            if position < len(step) or number not in cut:
+                ring.release(layer)
+    engine.close()
     return ring, engine
 
 
-shapes = st.tuples(st.integers(1, 9), st.integers(1, 12), st.booleans())
+ORDERS = [(eager, first) for eager in ("copy", "compute", "neither") for first in ("copy", "compute")]
+shapes = st.tuples(st.integers(1, 9), st.integers(1, 12), st.sampled_from(ORDERS))
 
 
 @given(shapes, st.integers(1, 4))
-def test_every_layer_finds_its_experts_in_every_step(shape: tuple[int, int, bool], steps: int) -> None:
-    num_layers, depth, late = shape
-    ring, _ = simulate(num_layers, depth, late, [list(range(num_layers))] * steps)
+def test_every_layer_finds_its_experts_in_every_step(shape: tuple[int, int, tuple[str, str]], steps: int) -> None:
+    num_layers, depth, order = shape
+    ring, _ = simulate(num_layers, depth, order, [list(range(num_layers))] * steps)
     assert ring.late_fills == 0
 
 
 @given(shapes, st.data())
-def test_steps_that_are_cut_short_or_out_of_order(shape: tuple[int, int, bool], data: st.DataObject) -> None:
-    num_layers, depth, late = shape
+def test_steps_that_are_cut_short_or_out_of_order(shape: tuple[int, int, tuple[str, str]], data: st.DataObject) -> None:
+    num_layers, depth, order = shape
     layers = st.lists(st.integers(0, num_layers - 1), max_size=12)
-    simulate(num_layers, depth, late, data.draw(st.lists(layers, max_size=4)))
+    steps = data.draw(st.lists(layers, max_size=4))
+    cut = data.draw(st.lists(st.integers(0, 3), max_size=4))
+    simulate(num_layers, depth, order, steps, cut)
+
+
+@pytest.mark.parametrize("call", ["prime", "wait", "release"])
+def test_a_fill_that_could_not_be_enqueued_is_made_again(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ModelEngine(lambda _copies: None, *ORDERS[0])
+    ring = Prefetcher(engine, [[0], [1], [2]], [1] * 3, 2)
+    if call != "prime":
+        ring.prime()
+    fails = {"prime": ring.prime, "wait": partial(ring.wait, 2), "release": partial(ring.release, 0)}[call]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "fill", lambda *_arguments: (_ for _ in ()).throw(OSError("no memory")))
+        with pytest.raises(OSError, match="no memory"):
+            fails()
+    before = engine.fills
+    ring.wait(0 if call == "prime" else 2)
+    assert engine.fills == before + 1
 
 
 @pytest.mark.parametrize(("num_layers", "depth"), [(2, 1), (5, 1), (5, 2), (5, 3), (6, 2), (6, 3)])
 def test_a_step_does_not_start_cold(num_layers: int, depth: int) -> None:
-    ring, engine = simulate(num_layers, depth, False, [list(range(num_layers))] * 2)
+    ring, engine = simulate(num_layers, depth, ORDERS[0], [list(range(num_layers))] * 2)
     # The first step fetches the first `depth` layers up front; every release fetches one more, and a slot that
     # one layer uses alone (5 layers, 3 slots: slot 2) is never refetched.
     alone = sum(1 for slot in range(depth) if len(range(slot, num_layers, depth)) == 1)
@@ -129,7 +176,7 @@ def test_a_step_does_not_start_cold(num_layers: int, depth: int) -> None:
 
 @pytest.mark.parametrize("depth", [4, 7])
 def test_with_a_slot_for_every_layer_everything_is_fetched_once(depth: int) -> None:
-    _, engine = simulate(4, depth, False, [list(range(4))] * 5)
+    _, engine = simulate(4, depth, ORDERS[0], [list(range(4))] * 5)
     assert engine.fills == 4
 
 

@@ -21,6 +21,7 @@ MAX_FDS = 253  # SCM_MAX_FD: the kernel's limit for one message
 
 _HEADER = struct.Struct("!BIH")  # kind, payload bytes, descriptors
 _HELLO, _DATA, _FAILED = range(3)
+_UNNAMED = -1
 _PEERCRED = struct.Struct("3i")
 _CMSG_CLOEXEC = 0x40000000  # MSG_CMSG_CLOEXEC: a received descriptor is not inherited by child processes
 
@@ -53,6 +54,9 @@ class Exchange:
 
     def connect(self) -> None:
         """Meet all peers: accept those with a higher rank, connect to those with a lower one.
+
+        A failure in here is heard by the peers that were met already. A rank that comes later finds nobody, and gives
+        up after its time-out.
 
         Raises:
             DwdpSetupError: a peer did not come in time, or another user came.
@@ -87,22 +91,23 @@ class Exchange:
                 connection.close()
                 if time.monotonic() > deadline:
                     raise DwdpSetupError(
-                        f"rank {self.rank}: rank {peer} did not come within {self._timeout_s:g} s."
+                        f"rank {self.rank}: rank {peer} did not come within {self._timeout_s:g} s, or had given up."
                     ) from None
                 time.sleep(0.01)
             else:
                 return connection
 
     def _greet(self, connection: socket.socket) -> None:
+        self._add(_UNNAMED, connection)
+        payload, _ = self._receive(_UNNAMED)
+        self._peers[int(payload)] = self._peers.pop(_UNNAMED)
+
+    def _add(self, peer: int, connection: socket.socket) -> None:
+        # Names are visible to every user of the host, so whoever listens or comes may be a stranger.
         _, uid, _ = _PEERCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size))
         if uid != os.getuid():
             connection.close()
             raise DwdpSetupError(f"rank {self.rank}: a process of user {uid} came in a peer's place.")
-        self._add(-1, connection)
-        payload, _ = self._receive(-1)
-        self._peers[int(payload)] = self._peers.pop(-1)
-
-    def _add(self, peer: int, connection: socket.socket) -> None:
         connection.settimeout(self._timeout_s)
         self._peers[peer] = connection
 
@@ -185,7 +190,7 @@ class Exchange:
             kind, nbytes, nfds = _HEADER.unpack(header)
             payload = self._read(connection, nbytes)
             if kind == _FAILED:
-                raise DwdpSetupError(f"rank {peer} failed: {payload.decode(errors='replace')}")
+                raise DwdpSetupError(f"{_called(peer)} failed: {payload.decode(errors='replace')}")
             if len(fds) != nfds:
                 raise OSError(f"{len(fds)} of {nfds} descriptors arrived (limit on open files: ulimit -n)")
         except OSError as error:
@@ -211,4 +216,8 @@ class Exchange:
             why = "its process ended or gave up"
         else:
             why = str(error)
-        return DwdpSetupError(f"rank {self.rank}: lost rank {peer}: {why}.")
+        return DwdpSetupError(f"rank {self.rank}: lost {_called(peer)}: {why}.")
+
+
+def _called(peer: int) -> str:
+    return "a peer that had not said its rank" if peer == _UNNAMED else f"rank {peer}"

@@ -148,3 +148,28 @@ def test_another_users_process_is_turned_away(monkeypatch: pytest.MonkeyPatch) -
                 pass
             with pytest.raises(DwdpSetupError, match=f"a process of user {real} came in a peer's place"):
                 connecting.result()
+
+
+def test_another_users_process_that_listens_in_a_peers_place_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = uuid.uuid4().hex
+    real = os.getuid()
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.bind(f"\0sglang-dwdp.{name}.0")
+        stranger.listen()
+        monkeypatch.setattr(os, "getuid", lambda: real + 1)
+        with pytest.raises(DwdpSetupError, match=f"a process of user {real} came in a peer's place"):
+            Exchange(name, 1, 2, 5.0).connect()
+        connection, _ = stranger.accept()
+        with connection:
+            assert connection.recv(1) == b""
+
+
+def test_a_peer_that_ends_before_it_said_its_rank() -> None:
+    name = uuid.uuid4().hex
+    with ThreadPoolExecutor(1) as pool:
+        connecting = pool.submit(Exchange(name, 0, 2, 5.0).connect)
+        with socket.socket(socket.AF_UNIX) as mute:
+            while mute.connect_ex(f"\0sglang-dwdp.{name}.0") != 0:
+                pass
+        with pytest.raises(DwdpSetupError, match="rank 0: lost a peer that had not said its rank"):
+            connecting.result()
