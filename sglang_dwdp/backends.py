@@ -160,9 +160,12 @@ class Default:
     reason: str
 
 
+GPT_OSS_BF16 = "bf16 of gpt-oss"  # for which SGLang has a choice of its own
+
 # By format, the best first, on Hopper. A format that is not here is left to SGLang. The table in docs/kernels.md
 # decides; what it says of a server is dominated by its largest forwards.
 DEFAULTS: Mapping[str, tuple[Default, ...]] = {
+    GPT_OSS_BF16: (Default("triton", None, "SGLang's own choice, triton_kernel, cannot read shared experts"),),
     "MXFP4": (
         Default("flashinfer_mxfp4", "mxfp4", "SGLang's own choice, triton_kernel, cannot read shared experts"),
         Default(

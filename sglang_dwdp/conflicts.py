@@ -68,6 +68,11 @@ CONFLICTS: tuple[Conflict, ...] = (
         "Drop --moe-dp-size.",
     ),
     Conflict(
+        lambda args: (getattr(args, "moe_dense_tp_size", None) or 1) != 1,
+        "--moe-dense-tp-size {args.moe_dense_tp_size} splits dense layers over ranks, and a DWDP rank runs them alone",
+        "Drop --moe-dense-tp-size: DWDP sets it to 1.",
+    ),
+    Conflict(
         lambda args: (getattr(args, "attn_cp_size", None) or 1) > 1 or (getattr(args, "dcp_size", None) or 1) > 1,
         "context parallelism splits one request over several ranks, and a DWDP rank runs its requests alone",
         "Drop --attn-cp-size and --dcp-size.",
@@ -126,6 +131,47 @@ CONFLICTS: tuple[Conflict, ...] = (
         ),
         "offloaded or paged experts are moved while peers read them in place",
         "Drop the offload options (--cpu-offload-gb, --offload-group-size, --enable-paged-experts, --kt-*).",
+    ),
+    Conflict(
+        lambda args: getattr(args, "load_format", None) == "presharded",
+        "--load-format presharded keeps a rank's prepared weights under a name that knows neither DWDP's shards nor "
+        "the MoE backend that they were prepared for",
+        "Drop --load-format presharded.",
+    ),
+    Conflict(
+        _set("use_ray"),
+        "--use-ray: its scheduler actors load no plugins, so ranks would serve without DWDP's hooks",
+        "Drop --use-ray.",
+    ),
+    Conflict(
+        _above_one("tokenizer_worker_num"),
+        "--tokenizer-worker-num {args.tokenizer_worker_num}: the workers load no plugins, so requests that change "
+        "weights would not be refused",
+        "Drop --tokenizer-worker-num.",
+    ),
+    Conflict(
+        lambda args: bool(getattr(args, "language_only", False) or getattr(args, "encoder_only", False)),
+        "with a server of its own for the encoder, ranks gather from all ranks for each request, and DWDP ranks do not "
+        "wait for each other",
+        "Drop --language-only and --encoder-only.",
+    ),
+    Conflict(
+        _set("mm_enable_dp_encoder"),
+        "--mm-enable-dp-encoder spreads a request's images over all ranks, and DWDP ranks do not wait for each other",
+        "Drop --mm-enable-dp-encoder: every rank encodes the images of its own requests.",
+    ),
+    Conflict(
+        lambda args: bool(
+            getattr(args, "enable_waterfill", False) or getattr(args, "enforce_shared_experts_fusion", False)
+        ),
+        "fused shared experts would be one more row of the expert tensors, replicated on every rank",
+        "Drop --enable-waterfill and --enforce-shared-experts-fusion.",
+    ),
+    Conflict(
+        _set("enable_symm_mem"),
+        "--enable-symm-mem allocates MoE outputs in memory that all ranks register together, and DWDP ranks do not "
+        "wait for each other",
+        "Drop --enable-symm-mem: DWDP's forwards have no collectives that it could speed up.",
     ),
     Conflict(
         lambda args: (

@@ -85,9 +85,24 @@ def arrange(num_ranks: int) -> None:
     additions = environment(num_ranks, {name: v for name, v in os.environ.items() if _arranged.get(name) != v})
     os.environ.update(additions)
     _arranged.update({name: value for name, value in additions.items() if name != "PYTHONPATH"})
+    make_importable()
+
+
+def make_importable() -> None:
+    """Lets this process and the children that it starts import SGLang where there is no CUDA driver."""
+    path = environment(1).get("PYTHONPATH")
+    if path is not None:
+        os.environ["PYTHONPATH"] = path
     # PYTHONPATH is read when an interpreter starts: for this one the directory goes on sys.path.
     if not has_cuda_driver() and str(STUBS) not in sys.path:
         sys.path.insert(0, str(STUBS))
+
+
+def plain_environment() -> dict[str, str]:
+    """This process's variables without those that `arrange` set: what a user's shell has."""
+    result = {name: value for name, value in os.environ.items() if _arranged.get(name) != value}
+    parts = [part for part in result.pop("PYTHONPATH", "").split(os.pathsep) if part not in ("", str(STUBS))]
+    return result | ({"PYTHONPATH": os.pathsep.join(parts)} if parts else {})
 
 
 def thread_binding(num_ranks: int, cores: list[int]) -> str:

@@ -13,6 +13,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import (
     get_global_dwdp_manager,
     get_parallel,
+    get_schedule,
     max_prefill_buffer_tokens,
     set_global_dwdp_manager,
 )
@@ -66,7 +67,8 @@ def set_up(runner: Any) -> None:
         why = why_direct_limit(runner.server_args)
         logger.info("DWDP reads experts in place in forwards of up to %d tokens (%s).", config.direct_limit, why)
     if runner.device == "cuda":
-        flashinfer_fp8.warm_up(runner.model, max(1, max_prefill_buffer_tokens()))
+        # Without chunks (--chunked-prefill-size -1) a prefill is as large as the scheduler makes it.
+        flashinfer_fp8.warm_up(runner.model, max(1, max_prefill_buffer_tokens() or get_schedule().max_prefill_tokens))
 
 
 def _common_name(group: Any) -> str:

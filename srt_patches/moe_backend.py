@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sglang.srt.arg_groups.model_override_base import model_config_of
 
-from sglang_dwdp.backends import default_for
+from sglang_dwdp.backends import GPT_OSS_BF16, default_for
 from sglang_dwdp.kernels_build import load
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,11 @@ def choose(server_args: Any, view: Any) -> str | None:
     """The backend to declare; None: leave the choice to SGLang, because the user made it, or there is none here."""
     if view.device != "cuda" or view.moe_runner_backend != "auto" or torch.cuda.get_device_capability()[0] != 9:
         return None
-    described = getattr(model_config_of(server_args).hf_config, "quantization_config", None)
+    model = model_config_of(server_args).hf_config
+    described = getattr(model, "quantization_config", None)
     weights = weights_of(view.quantization, described if isinstance(described, dict) else None)
+    if weights == "bf16" and any(name.startswith("GptOss") for name in getattr(model, "architectures", None) or ()):
+        weights = GPT_OSS_BF16
     chosen = None if weights is None else default_for(weights, has_kernels)
     if chosen is None:
         logger.info("DWDP leaves the choice of --moe-runner-backend for these experts to SGLang")

@@ -22,6 +22,7 @@ from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.placement import balanced
 from sglang_dwdp.release import refuse_other_release
 from sglang_dwdp.srt_patches import moe_backend
+from sglang_dwdp.srt_patches.final_check import refuse_changes
 from sglang_dwdp.srt_patches.graphs import graphs_off
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.planned import with_direct_limit
@@ -214,6 +215,19 @@ def resolve_load_balance(server_args: Any, previous: Callable[[Any], None]) -> N
     previous(server_args)
 
 
+def resolve_last(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """The resolution step `handle_elastic_ep`, which comes after all that settle parallelism and MoE exchanges."""
+    previous(server_args)
+    if config_of(server_args) is None:
+        return
+    try:
+        refuse_changes(resolving_view(server_args))
+    except DwdpConfigError as error:
+        if getattr(server_args, _FROM_COMMAND_LINE, False):
+            _exit(error)
+        raise
+
+
 def resolve_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
     """The resolution step `handle_cpu_backends`: SGLang's default needs kernels for AMX."""
     view = resolving_view(server_args)
@@ -243,6 +257,7 @@ def register_resolution() -> None:
     register_resolution_hook("handle_dwdp")(resolve_dwdp)
     register_resolution_hook("handle_data_parallelism")(resolve_data_parallelism)
     register_resolution_hook("handle_load_balance_method")(resolve_load_balance)
+    register_resolution_hook("handle_elastic_ep")(resolve_last)
     register_resolution_hook("handle_cpu_backends")(resolve_cpu_backends)
     register_resolution_hook("handle_gpu_memory_settings")(resolve_memory)
 

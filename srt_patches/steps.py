@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang.srt.managers.scheduler_components.recv_skipper import SchedulerRecvSkipper
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.srt_patches.hooks import Hook
@@ -24,6 +25,8 @@ def decide_alone(_adapter: Any, batch: Any) -> Any:
     if batch is not None:
         mode = batch.forward_mode
         batch.is_extend_in_batch = mode.is_extend()
+        # --scheduler-recv-interval weighs prefills and decodes differently.
+        batch.recv_skipper_forward_mode = SchedulerRecvSkipper.derive_forward_mode([mode.value])
         batch.can_run_decode_cuda_graph = mode.is_decode_or_idle() or mode.is_prebuilt()
     return batch
 

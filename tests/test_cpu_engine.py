@@ -142,3 +142,17 @@ def test_the_default_flags_bound_the_cache() -> None:
     flags = cpu_engine.default_flags()
     assert flags["attention_backend"] == "torch_native"
     assert isinstance(flags["max_total_tokens"], int)
+
+
+def test_importing_the_package_makes_sglang_importable_where_the_variable_asks_for_the_cpu_engine() -> None:
+    """In a process with nothing of what tests arrange: `sglang.Engine` imports kernels before plugins are loaded."""
+    program = "import sglang_dwdp, os, sys; print(sys.path[0], os.environ.get('PYTHONPATH', ''))"
+
+    def stubs_in(**variables: str) -> list[bool]:
+        environment = {**cpu_engine.plain_environment(), **variables}
+        done = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True)
+        return [str(cpu_engine.STUBS) in part for part in done.stdout.rstrip("\n").split(" ")]
+
+    wanted = not cpu_engine.has_cuda_driver()
+    assert stubs_in(SGLANG_USE_CPU_ENGINE="1") == [wanted, wanted]
+    assert stubs_in(SGLANG_USE_CPU_ENGINE="0") == [False, False]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sglang_dwdp import cpu_engine
 from sglang_dwdp.demo.families import Family
 from sglang_dwdp.demo.server import Server, ServerFailed, fewer_models, free_port
 from tests.e2e.conftest import Answers, Footprint
@@ -33,6 +33,7 @@ def register():
 
 ENGINE = """
 import json, sys
+import sglang_dwdp  # before SGLang, where there is no CUDA driver
 import sglang
 
 if __name__ == "__main__":
@@ -43,9 +44,18 @@ if __name__ == "__main__":
     prompts = json.load(open(sys.argv[2]))
     answers = engine.generate(prompts, {"temperature": 0, "max_new_tokens": int(sys.argv[3])})
     reports = [state["dwdp"] for state in engine.get_server_info()["internal_states"]]
+    try:
+        engine.save_sharded_model(path="nowhere")
+    except AssertionError as error:
+        refusal = str(error)
     engine.shutdown()
-    print("RESULT " + json.dumps([[answer["output_ids"] for answer in answers], reports]))
+    print("RESULT " + json.dumps([[answer["output_ids"] for answer in answers], reports, refusal]))
 """
+
+
+def shell() -> dict[str, str]:
+    """What a user has who did what the README says: nothing of what tests arranged for themselves."""
+    return {**fewer_models(), **cpu_engine.plain_environment(), "SGLANG_USE_CPU_ENGINE": "1"}
 
 
 def test_sglang_serve_with_a_config_file(
@@ -66,7 +76,7 @@ def test_sglang_serve_with_a_config_file(
             [str(Path(sys.executable).parent / "sglang"), "serve", str(model), "--config", str(config)],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **fewer_models(), "SGLANG_USE_CPU_ENGINE": "1", "TMPDIR": str(tmp_path)},
+            env={**shell(), "TMPDIR": str(tmp_path)},
             start_new_session=True,
         )
     try:
@@ -86,7 +96,7 @@ def test_engine_keywords(models: Models, reference: Callable[..., Answers], tmp_
     prompts.write_text(json.dumps(PROMPTS[:6]))
     result = subprocess.run(
         [sys.executable, str(program), str(models("qwen3_moe", 8)), str(prompts), str(MAX_NEW_TOKENS)],
-        env={**os.environ, **fewer_models(), "SGLANG_USE_CPU_ENGINE": "1"},
+        env=shell(),
         capture_output=True,
         text=True,
         timeout=300,
@@ -94,9 +104,10 @@ def test_engine_keywords(models: Models, reference: Callable[..., Answers], tmp_
     )
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, result.stderr[-3000:]
-    tokens, reports = json.loads(lines[0].removeprefix("RESULT "))
+    tokens, reports, refusal = json.loads(lines[0].removeprefix("RESULT "))
     assert tokens == reference("qwen3_moe", 8)[:6]
     assert all(report["view"] == "staged" and report["bytes_copied"] > 0 for report in reports)
+    assert refusal.startswith("save_sharded_model is not supported with --enable-dwdp")
 
 
 def test_a_hook_that_does_not_take_stops_the_server(
@@ -118,7 +129,7 @@ def test_a_conflict_is_one_line_and_exit_code_2(models: Models) -> None:
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(models("qwen3_moe", 8))]
     result = subprocess.run(
         [*command, "--device", "cpu", "--tp", "2", "--enable-dwdp", "--enable-eplb"],
-        env={**os.environ, "SGLANG_USE_CPU_ENGINE": "1"},
+        env=shell(),
         capture_output=True,
         text=True,
         timeout=120,

@@ -53,6 +53,16 @@ def test_auto_becomes_a_backend_and_the_log_says_why(
     assert "build-kernels --format mxfp4" in caplog.text
 
 
+def test_gpt_oss_in_bf16_gets_a_backend_that_reads_shared_experts(
+    gpt_oss: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = SimpleNamespace(hf_config=SimpleNamespace(architectures=["GptOssForCausalLM"]))
+    monkeypatch.setattr(moe_backend, "model_config_of", lambda _args: described)
+    assert moe_backend.choose(gpt_oss, gpt_oss) == "triton"
+    described.hf_config.architectures = ["Qwen3MoeForCausalLM"]
+    assert moe_backend.choose(gpt_oss, gpt_oss) is None
+
+
 def test_what_the_user_named_stays(gpt_oss: SimpleNamespace) -> None:
     gpt_oss.moe_runner_backend = "triton"
     assert moe_backend.choose(gpt_oss, gpt_oss) is None

@@ -56,6 +56,7 @@ def test_as_a_single_rank_would(mode: ForwardMode, monkeypatch: pytest.MonkeyPat
     mine = decide_alone(None, batch(mode))
     assert mine.is_extend_in_batch == expected.is_extend_in_batch
     assert mine.can_run_decode_cuda_graph == expected.can_run_decode_cuda_graph
+    assert mine.recv_skipper_forward_mode == expected.recv_skipper_forward_mode
 
 
 def test_an_idle_step_stays_idle() -> None:
