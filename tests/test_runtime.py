@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.errors import DwdpConfigError, DwdpRuntimeError, DwdpSetupError
+from sglang_dwdp.layout import tensor_layout
 from sglang_dwdp.memory.base import Block, Handle, Memory
 from sglang_dwdp.memory.host_shm import HostMemory
+from sglang_dwdp.placement import balanced
 from sglang_dwdp.runtime import DwdpRuntime
 from tests.ranks import (
     GPU_TABLES,
@@ -34,6 +37,19 @@ from tests.ranks import (
 )
 
 TAILS = {"w13_weight": (24, 40), "w2_weight": (40, 12), "scale": (3,)}
+# On a GPU a page has 2 MiB: there shards of several pages too, and pages that two ranks share.
+TAILS_OF = {"cpu": TAILS, "cuda:0": {"w13_weight": (1280, 1000), "w2_weight": (400, 320), "scale": (3,)}}
+
+
+@pytest.mark.parametrize("num_experts", [5, 8, 9, 10])
+@pytest.mark.parametrize(("device", "page_bytes"), [("cpu", 4096), ("cuda:0", 2 << 20)])
+def test_every_rank_has_memory_of_its_own_and_of_others(device: str, page_bytes: int, num_experts: int) -> None:
+    """In the tests below, with 2 ranks; with 3 in all but the smallest."""
+    nbytes = 2 * math.prod(TAILS_OF[device]["w13_weight"])
+    for size in (2, 3) if num_experts > 5 else (2,):
+        segments = tensor_layout(balanced(num_experts, size), nbytes, page_bytes).segments
+        assert all(segment.nbytes for segment in segments)
+        assert nbytes % page_bytes  # experts end within pages
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -41,7 +57,7 @@ TAILS = {"w13_weight": (24, 40), "w2_weight": (40, 12), "scale": (3,)}
 @pytest.mark.parametrize("view", ["auto", "direct", "staged"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_rank_sees_the_checkpoint(kind: Kind, size: int, num_experts: int, view: Any) -> None:
-    full = checkpoint(5, num_experts, TAILS, kind.device)
+    full = checkpoint(5, num_experts, TAILS_OF[kind.device], kind.device)
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> list[bool]:
         return [equal(forward(runtime, layers, tokens), full) for tokens in (1000, 1, 1000, 1000, 1)]
@@ -55,7 +71,8 @@ def test_every_rank_sees_the_checkpoint(kind: Kind, size: int, num_experts: int,
 @pytest.mark.parametrize("local_experts", [5, 7, 9, 10])
 @pytest.mark.parametrize("kind", KINDS)
 def test_redundant_placement(kind: Kind, local_experts: int, view: Any, size: int) -> None:
-    full = checkpoint(3, 10, {"w13_weight": (64, 80), "scale": (300,)}, kind.device)
+    tail = (64, 80) if kind.device == "cpu" else (1280, 1000)
+    full = checkpoint(3, 10, {"w13_weight": tail, "scale": (300,)}, kind.device)
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> list[Any]:
         seen = [equal(forward(runtime, layers, tokens), full) for tokens in (1000, 1, 1000)]
@@ -373,7 +390,7 @@ def failing_runs(kind: Kind, full: Any, config: DwdpConfig) -> Iterator[list[Any
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_injected_failure_at_every_call_of_set_up(kind: Kind, view: Any) -> None:
     """Both ranks hear of it, with rank, layer, tensor and cause, and everything is as it was."""
-    full = checkpoint(2, 5, TAILS, kind.device)
+    full = checkpoint(2, 5, TAILS_OF[kind.device], kind.device)
     config = DwdpConfig(view=view, timeout_s=20)
     run_ranks(2, full, lambda _r, _l: None, config)
     before, gpu_before = open_resources(), gpu_bytes()

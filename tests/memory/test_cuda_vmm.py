@@ -114,6 +114,8 @@ def test_200_forwards_with_one_slow_stream_and_poisoned_slots(slow: str) -> None
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> bool:
         engine: Any = runtime._engine
+        assert runtime._prefetcher is not None
+        assert all(len(plan) == 2 for plan in runtime._prefetcher._plans)  # a part for each of the two streams
         draw = random.Random(0)
         if slow == "copy":
             fill = engine.fill
@@ -161,16 +163,16 @@ def test_200_forwards_with_one_slow_stream_and_poisoned_slots(slow: str) -> None
                 torch.cuda.synchronize()
                 done.append(1)
 
-    assert run_ranks(2, full, watched, DwdpConfig(view="staged", depth=2)) == [True, True]
+    assert run_ranks(2, full, watched, DwdpConfig(view="staged", depth=2, slice_kib=2048)) == [True, True]
 
 
 def test_graphs_read_direct_views_while_staged_forwards_run_between() -> None:
-    full = checkpoint(3, 8, {"w1": (256, 256)}, "cuda")
+    full = checkpoint(3, 8, {"w1": (1024, 1024)}, "cuda")  # an expert is one page, so half of them are rank 1's
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> bool:
         if runtime.rank:
             return True
-        x = torch.randn(4, 256, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(4, 1024, device="cuda", dtype=torch.bfloat16)
 
         def model() -> torch.Tensor:
             y = x
@@ -193,7 +195,7 @@ def test_graphs_read_direct_views_while_staged_forwards_run_between() -> None:
                 graph.replay()
                 ok &= torch.equal(captured, eager)
             stream.synchronize()
-        return ok
+        return ok and int(runtime.report()["bytes_copied"]) >= 5 * 3 * (8 << 20)
 
     assert run_ranks(2, full, step, DwdpConfig()) == [True, True]
 
