@@ -79,20 +79,14 @@ def environment(num_ranks: int, base: Mapping[str, str] | None = None) -> dict[s
 def arrange(num_ranks: int) -> None:
     """Applies `environment` to this process, and so to the children that it starts.
 
-    Call it before anything imports `sglang.srt`: SGLang reads the variables when it is imported.
+    Call it before anything imports `sglang.srt`: SGLang reads the variables when it is imported. Servers do so by
+    themselves; a program that uses `sglang.Engine` on a machine without the CUDA driver has to, because SGLang imports
+    its kernels there before it loads plugins.
     """
     # What an earlier call set is no wish of the user's: the next server may have another number of ranks.
     additions = environment(num_ranks, {name: v for name, v in os.environ.items() if _arranged.get(name) != v})
     os.environ.update(additions)
     _arranged.update({name: value for name, value in additions.items() if name != "PYTHONPATH"})
-    make_importable()
-
-
-def make_importable() -> None:
-    """Lets this process and the children that it starts import SGLang where there is no CUDA driver."""
-    path = environment(1).get("PYTHONPATH")
-    if path is not None:
-        os.environ["PYTHONPATH"] = path
     # PYTHONPATH is read when an interpreter starts: for this one the directory goes on sys.path.
     if not has_cuda_driver() and str(STUBS) not in sys.path:
         sys.path.insert(0, str(STUBS))

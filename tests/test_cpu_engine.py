@@ -144,15 +144,25 @@ def test_the_default_flags_bound_the_cache() -> None:
     assert isinstance(flags["max_total_tokens"], int)
 
 
-def test_importing_the_package_makes_sglang_importable_where_the_variable_asks_for_the_cpu_engine() -> None:
-    """In a process with nothing of what tests arrange: `sglang.Engine` imports kernels before plugins are loaded."""
-    program = "import sglang_dwdp, os, sys; print(sys.path[0], os.environ.get('PYTHONPATH', ''))"
+def test_importing_the_package_changes_nothing() -> None:
+    """Every process of SGLang's imports it, with DWDP and without."""
+    program = "import sglang_dwdp.cpu_engine, os, sys; print(sys.path, dict(os.environ))"
+    environment = {**cpu_engine.plain_environment(), "SGLANG_USE_CPU_ENGINE": "1"}
+    done = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert str(cpu_engine.STUBS) not in done.stdout
 
-    def stubs_in(**variables: str) -> list[bool]:
-        environment = {**cpu_engine.plain_environment(), **variables}
-        done = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True)
-        return [str(cpu_engine.STUBS) in part for part in done.stdout.rstrip("\n").split(" ")]
 
-    wanted = not cpu_engine.has_cuda_driver()
-    assert stubs_in(SGLANG_USE_CPU_ENGINE="1") == [wanted, wanted]
-    assert stubs_in(SGLANG_USE_CPU_ENGINE="0") == [False, False]
+def test_a_plain_environment_has_nothing_of_what_was_arranged(two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_engine, "_arranged", {})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in (*cpu_engine.environment(2, {}), "PYTHONPATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # the user's own
+    before = dict(os.environ)
+    cpu_engine.arrange(2)
+    assert os.environ["SGLANG_USE_CPU_ENGINE"] == "1"
+    assert str(cpu_engine.STUBS) in os.environ["PYTHONPATH"]
+    assert cpu_engine.plain_environment() == before
+    for name in cpu_engine.environment(2, {}):
+        os.environ.pop(name, None)

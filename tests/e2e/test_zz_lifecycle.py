@@ -33,8 +33,10 @@ def register():
 
 ENGINE = """
 import json, sys
-import sglang_dwdp  # before SGLang, where there is no CUDA driver
+from sglang_dwdp import cpu_engine
 import sglang
+
+cpu_engine.arrange(2)  # needed where there is no CUDA driver
 
 if __name__ == "__main__":
     engine = sglang.Engine(
