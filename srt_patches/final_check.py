@@ -34,7 +34,7 @@ def refuse_changes(view: Any) -> None:
     changed = [
         f"{name} {getattr(view, name)!r} in place of {value!r}"
         for name, value in NEEDED.items()
-        if (getattr(view, name) or type(value)()) != value
+        if getattr(view, name) != value
     ]
     if changed:
         raise DwdpConfigError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sglang.srt.arg_groups.model_override_base import model_config_of
@@ -99,16 +100,12 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         previous(server_args)
         return
     view = resolving_view(server_args)
-    try:
+    with _one_line(server_args):
         refuse_other_release()
         refuse_conflicts(view)
         group_size = _group_size(config, view)
         _refuse_model(config, server_args, view, group_size)
         _refuse_device(config, view)
-    except DwdpConfigError as error:
-        if getattr(server_args, _FROM_COMMAND_LINE, False):
-            _exit(error)
-        raise
     setattr(server_args, _ATTRIBUTE, with_direct_limit(server_args, view, config, group_size))
     declare_resolution(
         server_args,
@@ -218,14 +215,9 @@ def resolve_load_balance(server_args: Any, previous: Callable[[Any], None]) -> N
 def resolve_last(server_args: Any, previous: Callable[[Any], None]) -> None:
     """The resolution step `handle_elastic_ep`, which comes after all that settle parallelism and MoE exchanges."""
     previous(server_args)
-    if config_of(server_args) is None:
-        return
-    try:
-        refuse_changes(resolving_view(server_args))
-    except DwdpConfigError as error:
-        if getattr(server_args, _FROM_COMMAND_LINE, False):
-            _exit(error)
-        raise
+    if config_of(server_args) is not None:
+        with _one_line(server_args):
+            refuse_changes(resolving_view(server_args))
 
 
 def resolve_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -244,6 +236,17 @@ def resolve_memory(server_args: Any, previous: Callable[[Any], None]) -> None:
     previous(server_args)
     if config_of(server_args) is not None and view.device == "cpu" and unset:
         declare_resolution(server_args, _SOURCE, max_total_tokens=cpu_engine.default_flags()["max_total_tokens"])
+
+
+@contextmanager
+def _one_line(server_args: Any) -> Iterator[None]:
+    """Ends the program with a line where these arguments came from a command line; lets errors through otherwise."""
+    try:
+        yield
+    except DwdpConfigError as error:
+        if getattr(server_args, _FROM_COMMAND_LINE, False):
+            _exit(error)
+        raise
 
 
 def _exit(error: DwdpConfigError) -> None:

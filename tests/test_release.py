@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from sglang_dwdp import release
@@ -12,6 +15,11 @@ from sglang_dwdp.errors import DwdpConfigError
 def test_this_release(monkeypatch: pytest.MonkeyPatch, installed: str) -> None:
     monkeypatch.setattr(release, "version", lambda _name: installed)
     release.refuse_other_release()
+
+
+def test_the_package_asks_for_it() -> None:
+    text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text()
+    assert f"sglang=={release.SGLANG}" in tomllib.loads(text)["project"]["dependencies"]
 
 
 @pytest.mark.parametrize("installed", ["0.5.24", "0.6.0.dev1", "main"])

@@ -5,8 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
 from sglang_dwdp.srt_patches.graphs import graphs_off
 
 
@@ -33,14 +31,14 @@ def test_an_explicit_config_keeps_all_else() -> None:
 
 def test_sglang_lets_nothing_win_over_it() -> None:
     """Through SGLang's own parser, with the config as an object too."""
-    hook = pytest.importorskip("sglang.srt.arg_groups.cuda_graph_hook")
-    graphs = pytest.importorskip("sglang.srt.model_executor.cuda_graph_config")
+    from sglang.srt.arg_groups.cuda_graph_hook import parse_cuda_graph_config
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+    from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig
     from sglang.srt.server_args import ServerArgs
 
-    wanted = graphs.CudaGraphConfig.from_dict({"prefill": {"backend": "full", "max_bs": 64}})
+    wanted = CudaGraphConfig.from_dict({"prefill": {"backend": "full", "max_bs": 64}})
     args = ServerArgs(model_path="dummy", cuda_graph_config=wanted, cuda_graph_backend_decode="full")
     declare_resolution(args, "test", **graphs_off(resolving_view(args), ("decode", "prefill")))
-    hook.parse_cuda_graph_config(args)
+    parse_cuda_graph_config(args)
     parsed = resolving_view(args).cuda_graph_config
     assert (parsed.decode.backend, parsed.prefill.backend, parsed.prefill.max_bs) == ("disabled", "disabled", 64)
