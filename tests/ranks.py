@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -208,6 +209,7 @@ def gpu_bytes() -> int:
     """Memory in use on GPU 0, torch's cache excepted; 0 without a GPU."""
     if not torch.cuda.is_available():
         return 0
+    gc.collect()  # of tensors in cycles
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()

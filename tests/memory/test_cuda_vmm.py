@@ -195,7 +195,8 @@ def test_graphs_read_direct_views_while_staged_forwards_run_between() -> None:
                 graph.replay()
                 ok &= torch.equal(captured, eager)
             stream.synchronize()
-        return ok and int(runtime.report()["bytes_copied"]) >= 5 * 3 * (8 << 20)
+        # A slot that still holds its layer is not filled again: two of three layers are copied in every forward.
+        return ok and int(runtime.report()["bytes_copied"]) >= 5 * 2 * (8 << 20)
 
     assert run_ranks(2, full, step, DwdpConfig()) == [True, True]
 
