@@ -57,8 +57,8 @@ _NVFP4_SCALES = (
 
 WAYS = (
     Way(_BF16, "triton", "bf16", _BOTH, Status.VERIFIED),
-    Way(_BF16, "flashinfer_cutlass", "bf16", _BOTH, Status.UNVERIFIED),
-    Way(_BF16, "deep_gemm", "bf16", _BOTH, Status.UNVERIFIED),
+    Way(_BF16, "flashinfer_cutlass", "bf16", _BOTH, Status.VERIFIED),
+    Way(_BF16, "deep_gemm", "bf16", _BOTH, Status.VERIFIED),
     Way(_BF16, "flashinfer_trtllm", "bf16", _BLACKWELL, Status.UNVERIFIED),
     Way(_BF16, "flashinfer_trtllm_routed", "bf16", _BLACKWELL, Status.UNVERIFIED),
     Way(
@@ -71,7 +71,7 @@ WAYS = (
     ),
     Way(_FP8, "triton", "block-FP8", _BOTH, Status.VERIFIED),
     Way(_FP8, "deep_gemm", "block-FP8", _BOTH, Status.VERIFIED),
-    Way(_FP8, FLASHINFER_FP8, "block-FP8", _HOPPER, Status.UNVERIFIED),
+    Way(_FP8, FLASHINFER_FP8, "block-FP8", _HOPPER, Status.VERIFIED),
     Way(_FP8, "flashinfer_trtllm", "block-FP8", _BLACKWELL, Status.UNVERIFIED),
     Way(_FP8, "flashinfer_trtllm_routed", "block-FP8", _BLACKWELL, Status.UNVERIFIED),
     Way(
@@ -90,7 +90,7 @@ WAYS = (
         Status.REFUSED,
         "the padded scales that it keeps beside the checkpoint's were not examined",
     ),
-    Way(_MXFP4, "flashinfer_mxfp4", "MXFP4", _BOTH, Status.UNVERIFIED),
+    Way(_MXFP4, "flashinfer_mxfp4", "MXFP4", _BOTH, Status.VERIFIED),
     Way(
         _MXFP4,
         "triton_kernel",
@@ -99,7 +99,7 @@ WAYS = (
         Status.REFUSED,
         "it swizzles all experts' weights and scales together into objects of its own",
     ),
-    Way(_MXFP4, "triton", "MXFP4", _BOTH, Status.UNVERIFIED),  # SGLang turns the weights into bf16, four times the size
+    Way(_MXFP4, "triton", "MXFP4", _BOTH, Status.VERIFIED),  # SGLang turns the weights into bf16, four times the size
     Way(_NVFP4, "flashinfer_trtllm", "NVFP4", _BLACKWELL, Status.REFUSED, _NVFP4_SCALES),
     Way(_NVFP4, "flashinfer_cutlass", "NVFP4", _BLACKWELL, Status.REFUSED, _NVFP4_SCALES),
     Way(
@@ -162,8 +162,8 @@ class Default:
 
 GPT_OSS_BF16 = "bf16 of gpt-oss"  # for which SGLang has a choice of its own
 
-# By format, the best first, on Hopper. A format that is not here is left to SGLang. The table in docs/kernels.md
-# decides; what it says of a server is dominated by its largest forwards.
+# By format, the best first, on Hopper, by the table in docs/kernels.md. A format that is not here is left to SGLang,
+# whose choice for bf16 and block-FP8, Triton, is what the table says too.
 DEFAULTS: Mapping[str, tuple[Default, ...]] = {
     GPT_OSS_BF16: (Default("triton", None, "SGLang's own choice, triton_kernel, cannot read shared experts"),),
     "MXFP4": (

@@ -40,7 +40,8 @@ def test_what_was_verified_on_hopper_is_not_on_blackwell() -> None:
     way = check(0, "UnquantizedFusedMoEMethod", "triton")
     assert is_verified(way, "Hopper")
     assert not is_verified(way, "Blackwell")
-    assert not is_verified(check(0, "Mxfp4MoEMethod", "triton"), "Hopper")
+    assert is_verified(check(0, "Mxfp4MoEMethod", "triton"), "Hopper")
+    assert not is_verified(check(0, "UnquantizedFusedMoEMethod", "flashinfer_trtllm"), "Blackwell")
 
 
 def test_nothing_on_blackwell_alone_is_called_verified() -> None:

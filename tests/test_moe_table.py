@@ -41,12 +41,6 @@ def test_a_verdict_for_each_kernel_at_the_largest_forward() -> None:
     assert "Triton: +10.0 % at 8192 tokens, MISSED" in missed
 
 
-def test_times_over_an_odd_number_of_rounds_give_no_ratio() -> None:
-    odd = {**row("Triton", 8192, 1.0, 0.8), "rounds": 101}
-    assert verdicts([odd]) == []
-    assert "| **0.800** |" in for_docs([{"gpu": "G", "flashinfer": "1", "sglang": "2", "rows": [odd]}])
-
-
 def test_the_tables_have_every_kernel(tmp_path: Path) -> None:
     assert for_terminal(ROWS).row_count == len(ROWS)
     text = for_docs([{"gpu": "G", "flashinfer": "1", "sglang": "2", "rows": ROWS}])

@@ -156,7 +156,8 @@ ALL = (
     Case("qwen3_moe", "bf16", "deep_gemm", "bf16 experts with deep_gemm", ranks=(3,), environment=MASKED),
     Case("gpt_oss", "mxfp4", "triton", "MXFP4 experts with triton", GPT_OSS, ranks=(3,)),
 )
-# Options of DWDP's, each with the first model on 2 ranks.
+_MXFP4 = next(case for case in ALL if case.backend == "flashinfer_mxfp4")
+# Options of DWDP's, each on 2 ranks.
 VARIATIONS = (
     replace(ALL[0], ranks=(2,), variation="audit", dwdp={"dwdp_audit": True}),
     replace(
@@ -165,7 +166,12 @@ VARIATIONS = (
         variation="staged",
         dwdp={"dwdp_view": "staged", "cuda_graph_backend_decode": "full"},  # no graph can read slots
     ),
+    replace(_MXFP4, ranks=(2,), variation="auto", dwdp={"moe_runner_backend": "auto"}),
 )
 BY_NAME = {case.name: case for case in ALL + VARIATIONS}
-# Models whose shared experts SGLang fuses into the routed ones by itself, which DWDP turns off.
-FUSED = ("glm4_moe-bf16-triton", "deepseek_v3-fp8-triton")
+# Models whose shared experts SGLang fuses into the routed ones by itself, which DWDP turns off. With each, two models
+# that differ in their MoE kernels alone, and so in how sums are rounded.
+FUSED = {
+    "glm4_moe-bf16-triton": ("qwen3_moe-bf16-triton", "qwen3_moe-bf16-deep_gemm"),
+    "deepseek_v3-fp8-triton": ("deepseek_v3-fp8-triton", "deepseek_v3-fp8-deep_gemm"),
+}
