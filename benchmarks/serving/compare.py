@@ -155,7 +155,8 @@ def _wait(whole: Comparison, variant: Variant, deployment: Deployment) -> None:
 def _warm_up(whole: Comparison, variant: Variant, deployment: Deployment) -> None:
     whole.display.doing(f"{variant.name}: warm-up")
     longest = max(workload.prompt_lengths(whole.scenario.load, 1))
-    tokens.warm_up(deployment, longest, vocabulary_size(whole.model), whole.scenario.run_timeout_s)
+    scenario = whole.scenario
+    tokens.warm_up(deployment, longest, scenario.chunk_tokens, vocabulary_size(whole.model), scenario.run_timeout_s)
     whole.display.say(f"{variant.name}: warm, {whole.display.lap():.0f} s")
 
 

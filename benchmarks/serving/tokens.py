@@ -34,19 +34,23 @@ def generate(
         return list(pool.map(one_rank, ranks))
 
 
-def warm_up(deployment: Deployment, longest: int, vocabulary: int, timeout_s: float) -> None:
-    """Prompts of 1, 2, 4, … `longest` tokens on every rank, one by one and then together.
+def warm_up(deployment: Deployment, longest: int, chunk_tokens: int, vocabulary: int, timeout_s: float) -> None:
+    """Prompts of 1, 2, 4, … `longest` tokens on every rank, one by one and then together, with more of the longest.
 
-    Kernels are compiled when a forward of their size first comes, which is no part of what is compared.
+    Kernels are compiled when a forward of their size first comes, which is no part of what is compared. Together they
+    wait for each other, so that forwards of a whole chunk come too, and the rest of a prompt that did not fit in.
+
+    chunk_tokens: the chunked prefill size of a rank; 0: unknown.
 
     Raises:
         RunError: as in `generate`.
     """
     rng = np.random.default_rng(longest)
     lengths = [1 << power for power in range(longest.bit_length())] + [longest]
-    for at_once in (1, len(lengths)):
-        prompts = [[int(t) for t in rng.integers(min(10, vocabulary - 1), vocabulary, n)] for n in lengths]
-        generate(deployment, prompts, 4 if at_once == 1 else 16, timeout_s, at_once)
+    together = lengths + [longest] * (2 * chunk_tokens // longest + 1)
+    for chosen, new_tokens, at_once in ((lengths, 4, 1), (together, 16, len(together))):
+        prompts = [[int(t) for t in rng.integers(min(10, vocabulary - 1), vocabulary, n)] for n in chosen]
+        generate(deployment, prompts, new_tokens, timeout_s, at_once)
 
 
 def _one(deployment: Deployment, prompt: list[int], new_tokens: int, rank: int | None, timeout_s: float) -> list[int]:

@@ -14,7 +14,7 @@ from benchmarks.serving.deployment import Deployment
 def test_warm_up_covers_every_size_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int | None, int]] = []
     busy, most, lock = {0: 0, 1: 0}, {0: 0, 1: 0}, threading.Lock()
-    together = threading.Barrier(2 * 6, timeout=20)
+    together = threading.Barrier(2 * 10, timeout=20)
 
     def one(_deployment: Any, prompt: list[int], new_tokens: int, rank: int, _timeout_s: float) -> list[int]:
         with lock:
@@ -31,10 +31,11 @@ def test_warm_up_covers_every_size_on_every_rank(monkeypatch: pytest.MonkeyPatch
         return [0] * new_tokens
 
     monkeypatch.setattr(tokens, "_one", one)
-    tokens.warm_up(Deployment("url", "url", 2, {}), 20, 2048, 30)
+    tokens.warm_up(Deployment("url", "url", 2, {}), 20, 32, 2048, 30)
     lengths = [1, 2, 4, 8, 16, 20]
-    assert sorted(seen) == sorted((rank, length) for rank in (0, 1) for length in 2 * lengths)
-    assert most == {0: 6, 1: 6}
+    more = 4 * [20]  # a whole chunk twice over
+    assert sorted(seen) == sorted((rank, length) for rank in (0, 1) for length in 2 * lengths + more)
+    assert most == {0: 10, 1: 10}
 
 
 def test_a_router_picks_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
