@@ -64,6 +64,9 @@ class Prefetcher:
         slot = self._slots[layer % len(self._slots)]
         if slot.holds != layer:
             self.late_fills += 1
+            if slot.holds >= 0:
+                # A fill that nobody waited for may still be under way, on streams that this one does not wait for.
+                self._engine.wait(slot.filled)
             # Whatever the compute stream has read from this slot lies before this point.
             self._engine.record(slot.released)
             self._fill(slot, layer)

@@ -1,4 +1,5 @@
-"""The ring of slots, against a model of two streams that run as early, or as late, as events allow."""
+"""The ring of slots, against a model of a compute stream and two copy streams that run as early, or as late, as events
+allow."""
 
 import time
 from collections import deque
@@ -15,6 +16,8 @@ from sglang_dwdp.memory.host_shm import HostCopyEngine
 from sglang_dwdp.prefetch import Prefetcher
 
 Operation = Callable[[], None]
+STREAMS = ("copy 0", "copy 1", "compute")
+Order = tuple[Sequence[str], str]  # the eager streams, and the one that runs first at the end
 
 
 class ModelEvent:
@@ -36,15 +39,15 @@ class ModelEvent:
 
 
 class ModelEngine:
-    """Two streams that work through what the host has enqueued, in the worst order that events allow.
+    """Streams that work through what the host has enqueued, in the worst order that events allow.
 
-    eager: "copy" or "compute" streams run as soon as they can, "neither" not before the host is done; which of the
-    two runs first where both can is `first`.
+    eager: the streams that run as soon as they can; the others not before the host is done.  first: which one runs
+    first then, wherever it can.
     """
 
-    def __init__(self, apply: Callable[[CopyList], None], eager: str, first: str) -> None:
+    def __init__(self, apply: Callable[[CopyList, int], None], eager: Sequence[str], first: str) -> None:
         self.apply, self.eager, self.first = apply, eager, first
-        self.streams: dict[str, deque[tuple[Callable[[], bool], Operation]]] = {"copy": deque(), "compute": deque()}
+        self.streams: dict[str, deque[tuple[Callable[[], bool], Operation]]] = {name: deque() for name in STREAMS}
         self.fills = 0
 
     def event(self) -> Event:
@@ -58,9 +61,12 @@ class ModelEngine:
 
     def fill(self, copies: CopyList, after: ModelEvent, done: ModelEvent) -> None:
         self.fills += 1
-        passed, reach = after.passed(), done.record()
-        self._enqueue("copy", passed, lambda: self.apply(copies))
-        self._enqueue("copy", lambda: True, reach)
+        passed, reach, joined = after.passed(), done.record(), ModelEvent()
+        join = joined.record()
+        self._enqueue("copy 0", passed, lambda: self.apply(copies, 0))
+        self._enqueue("copy 1", passed, lambda: self.apply(copies, 1))
+        self._enqueue("copy 1", lambda: True, join)
+        self._enqueue("copy 0", joined.passed(), reach)
 
     def wait(self, done: ModelEvent) -> None:
         self._enqueue("compute", done.passed(), lambda: None)
@@ -79,7 +85,7 @@ class ModelEngine:
 
     def _enqueue(self, stream: str, may: Callable[[], bool], operation: Operation) -> None:
         self.streams[stream].append((may, operation))
-        while self.eager != "neither" and self._step([self.eager]):
+        while self._step(self.eager):
             pass
 
     def _step(self, names: Sequence[str]) -> bool:
@@ -91,26 +97,27 @@ class ModelEngine:
 
 
 def simulate(
-    num_layers: int, depth: int, order: tuple[str, str], steps: list[list[int]], cut: Sequence[int] = ()
+    num_layers: int, depth: int, order: Order, steps: list[list[int]], cut: Sequence[int] = ()
 ) -> tuple[Prefetcher, ModelEngine]:
     """Run steps (lists of layers in order); every layer must find its own experts, from wait to release.
 
     cut: steps whose last layer runs, but is not released, as where an exception ends a forward.
     """
     used = min(depth, num_layers)
-    holds, reading = [-1] * used, [False] * used
+    holds, reading = [[-1, -1] for _ in range(used)], [False] * used
 
-    def apply(copies: CopyList) -> None:
+    def apply(copies: CopyList, stream: int) -> None:
         (layer,) = copies
         assert not reading[layer % used], "a slot was overwritten while it was read"
-        holds[layer % used] = layer
+        # Half of a slot by each stream; which one differs between layers, as where one lacks a tensor.
+        holds[layer % used][(stream + layer // used) % 2] = layer
 
     def begin(layer: int) -> None:
-        assert holds[layer % used] == layer, "a slot was read before it was filled"
+        assert holds[layer % used] == [layer, layer], "a slot was read before it was filled"
         reading[layer % used] = True
 
     def end(layer: int) -> None:
-        assert holds[layer % used] == layer
+        assert holds[layer % used] == [layer, layer]
         reading[layer % used] = False
 
     engine = ModelEngine(apply, *order)
@@ -127,19 +134,20 @@ def simulate(
     return ring, engine
 
 
-ORDERS = [(eager, first) for eager in ("copy", "compute", "neither") for first in ("copy", "compute")]
+EAGER: list[tuple[str, ...]] = [("copy 0", "copy 1"), ("copy 0",), ("copy 1",), ("compute",), ()]
+ORDERS: list[Order] = [(eager, first) for eager in EAGER for first in STREAMS]
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 12), st.sampled_from(ORDERS))
 
 
 @given(shapes, st.integers(1, 4))
-def test_every_layer_finds_its_experts_in_every_step(shape: tuple[int, int, tuple[str, str]], steps: int) -> None:
+def test_every_layer_finds_its_experts_in_every_step(shape: tuple[int, int, Order], steps: int) -> None:
     num_layers, depth, order = shape
     ring, _ = simulate(num_layers, depth, order, [list(range(num_layers))] * steps)
     assert ring.late_fills == 0
 
 
 @given(shapes, st.data())
-def test_steps_that_are_cut_short_or_out_of_order(shape: tuple[int, int, tuple[str, str]], data: st.DataObject) -> None:
+def test_steps_that_are_cut_short_or_out_of_order(shape: tuple[int, int, Order], data: st.DataObject) -> None:
     num_layers, depth, order = shape
     layers = st.lists(st.integers(0, num_layers - 1), max_size=12)
     steps = data.draw(st.lists(layers, max_size=4))
@@ -147,9 +155,15 @@ def test_steps_that_are_cut_short_or_out_of_order(shape: tuple[int, int, tuple[s
     simulate(num_layers, depth, order, steps, cut)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_late_fill_waits_for_the_one_that_nobody_waited_for(order: Order) -> None:
+    ring, _ = simulate(2, 1, order, [[1, 0]])  # 0 was fetched ahead, and 1 comes
+    assert ring.late_fills == 1
+
+
 @pytest.mark.parametrize("call", ["prime", "wait", "release"])
 def test_a_fill_that_could_not_be_enqueued_is_made_again(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = ModelEngine(lambda _copies: None, *ORDERS[0])
+    engine = ModelEngine(lambda _copies, _stream: None, *ORDERS[0])
     ring = Prefetcher(engine, [[0], [1], [2]], [1] * 3, 2)
     if call != "prime":
         ring.prime()
