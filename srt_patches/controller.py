@@ -1,10 +1,13 @@
-"""The controller process that hands requests to ranks: it waits for them, where SGLang's spins on a core.
+"""The controller process that hands requests to ranks: it waits for them, where SGLang's spins on a core, and it can
+weigh all of them.
 
 A core that spins is missing to the ranks wherever there are few, as on a laptop, and slows its neighbours elsewhere.
 """
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -33,8 +36,17 @@ def event_loop(controller: Any) -> None:
             controller.soft_watchdog.feed()
 
 
+def weigh_embeddings(original: Callable[..., None], controller: Any, request: Any) -> None:
+    """Around `DataParallelController.total_tokens_scheduler`, which takes the length of a request's ids: one that comes
+    as embeddings has none, and would end the server. It gets as many as a rank would give it later."""
+    embeddings = getattr(request, "input_embeds", None)
+    if request.input_ids is None and embeddings is not None:
+        request.input_ids = array("q", [1]) * len(embeddings)
+    original(controller, request)
+
+
+_CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
 HOOKS = (
-    Hook(
-        "sglang.srt.managers.data_parallel_controller.DataParallelController.event_loop", HookType.REPLACE, event_loop
-    ),
+    Hook(f"{_CONTROLLER}.event_loop", HookType.REPLACE, event_loop),
+    Hook(f"{_CONTROLLER}.total_tokens_scheduler", HookType.AROUND, weigh_embeddings),
 )

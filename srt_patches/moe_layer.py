@@ -190,6 +190,12 @@ def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:
             "Serve it without --enable-dwdp."
         )
     refuse_sharded(model)
+    twice = [layer_id for layer_id, count in Counter(layer.layer_id for layer in found).items() if count > 1]
+    if twice:
+        raise DwdpConfigError(
+            f"{type(model).__name__} has several FusedMoE layers with the number {twice[0]}, which DWDP could not tell "
+            "apart. Serve it without --enable-dwdp."
+        )
     ways = Counter[Way]()
     for layer in found:
         refuse_own_forward(layer)

@@ -14,8 +14,8 @@ from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 from sglang.srt.plugins.hook_registry import HookType
 
+from sglang_dwdp import architectures, cpu_engine
 from sglang_dwdp import config as options
-from sglang_dwdp import cpu_engine
 from sglang_dwdp.budget import refuse_local_experts
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.conflicts import refuse_conflicts
@@ -156,7 +156,11 @@ def _group_size(config: DwdpConfig, view: Any) -> int:
 
 
 def _refuse_model(config: DwdpConfig, server_args: Any, view: Any, group_size: int) -> None:
-    text_config = model_config_of(server_args).hf_text_config
+    model = model_config_of(server_args)
+    warning = architectures.check(getattr(model.hf_config, "architectures", None))
+    if warning is not None:
+        logger.warning("DWDP: %s", warning)
+    text_config = model.hf_text_config
     counts = [getattr(text_config, name, None) for name in _EXPERT_COUNTS]
     num_experts = next((count for count in counts if isinstance(count, int) and count > 1), None)
     if num_experts is None:

@@ -44,6 +44,16 @@ async def refuse_request(original: Callable[..., Any], manager: Any, *args: Any,
     return await original(manager, *args, **kwargs)
 
 
+async def refuse_disk_update(
+    original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any
+) -> tuple[bool, str, int]:
+    """Around the tokenizer manager's `update_weights_from_disk`, before it aborts or holds up requests for it."""
+    if _is_dwdp(manager):
+        return False, f"Updating weights is {_REASON}", 0
+    answer: tuple[bool, str, int] = await original(manager, *args, **kwargs)
+    return answer
+
+
 async def refuse_release(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
     """Around the tokenizer manager's `release_memory_occupation` and `resume_memory_occupation`."""
     if _is_dwdp(manager):
@@ -79,6 +89,7 @@ TOKENIZER_HOOKS = (
         Hook(f"{_MANAGER}.update_weights_from_{source}", HookType.AROUND, refuse_request)
         for source in ("distributed", "ipc", "tensor")
     ),
+    Hook(f"{_MANAGER}.update_weights_from_disk", HookType.AROUND, refuse_disk_update),
     Hook(f"{_MANAGER}.check_weights", HookType.AROUND, refuse_reset),
     Hook(f"{_MANAGER}.release_memory_occupation", HookType.AROUND, refuse_release),
     Hook(f"{_MANAGER}.resume_memory_occupation", HookType.AROUND, refuse_release),

@@ -72,9 +72,9 @@ def _one(deployment: Deployment, prompt: list[int], new_tokens: int, rank: int |
 
 
 def share_equal(tokens: Tokens, reference: Tokens) -> float:
-    """Share of sampled requests, on all ranks, that got the tokens of the reference's first rank."""
+    """Share of sampled requests, on all ranks, that got the tokens of the reference's first rank; NaN of none."""
     pairs = [(mine, right) for rank in tokens for mine, right in zip(rank, reference[0], strict=True)]
-    return sum(mine == right for mine, right in pairs) / len(pairs) if pairs else 1.0
+    return sum(mine == right for mine, right in pairs) / len(pairs) if pairs else float("nan")
 
 
 def share_same_text(hashes: Sequence[str], reference: Sequence[str]) -> float:

@@ -279,6 +279,14 @@ def test_parity(engines: Engines, name: str, ranks: int) -> None:
         assert report["direct_forwards"] > 0
         assert report["staged_forwards"] > 0
     assert f"run {case.logged}" in result["log"]
+    assert_decodes_by_graphs(result["log"], ranks)
+
+
+def assert_decodes_by_graphs(log: str, ranks: int) -> None:
+    """By SGLang's own lines, some for each rank."""
+    decodes = [line for line in log.splitlines() if "Decode batch" in line]
+    assert {line.split("DP")[1][0] for line in decodes} == {str(rank) for rank in range(ranks)}
+    assert all("cuda graph: True" in line for line in decodes)
 
 
 @pytest.mark.parametrize(("name", "ranks"), [(case.name, ranks) for case in VARIATIONS for ranks in case.ranks])
@@ -289,6 +297,10 @@ def test_options_of_dwdp(engines: Engines, name: str, ranks: int) -> None:
     expected = engines.result(BY_NAME[name], 1)["answers"][0]
     result = engines.result(BY_NAME[name], ranks)
     assert result["answers"] == [expected] * ranks
+    if name.endswith("staged"):
+        assert "cuda graph: True" not in result["log"]
+    else:
+        assert_decodes_by_graphs(result["log"], ranks)
     if name.endswith("auto"):
         assert f"run {BY_NAME[name].logged}" in result["log"]
         return

@@ -26,6 +26,9 @@ async def done(_manager: Any, *_args: Any) -> str:
 def test_with_dwdp() -> None:
     mine = manager(DwdpConfig())
     assert asyncio.run(weight_updates.refuse_request(done, mine))[0] is False
+    refused, reason, paused = asyncio.run(weight_updates.refuse_disk_update(done, mine))
+    assert (refused, paused) == (False, 0)
+    assert "Restart the server" in reason
     reset = SimpleNamespace(action="reset_tensors")
     assert asyncio.run(weight_updates.refuse_reset(done, mine, reset))[0] is False
     assert asyncio.run(weight_updates.refuse_reset(done, mine, SimpleNamespace(action="compare"))) == "done"
@@ -36,6 +39,7 @@ def test_with_dwdp() -> None:
 def test_an_engine_without_dwdp_in_the_same_process_is_left_alone() -> None:
     plain = manager(None)
     assert asyncio.run(weight_updates.refuse_request(done, plain)) == "done"
+    assert asyncio.run(weight_updates.refuse_disk_update(done, plain)) == "done"
     assert asyncio.run(weight_updates.refuse_release(done, plain)) == "done"
     assert asyncio.run(weight_updates.refuse_reset(done, plain, SimpleNamespace(action="reset_tensors"))) == "done"
 
