@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +28,19 @@ def refuse_sharded(model: torch.nn.Module) -> None:
                 f"SGLang shards {name} of {type(model).__name__} over {module.tp_size} ranks: it has no attention data "
                 "parallelism for this model, which DWDP builds on. Serve it without --enable-dwdp."
             )
+
+
+def refuse_same_number(layers: Sequence[Any]) -> None:
+    """
+    Raises:
+        DwdpConfigError: two layers have one number, by which the runtime tells them apart.
+    """
+    number, count = Counter(layer.layer_id for layer in layers).most_common(1)[0]
+    if count > 1:
+        raise DwdpConfigError(
+            f"{count} FusedMoE layers of this model have the number {number}, so DWDP could not tell them apart. "
+            "Serve it without --enable-dwdp."
+        )
 
 
 def refuse_unknown_state(layer: Any) -> None:

@@ -16,7 +16,13 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_dwdp.backends import Way, is_verified
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.placement import Placement, balanced
-from sglang_dwdp.srt_patches.checks import refuse_own_forward, refuse_sharded, refuse_unknown_state, way_of_layer
+from sglang_dwdp.srt_patches.checks import (
+    refuse_own_forward,
+    refuse_same_number,
+    refuse_sharded,
+    refuse_unknown_state,
+    way_of_layer,
+)
 from sglang_dwdp.srt_patches.hooks import Hook
 
 logger = logging.getLogger(__name__)
@@ -190,12 +196,7 @@ def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:
             "Serve it without --enable-dwdp."
         )
     refuse_sharded(model)
-    twice = [layer_id for layer_id, count in Counter(layer.layer_id for layer in found).items() if count > 1]
-    if twice:
-        raise DwdpConfigError(
-            f"{type(model).__name__} has several FusedMoE layers with the number {twice[0]}, which DWDP could not tell "
-            "apart. Serve it without --enable-dwdp."
-        )
+    refuse_same_number(found)
     ways = Counter[Way]()
     for layer in found:
         refuse_own_forward(layer)

@@ -16,7 +16,13 @@ from sglang_dwdp.backends import Status
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.placement import balanced
 from sglang_dwdp.srt_patches import moe_layer
-from sglang_dwdp.srt_patches.checks import refuse_own_forward, refuse_sharded, refuse_unknown_state, way_of_layer
+from sglang_dwdp.srt_patches.checks import (
+    refuse_own_forward,
+    refuse_same_number,
+    refuse_sharded,
+    refuse_unknown_state,
+    way_of_layer,
+)
 from sglang_dwdp.srt_patches.moe_layer import collect, load, load_fused, rebuild_state
 
 
@@ -48,6 +54,12 @@ def test_a_way_that_was_verified_on_gpus() -> None:
 def test_ways_that_are_refused(method: object, backend: MoeRunnerBackend | None, reason: str) -> None:
     with pytest.raises(DwdpConfigError, match=rf"layer 3: .* cannot read shared experts: .*{reason}"):
         way_of_layer(layer(method, backend))
+
+
+def test_layers_that_could_not_be_told_apart_are_refused() -> None:
+    refuse_same_number([SimpleNamespace(layer_id=number) for number in (0, 1, 2)])
+    with pytest.raises(DwdpConfigError, match="2 FusedMoE layers of this model have the number 1"):
+        refuse_same_number([SimpleNamespace(layer_id=number) for number in (0, 1, 1)])
 
 
 @pytest.mark.parametrize("scales", [{"block_quant": False}, {"use_mxfp8": True}, {"is_fp4_expert": True}])
