@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from sglang_dwdp.architectures import COMPARED, REFUSED, check
-from sglang_dwdp.demo.families import _ARCHITECTURES
+from sglang_dwdp.demo.families import Shape, config
 from sglang_dwdp.errors import DwdpConfigError
 from tests.e2e.gpu_cases import ALL
 
 
 def test_what_tests_compare_is_what_is_called_compared() -> None:
-    assert {_ARCHITECTURES[case.family] for case in ALL} == COMPARED
+    served = [config(case.family, Shape(), "bfloat16", 64)["architectures"] for case in ALL]
+    assert {name for names in served for name in names} == COMPARED
     for name in COMPARED:
         assert check([name]) is None
 

@@ -343,6 +343,7 @@ def test_shared_experts_that_sglang_fuses(engines: Engines, name: str) -> None:
     one, other = (engines.result(BY_NAME[kernel], 1)["answers"][0] for kernel in FUSED[name])
     measured, usual = Distance(plain, fused), Distance(one, other)
     print(f"{name}, fused or not: {measured}; {' and '.join(FUSED[name])}: {usual}")  # noqa: T201
+    assert fused != plain, "nothing was fused"
     assert measured.rms < 1.5 * usual.rms
     assert measured.tokens > usual.tokens / 1.5
     assert measured.gap < 2 * max(measured.largest, usual.largest)  # each of the two moved by one difference
