@@ -49,11 +49,11 @@ from benchmarks.moe_problems import (
     run_triton,
 )
 from benchmarks.sglang_kernels import deep_gemm, published
+from sglang_dwdp.experts.layout import tensor_layout
+from sglang_dwdp.experts.placement import balanced
+from sglang_dwdp.experts.views import TensorSpec, view_of
 from sglang_dwdp.kernels_build import load
-from sglang_dwdp.layout import tensor_layout
-from sglang_dwdp.memory.cuda_vmm import CudaMemory
-from sglang_dwdp.placement import balanced
-from sglang_dwdp.views import TensorSpec, view_of
+from sglang_dwdp.memory.cuda import CudaMemory
 
 LAYERS = {
     "qwen-bf16": (QWEN3_30B, "bf16"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_dwdp.moe import BLOCK, block_fp8_moe, swap_halves
+from sglang_dwdp.block_fp8 import BLOCK, block_fp8_moe, swap_halves
 
 Experts = Mapping[str, torch.Tensor]
 FORMATS = ("bf16", "fp8-block", "mxfp4")

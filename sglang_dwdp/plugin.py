@@ -9,9 +9,8 @@ def register() -> None:
     SGLang swallows errors of a plugin. The flags are therefore added last: after an error before that,
     `--enable-dwdp` is an unknown argument, and no server comes up that ignores it.
     """
-    from sglang_dwdp.srt_patches import processes, server_args
-    from sglang_dwdp.srt_patches.hooks import install
+    from sglang_dwdp.srt_patches import hooks, install, resolve
 
-    server_args.register_resolution()
-    install((*processes.HOOKS, *server_args.HOOKS))
-    server_args.open_engine()
+    resolve.register_resolution()
+    hooks.install((*install.HOOKS, *resolve.HOOKS))
+    resolve.open_engine()

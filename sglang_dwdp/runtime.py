@@ -10,12 +10,12 @@ import torch
 
 from sglang_dwdp.config import MIB, DwdpConfig
 from sglang_dwdp.errors import DwdpRuntimeError
-from sglang_dwdp.layers import ExpertLayer
+from sglang_dwdp.experts.layer import ExpertLayer
+from sglang_dwdp.experts.share import SharedExperts, SharedLayer, share_experts
+from sglang_dwdp.experts.slots import Prefetcher
 from sglang_dwdp.memory.base import Memory
-from sglang_dwdp.memory.exchange import Exchange
+from sglang_dwdp.memory.handshake import Exchange
 from sglang_dwdp.metrics import Counters
-from sglang_dwdp.prefetch import Prefetcher
-from sglang_dwdp.sharing import SharedExperts, SharedLayer, share_experts
 
 logger = logging.getLogger(__name__)
 

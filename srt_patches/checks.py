@@ -10,8 +10,8 @@ import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from sglang_dwdp.backends import Way, check
 from sglang_dwdp.errors import DwdpConfigError
+from sglang_dwdp.support.backends import Way, check
 
 _FORWARD = ("forward", "forward_impl", "run_moe_core")
 

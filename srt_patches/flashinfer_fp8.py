@@ -19,8 +19,7 @@ from sglang.srt.layers.moe.moe_runner.runner import MoeRunner, register_moe_runn
 from sglang.srt.layers.moe.utils import get_moe_runner_backend, resolve_moe_runner_backend
 from sglang.srt.plugins.hook_registry import HookType
 
-from sglang_dwdp.backends import FLASHINFER_FP8
-from sglang_dwdp.moe import (
+from sglang_dwdp.block_fp8 import (
     BLOCK,
     Sizes,
     Workspace,
@@ -31,6 +30,7 @@ from sglang_dwdp.moe import (
     warm_up_tokens,
 )
 from sglang_dwdp.srt_patches.hooks import Hook
+from sglang_dwdp.support.backends import FLASHINFER_FP8
 
 logger = logging.getLogger(__name__)
 _workspaces: dict[torch.device, Workspace] = {}

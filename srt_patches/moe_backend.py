@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from sglang.srt.arg_groups.model_override_base import model_config_of
 
-from sglang_dwdp.backends import GPT_OSS_BF16, default_for
 from sglang_dwdp.kernels_build import load
+from sglang_dwdp.support.backends import GPT_OSS_BF16, default_for
 
 logger = logging.getLogger(__name__)
 

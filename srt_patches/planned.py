@@ -9,7 +9,7 @@ import torch
 from sglang.srt.arg_groups.model_override_base import model_config_of
 
 from sglang_dwdp.config import DwdpConfig
-from sglang_dwdp.direct_limit import DirectLimit, plan_direct_limit
+from sglang_dwdp.experts.direct_limit import DirectLimit, plan_direct_limit
 
 _WHY = "_dwdp_direct_limit"  # travels to the ranks with the server arguments
 

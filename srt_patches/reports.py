@@ -7,8 +7,8 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.errors import DwdpRuntimeError
+from sglang_dwdp.srt_patches.forward import current_runtime
 from sglang_dwdp.srt_patches.hooks import Hook
-from sglang_dwdp.srt_patches.model_runner import current_runtime
 
 
 def add_state(_result: None, _controller: Any, state: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import settings
 
-from sglang_dwdp import cpu_engine
+from sglang_dwdp.cpu import engine as cpu_engine
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no deadline")

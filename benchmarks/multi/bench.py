@@ -46,7 +46,7 @@ class GpuBench:
     least_s = 0.04
 
     def __init__(self, index: int) -> None:
-        from sglang_dwdp.memory.cuda_vmm import CudaMemory
+        from sglang_dwdp.memory.cuda import CudaMemory
 
         self.memory: Memory = CudaMemory(index)
         self.device = f"cuda:{index}"
@@ -112,7 +112,7 @@ class HostBench:
     least_s = 0.0
 
     def __init__(self) -> None:
-        from sglang_dwdp.memory.host_shm import HostMemory
+        from sglang_dwdp.memory.host import HostMemory
 
         self.memory: Memory = HostMemory()
         self._matrix = torch.ones(64, 64)

@@ -14,7 +14,7 @@ from benchmarks.multi.reference import copies_of_ranks, joined, large_copies
 from benchmarks.multi.together import gathered, together
 from sglang_dwdp.config import KIB, DwdpConfig
 from sglang_dwdp.memory.base import CopyEngine
-from sglang_dwdp.memory.exchange import Exchange
+from sglang_dwdp.memory.handshake import Exchange
 
 DEFAULT_KIB = DwdpConfig().slice_kib
 SLICES_KIB = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)

@@ -9,12 +9,12 @@ import torch
 
 from benchmarks.multi.bench import Bench
 from sglang_dwdp.config import DwdpConfig
-from sglang_dwdp.layers import specs_of
-from sglang_dwdp.layout import TensorLayout, copy_order, tensor_layout
+from sglang_dwdp.experts.layer import specs_of
+from sglang_dwdp.experts.layout import TensorLayout, copy_order, tensor_layout
+from sglang_dwdp.experts.placement import Placement, balanced
+from sglang_dwdp.experts.share import SharedExperts, share_experts
 from sglang_dwdp.memory.base import CopyList
-from sglang_dwdp.memory.exchange import Exchange
-from sglang_dwdp.placement import Placement, balanced
-from sglang_dwdp.sharing import SharedExperts, share_experts
+from sglang_dwdp.memory.handshake import Exchange
 
 WHOLE = 1 << 50  # a slice size that cuts nothing
 

@@ -61,7 +61,7 @@ def work(job: Job) -> None:
     from benchmarks.multi import copies, reads
     from benchmarks.multi.bench import GpuBench
     from benchmarks.multi.experts import Shape
-    from sglang_dwdp.memory.exchange import Exchange
+    from sglang_dwdp.memory.handshake import Exchange
 
     def save(result: dict[str, Any]) -> None:
         if job.rank == 0:

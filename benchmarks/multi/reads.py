@@ -11,7 +11,7 @@ from benchmarks.multi.copies import Save
 from benchmarks.multi.experts import Shape, SharedLayer
 from benchmarks.multi.grouped import Routed, block_rows, route
 from benchmarks.multi.together import gathered, together
-from sglang_dwdp.memory.exchange import Exchange
+from sglang_dwdp.memory.handshake import Exchange
 
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
 DRAWS = 4  # routings that take turns: the same experts again would come from the second-level cache

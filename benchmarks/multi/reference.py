@@ -17,9 +17,9 @@ import torch
 
 from benchmarks.multi.bench import Bench
 from benchmarks.multi.together import gathered, together
-from sglang_dwdp.layout import Span
-from sglang_dwdp.memory.exchange import Exchange
-from sglang_dwdp.memory.swap import agree_on_handles, swap_blocks
+from sglang_dwdp.experts.layout import Span
+from sglang_dwdp.memory.handles import agree_on_handles, swap_blocks
+from sglang_dwdp.memory.handshake import Exchange
 
 NBYTES = 1 << 30
 COPIES = 20

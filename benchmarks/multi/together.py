@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from sglang_dwdp.memory.exchange import Exchange
+from sglang_dwdp.memory.handshake import Exchange
 
 REPEATS = 3
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.multi.workload import Load
 from benchmarks.one_gpu import one_gpu_environment
-from sglang_dwdp import cpu_engine
+from sglang_dwdp.cpu import engine as cpu_engine
 
 OURS, IN_TREE, DEP, REPLICAS = "dwdp", "in-tree", "dep", "replicas"
 DEEPEP, DEEPEP_NORMAL = WITH_DEEPEP = ("deepep", "deepep-normal")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.serving.scenario import Flags, Scenario, Variant
-from sglang_dwdp import cpu_engine
+from sglang_dwdp.cpu import engine as cpu_engine
 
 # What SGLang divides by the ranks of attention data parallelism, its own DWDP included, and this plugin does not.
 _DIVIDES_CHUNK = ("in-tree", "dep")

@@ -18,7 +18,7 @@ from typing import Any
 
 import requests
 
-from sglang_dwdp import cpu_engine
+from sglang_dwdp.cpu import engine as cpu_engine
 from sglang_dwdp.errors import DwdpError
 
 # What the log says on the way up, in this order, and what that means.

@@ -12,9 +12,9 @@ def memory_for(device: str, index: int, transport: str) -> Memory:
 
         return CudaIpcMemory(index)
     if device == "cuda":
-        from sglang_dwdp.memory.cuda_vmm import CudaMemory  # needs the CUDA driver
+        from sglang_dwdp.memory.cuda import CudaMemory  # needs the CUDA driver
 
         return CudaMemory(index)
-    from sglang_dwdp.memory.host_shm import HostMemory
+    from sglang_dwdp.memory.host import HostMemory
 
     return HostMemory()

@@ -81,7 +81,7 @@ class TorchReadBench:
     @contextmanager
     def _weights(self, reader: int, source: int) -> Iterator[Any]:
         """``[experts, hidden, 2 intermediate]`` zeros in ``source``'s memory, mapped for ``reader``."""
-        from sglang_dwdp.memory.cuda_vmm import CudaMemory
+        from sglang_dwdp.memory.cuda import CudaMemory
 
         torch, m = self._torch, self._model
         with ExitStack() as undo:

@@ -40,7 +40,7 @@ def register():
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     def switch(*_args, **_kwargs):
-        from sglang_dwdp.srt_patches.model_runner import current_runtime
+        from sglang_dwdp.srt_patches.forward import current_runtime
         with open(os.environ["VIEW_FILE"]) as file:
             view = file.read()
         runtime = current_runtime()

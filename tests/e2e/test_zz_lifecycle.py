@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_dwdp import cpu_engine
+from sglang_dwdp.cpu import engine as cpu_engine
 from sglang_dwdp.demo.families import Family
 from sglang_dwdp.demo.server import Server, ServerFailed, fewer_models, free_port
 from tests.e2e.conftest import Answers, Footprint
@@ -33,7 +33,7 @@ def register():
 
 ENGINE = """
 import json, sys
-from sglang_dwdp import cpu_engine
+from sglang_dwdp.cpu import engine as cpu_engine
 import sglang
 
 cpu_engine.arrange(2)  # needed where there is no CUDA driver

@@ -1,0 +1,181 @@
+"""From experts to pages to segments, and from segments to copies (pure; all sizes in bytes)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, zip_longest
+
+from sglang_dwdp.experts.placement import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The bytes `offset .. offset + nbytes - 1` of an expert tensor's address range."""
+
+    offset: int
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A piece of a copy: `span` of one expert tensor, read from the rank `owner`."""
+
+    tensor: str
+    owner: int
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLayout:
+    """How the address range of one expert tensor `[num_experts, …]` is divided among the ranks of a group.
+
+    The page is what a rank owns. With the byte boundaries b_0 … b_N of the shards, rank r's segment is the
+    pages `ceil(b_r / page) .. ceil(b_{r+1} / page) - 1`. So segments tile the range with no overlap, and an
+    expert that begins in the middle of a page has its first bytes in its neighbour's last page.
+
+    With redundant placement a rank also keeps replicas: copies of the pages that follow its segment (past the
+    end they go on at 0), which it then reads from its own memory and not from their owner.
+
+    expert_bytes: bytes of one expert.  page_bytes: the smallest unit that memory is mapped in.
+    segments: `[group_size]`, in rank order; one is empty where a rank's experts fit in its neighbour's page.
+    replicas: `[group_size]`, each at most two runs of pages.
+    """
+
+    expert_bytes: int
+    page_bytes: int
+    num_experts: int
+    segments: tuple[Span, ...]
+    replicas: tuple[tuple[Span, ...], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor."""
+        return self.num_experts * self.expert_bytes
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Size of the address range: the tensor, rounded up to whole pages."""
+        return self.segments[-1].end
+
+    def expert_span(self, experts: range) -> Span:
+        """The bytes of consecutive experts, as whatever segments they lie in."""
+        return Span(experts.start * self.expert_bytes, len(experts) * self.expert_bytes)
+
+    def stored_bytes(self, rank: int) -> int:
+        """What `rank` keeps: its segment and its replicas."""
+        return self.segments[rank].nbytes + sum(run.nbytes for run in self.replicas[rank])
+
+    def blocks(self, rank: int) -> tuple[Span, ...]:
+        """The segment of `rank`, cut wherever somebody's replicas begin or end.
+
+        A block of memory can only be mapped whole, and every rank maps each of these or has a replica of it.
+        """
+        own = self.segments[rank]
+        edges = {edge for runs in self.replicas for run in runs for edge in (run.offset, run.end)}
+        points = [own.offset, *sorted(edge for edge in edges if own.offset < edge < own.end), own.end]
+        return tuple(Span(low, high - low) for low, high in pairwise(points) if high > low)
+
+    def remote_runs(self, rank: int) -> tuple[Span, ...]:
+        """What `rank` reads from peers, as at most two contiguous runs of pages."""
+        local = sorted((self.segments[rank], *self.replicas[rank]), key=lambda span: (span.offset, span.nbytes))
+        edges = [0, *(edge for span in local if span.nbytes for edge in (span.offset, span.end)), self.reserved_bytes]
+        return tuple(Span(low, high - low) for low, high in zip(edges[::2], edges[1::2], strict=True) if high > low)
+
+
+def tensor_layout(
+    placement: Placement, expert_bytes: int, page_bytes: int, local_experts: int | None = None
+) -> TensorLayout:
+    """The layout of an expert tensor of `expert_bytes` per expert in pages of `page_bytes`.
+
+    local_experts: how many experts every rank keeps, its shard included; None for its shard alone.
+    """
+    if expert_bytes < 1 or page_bytes < 1:
+        raise ValueError(f"expert_bytes {expert_bytes} and page_bytes {page_bytes} must be at least 1")
+
+    def page_after(expert: int) -> int:
+        return -(-expert * expert_bytes // page_bytes) * page_bytes
+
+    edges = [page_after(first) for first in placement.boundaries]
+    segments = tuple(Span(low, high - low) for low, high in pairwise(edges))
+
+    def replicas(rank: int) -> tuple[Span, ...]:
+        own, past = segments[rank], placement.boundaries[rank] + (local_experts or 0)
+        until = edges[-1] if past >= placement.num_experts else page_after(past)
+        wrapped = min(page_after(past - placement.num_experts), own.offset) if past > placement.num_experts else 0
+        return tuple(run for run in (Span(0, wrapped), Span(own.end, until - own.end)) if run.nbytes > 0)
+
+    kept = tuple(replicas(rank) for rank in range(placement.group_size))
+    return TensorLayout(expert_bytes, page_bytes, placement.num_experts, segments, kept)
+
+
+def cut(span: Span, slice_bytes: int, unit: int) -> Iterator[Span]:
+    """`span` in pieces of about `slice_bytes`, at most half as much again; all but the last are whole units.
+
+    Of about equal size: a small rest would cost as much time to start as a whole slice.
+    """
+    count = max(1, round(span.nbytes / slice_bytes))
+    units = -(-span.nbytes // unit)
+    edges = [span.offset + min(span.nbytes, units * i // count * unit) for i in range(count + 1)]
+    return (Span(low, high - low) for low, high in pairwise(edges) if high > low)
+
+
+def overlap(a: Span, b: Span) -> Span:
+    """What two spans share; of no bytes where they share nothing."""
+    low = max(a.offset, b.offset)
+    return Span(low, max(0, min(a.end, b.end) - low))
+
+
+def copy_order(layouts: dict[str, TensorLayout], rank: int, slice_bytes: int, *, own: bool = False) -> Sequence[Slice]:
+    """The slices that fill one layer's slot on `rank`, in the order in which they are copied.
+
+    Peers take turns slice by slice, and every rank begins with the peer after itself, so that no source is
+    read by all ranks at once (the contention fix of arXiv 2604.01621, section 4.3). Every byte that `rank`
+    does not keep appears exactly once.
+
+    own: copy the rank's own segments too, first; for slots with room for all of a tensor.
+    """
+    group_size = len(next(iter(layouts.values())).segments) if layouts else 0
+    mine = [Slice(name, rank, layout.segments[rank]) for name, layout in layouts.items()] if own else []
+    by_peer: list[list[Slice]] = []
+    for step in range(1, group_size):
+        peer = (rank + step) % group_size
+        wanted = [
+            (name, overlap(layout.segments[peer], run))
+            for name, layout in layouts.items()
+            for run in layout.remote_runs(rank)
+        ]
+        by_peer.append(
+            [
+                Slice(name, peer, piece)
+                for name, span in wanted
+                for piece in cut(span, slice_bytes, layouts[name].page_bytes)
+            ]
+        )
+    return [*mine, *(piece for turn in zip_longest(*by_peer) for piece in turn if piece is not None)]
+
+
+def remote_bytes_of_experts(layout: TensorLayout, rank: int) -> list[int]:
+    """`[num_experts]`: how many bytes of each expert `rank` reads from peers."""
+    runs = layout.remote_runs(rank)
+    experts = [layout.expert_span(range(expert, expert + 1)) for expert in range(layout.num_experts)]
+    return [sum(overlap(span, run).nbytes for run in runs) for span in experts]
+
+
+def footprint(layers: Sequence[Mapping[str, TensorLayout]], rank: int, slots: int) -> int:
+    """Bytes that `rank` takes for the expert tensors of all layers: what it keeps, and `slots` slots.
+
+    A slot has room for the largest set of remote pages of each layer shape that uses it (see `SlotMemory`).
+    """
+    kept = sum(layout.stored_bytes(rank) for layer in layers for layout in layer.values())
+    blocks = {
+        (position % slots, name, index, run.nbytes)
+        for position, layer in enumerate(layers if slots else ())
+        for name, layout in layer.items()
+        for index, run in enumerate(layout.remote_runs(rank))
+    }
+    return kept + sum(nbytes for *_, nbytes in blocks)

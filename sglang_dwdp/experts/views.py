@@ -1,0 +1,109 @@
+"""Direct and staged views: contiguous expert tensors whose pages lie in several places.
+
+```
+direct   [ rank 0's block | rank 1's block | rank 2's block ]   remote pages are the peers' own memory
+staged   [ slot           | rank 1's block | slot           ]   remote pages are copies (here on rank 1)
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from sglang_dwdp.experts.layout import Span, TensorLayout
+from sglang_dwdp.memory.base import Block, Memory, Range
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One expert tensor of a layer, the same on all ranks.
+
+    tail: shape of one expert's part.
+    """
+
+    name: str
+    dtype: torch.dtype
+    tail: tuple[int, ...]
+    layout: TensorLayout
+
+    def shape(self, raw: torch.Tensor) -> torch.Tensor:
+        """`raw`, uint8 `[nbytes]`, as the tensor `[num_experts, *tail]` of this dtype. No copy."""
+        return raw.view(self.dtype).view(self.layout.num_experts, *self.tail)
+
+
+class View:
+    """One expert tensor over a range of its own; unmapped by `close`."""
+
+    def __init__(self, spec: TensorSpec, pages: Range) -> None:
+        self._pages = pages
+        self._spec = spec
+        self.bytes = pages.tensor(spec.layout.nbytes)
+        self.tensor = spec.shape(self.bytes)
+
+    def piece(self, span: Span) -> torch.Tensor:
+        """The bytes of `span` that belong to the tensor (the last page may reach past its end). uint8."""
+        return self.bytes[span.offset : min(span.end, self._spec.layout.nbytes)]
+
+    def protect(self) -> None:
+        """Make the whole view read-only in this process."""
+        self._pages.protect(0, self._pages.nbytes)
+
+    def close(self) -> None:
+        """Unmap. The tensors must not be used any more. Idempotent."""
+        empty = torch.empty(0, dtype=torch.uint8)
+        self.bytes, self.tensor = empty, empty
+        self._pages.close()
+
+
+def view_of(memory: Memory, spec: TensorSpec, placed: Iterable[tuple[int, Block]]) -> View:
+    """A view on these blocks, writable until `View.protect`.
+
+    placed: (offset, block); together they tile the tensor's range.
+    """
+    with ExitStack() as undo:
+        pages = memory.reserve(spec.layout.reserved_bytes)
+        undo.callback(pages.close)
+        for offset, block in placed:
+            pages.map(offset, block)
+        view = View(spec, pages)
+        undo.pop_all()
+    return view
+
+
+class SlotMemory:
+    """The blocks of `depth` slots, made when first asked for and shared by all layers that use a slot.
+
+    A handle can only be mapped whole, so a slot has one block for each contiguous run of remote pages. Layers
+    of equal shape share them; a layer of another shape gets blocks of its own.
+    """
+
+    def __init__(self, memory: Memory, rank: int) -> None:
+        self._memory = memory
+        self._rank = rank
+        self._blocks: dict[tuple[int, str, int, int], Block] = {}
+
+    def blocks(self, slot: int, spec: TensorSpec) -> list[tuple[int, Block]]:
+        """(offset, block) of what `spec` has in `slot`: its remote runs where memory can be mapped, else all of it."""
+        whole = (Span(0, spec.layout.reserved_bytes),)
+        runs = spec.layout.remote_runs(self._rank) if self._memory.maps else whole
+        result = []
+        for index, run in enumerate(runs):
+            key = (slot, spec.name, index, run.nbytes)
+            if key not in self._blocks:
+                self._blocks[key] = self._memory.create(run.nbytes)
+            result.append((run.offset, self._blocks[key]))
+        return result
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots together."""
+        return sum(nbytes for _, _, _, nbytes in self._blocks)
+
+    def close(self) -> None:
+        """Give the blocks up; views that map them keep the memory. Idempotent."""
+        for block in self._blocks.values():
+            block.close()

@@ -1,0 +1,247 @@
+"""FusedMoE: which experts a rank creates and loads, and the layer as the runtime sees it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.model_executor.model_runner_components.moe_ep_setup import check_quantized_moe_compatibility
+from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_dwdp.errors import DwdpConfigError
+from sglang_dwdp.experts.placement import Placement, balanced
+from sglang_dwdp.srt_patches.checks import (
+    refuse_own_forward,
+    refuse_same_number,
+    refuse_sharded,
+    refuse_unknown_state,
+    way_of_layer,
+)
+from sglang_dwdp.srt_patches.hooks import Hook
+from sglang_dwdp.support.backends import Way, is_verified
+
+logger = logging.getLogger(__name__)
+_WEIGHTS = ("w13_weight", "w2_weight")
+_COUNT = "_num_local_routed"
+
+
+def rank_in_group() -> int:
+    """This rank's place among the `dwdp_size` neighbouring ranks that share one set of experts."""
+    return int(get_parallel().tp_rank) % int(get_parallel().dwdp_size)
+
+
+def placement_of(layer: Any) -> Placement:
+    """Which rank stores which routed experts of a FusedMoE layer."""
+    return balanced(layer.num_global_routed_experts, get_parallel().dwdp_size)
+
+
+class ShardCount:
+    """`FusedMoE._num_local_routed`: the experts that a layer has memory for.
+
+    SGLang divides the experts evenly (and asserts that they divide). While a layer is built this answers with
+    the size of the rank's shard instead, so its tensors are created and loaded at that size; binding the full
+    tensors later sets the count of all experts, as SGLang's own code does it.
+    """
+
+    def __get__(self, layer: Any, owner: type) -> Any:
+        if layer is None:
+            return self
+        if _COUNT not in layer.__dict__:
+            raise AttributeError(_COUNT)
+        return layer.__dict__[_COUNT]
+
+    def __set__(self, layer: Any, count: int) -> None:
+        being_built = "_dwdp_bound" not in layer.__dict__  # the last thing that __init__ sets
+        layer.__dict__[_COUNT] = len(placement_of(layer).shard(rank_in_group())) if being_built else count
+
+
+def build(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
+    """Around `FusedMoE.__init__`: every rank runs the whole width of all experts.
+
+    The server's arguments leave the MoE's tensor parallelism at tp_size, the only factorisation that SGLang's
+    models accept beside expert parallelism; for a rank of DWDP both are 1.
+    """
+    with get_parallel().override(
+        moe_tp_size=1, moe_tp_rank=0, moe_dp_size=get_parallel().tp_size, moe_dp_rank=get_parallel().tp_rank
+    ):
+        original(layer, *args, **kwargs)
+
+
+def check_blocks(runner: Any) -> None:
+    """In place of `ModelRunner.check_quantized_moe_compatibility`, which wants a block's width to divide an expert's
+    width divided by the ranks: here no rank has a part of an expert.
+
+    Raises:
+        ValueError: SGLang's, for experts that are no whole number of blocks wide.
+    """
+    check_quantized_moe_compatibility(model_config=runner.model_config, tp_size=1, moe_ep_size=1, moe_dp_size=1)
+
+
+def local_index(layer: Any, expert_id: int) -> int:
+    """In place of `FusedMoE._map_global_expert_id_to_local_expert_id`: -1 for an expert of another rank."""
+    return placement_of(layer).local_index(rank_in_group(), expert_id)
+
+
+def shard_of(layer: Any, param: Any, loaded_weight: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a checkpoint's tensor of all experts, as gpt-oss has them, for a `param` of its shard.
+    SGLang slices such tensors by expert parallelism, if at all."""
+    shard = placement_of(layer).shard(rank_in_group())
+    if loaded_weight.shape[0] != layer.num_global_routed_experts or param.shape[0] != len(shard):
+        return loaded_weight
+    return loaded_weight[shard.start : shard.stop]
+
+
+def load(
+    original: Callable[..., None],
+    layer: Any,
+    param: Any,
+    loaded_weight: torch.Tensor,
+    weight_name: str,
+    shard_id: str,
+    expert_id: int | None,
+) -> None:
+    """Around `FusedMoE.weight_loader`, which gets all experts at once where `expert_id` is None."""
+    if expert_id is None:
+        loaded_weight = shard_of(layer, param, loaded_weight)
+    original(layer, param, loaded_weight, weight_name, shard_id, expert_id)
+
+
+def load_fused(
+    original: Callable[..., None],
+    layer: Any,
+    param: Any,
+    loaded_weight: torch.Tensor,
+    weight_name: str,
+    shard_id: str,
+) -> None:
+    """Around `FusedMoE.weight_loader_fused`, which always gets all experts."""
+    original(layer, param, shard_of(layer, param, loaded_weight), weight_name, shard_id)
+
+
+def deferred_finalize(original: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around `FusedMoE.forward_deferred_finalize`, which runs experts past `forward_impl`. What it leaves for later
+    reads no weights."""
+    from sglang_dwdp.srt_patches.forward import current_runtime
+
+    if not layer._dwdp_bound:
+        return original(layer, *args, **kwargs)
+    runtime = current_runtime()
+    runtime.wait(layer.layer_id)
+    output = original(layer, *args, **kwargs)
+    runtime.release(layer.layer_id)
+    return output
+
+
+def count_reads(original: Callable[..., Any], layer: Any, hidden_states: Any, topk_output: Any, **kwargs: Any) -> Any:
+    """Around `FusedMoE.forward_impl`, with --dwdp-audit only."""
+    from sglang_dwdp.srt_patches.forward import current_runtime
+
+    topk_ids = getattr(topk_output, "topk_ids", None)
+    if topk_ids is not None:
+        current_runtime().count_reads(layer.layer_id, topk_ids)
+    return original(layer, hidden_states, topk_output, **kwargs)
+
+
+class SglangLayer:
+    """A FusedMoE as an `ExpertLayer`."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self.layer_id: int = layer.layer_id
+        self.placement = placement_of(layer)
+
+    def shards(self) -> Mapping[str, torch.Tensor]:
+        layer = self._layer
+        weights = {name: getattr(layer, name) for name in _WEIGHTS}
+        return weights | dict(layer.named_per_expert_tensors(layer.num_local_experts))
+
+    def is_weight(self, name: str) -> bool:
+        return name in _WEIGHTS
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._layer.bind_full_expert_weights(tensors)
+        rebuild_state(self._layer)
+
+    def use(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        replace = self._layer.replace_expert_tensor
+        for name, tensor in tensors.items():
+            replace(name, tensor)
+
+
+def rebuild_state(layer: Any) -> None:
+    """Make anew what SGLang keeps for each expert outside of tensors of its own, now for all experts."""
+    if getattr(layer, "_cutlass_swiglu_params", None) is not None:
+        from sglang.srt.layers.moe.moe_runner.flashinfer_cutlass import materialize_swiglu_params_for_cutlass
+
+        layer._cutlass_swiglu_params = materialize_swiglu_params_for_cutlass(
+            layer.moe_runner_config, int(layer.num_local_experts), layer.w13_weight.device
+        )
+
+
+def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:
+    """The MoE layers of a model on `device`, in the order in which it runs them.
+
+    Raises:
+        DwdpConfigError: there is none, or one that cannot be shared.
+    """
+    found = [module for module in model.modules() if isinstance(module, FusedMoE)]
+    if not found:
+        raise DwdpConfigError(
+            f"{type(model).__name__} has no FusedMoE layer, so there are no experts to share. "
+            "Serve it without --enable-dwdp."
+        )
+    refuse_sharded(model)
+    refuse_same_number(found)
+    ways = Counter[Way]()
+    for layer in found:
+        refuse_own_forward(layer)
+        if device == "cuda":
+            ways[way_of_layer(layer)] += 1
+            refuse_unknown_state(layer)
+        if layer.num_fused_shared_experts:
+            raise DwdpConfigError(
+                f"layer {layer.layer_id} fuses shared experts into the routed ones. "
+                "Add --disable-shared-experts-fusion."
+            )
+        missing = [name for name in _WEIGHTS if not isinstance(getattr(layer, name, None), torch.Tensor)]
+        if missing:
+            raise DwdpConfigError(
+                f"layer {layer.layer_id} has no {' and no '.join(missing)}: the weight format "
+                f"{type(layer.quant_method).__name__} keeps experts in a way that DWDP does not know. Use another "
+                "quantization or --moe-runner-backend, or serve without --enable-dwdp."
+            )
+    for way, count in ways.items():
+        logger.info("DWDP: %d MoE layers run %s experts with %s", count, way.weights, way.backend)
+        if not is_verified(way, "Hopper" if torch.cuda.get_device_capability()[0] == 9 else "another"):
+            logger.warning(
+                "DWDP: %s experts with %s have not been compared with a single rank on this kind of GPU yet",
+                way.weights,
+                way.backend,
+            )
+    return [SglangLayer(layer) for layer in sorted(found, key=lambda layer: int(layer.layer_id))]
+
+
+def install_shard_count() -> None:
+    """Put `ShardCount` in place; SGLang's registry wraps functions only."""
+    setattr(FusedMoE, _COUNT, ShardCount())
+
+
+_PATH = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
+HOOKS = (
+    Hook(
+        "sglang.srt.model_executor.model_runner.ModelRunner.check_quantized_moe_compatibility",
+        HookType.REPLACE,
+        check_blocks,
+    ),
+    Hook(f"{_PATH}.__init__", HookType.AROUND, build),
+    Hook(f"{_PATH}._map_global_expert_id_to_local_expert_id", HookType.REPLACE, local_index),
+    Hook(f"{_PATH}.weight_loader", HookType.AROUND, load),
+    Hook(f"{_PATH}.weight_loader_fused", HookType.AROUND, load_fused),
+    Hook(f"{_PATH}.forward_deferred_finalize", HookType.AROUND, deferred_finalize),
+)
+AUDIT_HOOKS = (Hook(f"{_PATH}.forward_impl", HookType.AROUND, count_reads),)

@@ -1,0 +1,70 @@
+"""Which hooks each of a server's processes gets, once it knows that DWDP is on.
+
+SGLang publishes the server arguments first thing in every process, under the process's role.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.plugins.hook_registry import HookType
+
+from sglang_dwdp.config import DwdpConfig
+from sglang_dwdp.errors import DwdpRuntimeError
+from sglang_dwdp.srt_patches.hooks import Hook, install
+from sglang_dwdp.srt_patches.resolve import config_of
+
+
+def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_kwargs: Any) -> None:
+    """After `runtime_context.publish`.
+
+    Raises:
+        DwdpRuntimeError: a hook did not take. The process ends, and SGLang ends the server.
+    """
+    config = config_of(server_args)
+    if config is None:
+        return
+    try:
+        # The attribute is what the user gave; what SGLang found instead of nothing is in the resolved arguments.
+        _install(role, config, resolving_view(server_args).device)
+    except DwdpRuntimeError as error:
+        # At once: SGLang ends the server as soon as this process closes its pipe, before a traceback is out.
+        sys.stderr.write(f"sglang-dwdp: error: {error}\n")
+        sys.stderr.flush()
+        raise
+
+
+def _install(role: str, config: DwdpConfig, device: str | None) -> None:
+    if role == "scheduler":
+        from sglang_dwdp.srt_patches import audit, experts, forward, linear, reports, steps, weights
+
+        if device == "cuda":
+            from sglang_dwdp.kernels_build import load
+            from sglang_dwdp.srt_patches import flashinfer_fp8
+
+            load.install()  # before weights are loaded: FlashInfer prepares MXFP4 weights with its module
+            flashinfer_fp8.register()
+            install(flashinfer_fp8.HOOKS)
+
+        experts.install_shard_count()
+        install((*linear.HOOKS, *steps.HOOKS, *experts.HOOKS, *forward.HOOKS))
+        install((*reports.SCHEDULER_HOOKS, *weights.SCHEDULER_HOOKS))
+        if config.audit:
+            install(experts.AUDIT_HOOKS)
+            audit.count_collectives()
+    elif role == "dp_controller":
+        from sglang_dwdp.srt_patches import controller, reports
+
+        install((*controller.HOOKS, *reports.CONTROLLER_HOOKS))
+    elif role == "tokenizer":
+        from sglang_dwdp import cleanup
+        from sglang_dwdp.srt_patches import weights
+
+        cleanup.watch()
+
+        install(weights.TOKENIZER_HOOKS)
+
+
+HOOKS = (Hook("sglang.srt.runtime_context.publish", HookType.AFTER, install_for_role),)

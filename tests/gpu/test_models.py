@@ -1,0 +1,349 @@
+"""Every rank of a DWDP server gives the tokens and, bitwise, the log-probabilities of a rank that holds all experts.
+
+    python -m pytest -m "gpu and models" tests/gpu/test_models.py --junitxml r.xml
+
+One GPU is enough: the ranks of an engine share it (`benchmarks/one_gpu.py`). All engines are started when the first
+test wants one, several at a time, on all GPUs there are; a test waits for those that it compares. Variables:
+DWDP_ENGINES_AT_A_TIME (by processors), DWDP_ENGINES_DEADLINE_S (after which tests whose engines have not answered
+are skipped), DWDP_ENGINES_LOGS (a folder that keeps every engine's log and answers), DWDP_ENGINES_RESUME=1 (answers
+that an interrupted run left there are taken; these can be compared without a GPU), DWDP_ENGINES_FIRST_PORT (for two
+runs at a time).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.one_gpu import one_gpu_environment
+from sglang_dwdp.demo.checkpoint import make_checkpoint
+from sglang_dwdp.demo.server import fewer_models
+from tests import ROOT
+from tests.gpu.cases import ALL, BY_NAME, FUSED, VARIATIONS, Case
+from tests.gpu.engine import LENGTHS
+
+RESUME = os.environ.get("DWDP_ENGINES_RESUME") == "1"
+pytestmark = [pytest.mark.models] if RESUME else [pytest.mark.gpu(3), pytest.mark.models]
+
+ENGINE_S = 300.0
+DIRECT_MAX_TOKENS = 64
+Answers = list[list[Any]]  # of each rank, in the order of the prompts
+# A single rank without DWDP gets what DWDP brings: slim modules, and block-FP8 through FlashInfer.
+RESIDENT_PLUGIN = """
+def install(_result, _server_args, *_args, role, **_kwargs):
+    if role == "scheduler":
+        from sglang_dwdp.kernels_build import load
+        from sglang_dwdp.srt_patches import flashinfer_fp8
+        from sglang_dwdp.srt_patches.hooks import install as install_hooks
+
+        load.install()
+        flashinfer_fp8.register()
+        install_hooks(flashinfer_fp8.HOOKS)
+        print("this rank has the kernels that DWDP brings", flush=True)
+
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register("sglang.srt.runtime_context.publish", install, HookType.AFTER)
+"""
+# NVLink multicast is not what is tested, and some machines do without.
+QUIET = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+
+
+class Engines:
+    """Runs engines in processes of their own, some at a time, each on the GPU that has the fewest ranks."""
+
+    def __init__(self, directory: Path, models: Callable[[Case], Path]) -> None:
+        logs = os.environ.get("DWDP_ENGINES_LOGS")
+        self.logs = Path(logs) if logs else directory
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self._directory, self._models = directory, models
+        at_a_time = int(os.environ.get("DWDP_ENGINES_AT_A_TIME") or max(1, len(os.sched_getaffinity(0)) // 2))
+        self._pool = ThreadPoolExecutor(at_a_time)
+        self._deadline = time.monotonic() + float(os.environ.get("DWDP_ENGINES_DEADLINE_S") or 3600)
+        self._first_port = int(os.environ.get("DWDP_ENGINES_FIRST_PORT") or 11000)
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+        self._ranks_on = Counter(dict.fromkeys(gpus, 0))
+        self._lock = threading.Lock()
+        self._count = itertools.count()
+        self._futures: dict[str, Future[dict[str, Any]]] = {}
+
+    def start(self, case: Case, ranks: int, *, fused: bool = False) -> None:
+        """Start an engine unless it was; 1 rank holds all experts."""
+        name = self.name(case, ranks, fused)
+        if name not in self._futures:
+            self._futures[name] = self._pool.submit(self._run, name, case, ranks, fused)
+
+    def result(self, case: Case, ranks: int, *, fused: bool = False) -> dict[str, Any]:
+        """What `engine.measure` returned."""
+        self.start(case, ranks, fused=fused)
+        result = self._futures[self.name(case, ranks, fused)].result()
+        if "skipped" in result:
+            pytest.skip(result["skipped"])
+        if "error" in result:
+            pytest.fail(result["error"], pytrace=False)
+        return result
+
+    @staticmethod
+    def name(case: Case, ranks: int, fused: bool = False) -> str:
+        if ranks == 1:
+            case = replace(case, variation="")
+        return f"{case.name}-{'fused' if fused else ranks}"
+
+    def close(self) -> None:
+        self._deadline = 0.0
+        self._pool.shutdown(cancel_futures=True)
+
+    def _run(self, name: str, case: Case, ranks: int, fused: bool) -> dict[str, Any]:
+        out, log = self.logs / f"{name}.json", self.logs / f"{name}.log"
+        if RESUME and out.exists():
+            return {**json.loads(out.read_text()), "log": log.read_text(errors="replace")}
+        if not self._ranks_on:
+            return {"skipped": f"{name} has not run, and there is no GPU"}
+        if time.monotonic() > self._deadline:
+            return {"skipped": f"{name} was not started before DWDP_ENGINES_DEADLINE_S"}
+        with self._lock:
+            gpu = min(self._ranks_on, key=lambda index: self._ranks_on[index])
+            self._ranks_on[gpu] += ranks
+        try:
+            return self._run_on(gpu, name, case, ranks, fused)
+        except Exception as error:  # noqa: BLE001  (it is this engine's result)
+            return {"error": f"{name}: {type(error).__name__}: {error}"}
+        finally:
+            with self._lock:
+                self._ranks_on[gpu] -= ranks
+
+    def _run_on(self, gpu: str, name: str, case: Case, ranks: int, fused: bool) -> dict[str, Any]:
+        own = self._directory / name
+        own.mkdir(parents=True)
+        spec, out, log = own / "spec.json", self.logs / f"{name}.json", self.logs / f"{name}.log"
+        out.unlink(missing_ok=True)
+        spec.write_text(json.dumps(self.options(case, ranks, fused) | {"model_path": str(self._models(case))}))
+        environment = {**os.environ, **fewer_models(), **QUIET, **case.environment, "CUDA_VISIBLE_DEVICES": gpu}
+        environment |= {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+        environment |= {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+        environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        if ranks > 1:
+            environment |= one_gpu_environment(own, environment)
+        elif case.kernels is not None:
+            environment |= plugin_environment(own, "resident_kernels", RESIDENT_PLUGIN, environment)
+        command = [sys.executable, str(ROOT / "tests/gpu/engine.py"), str(spec), str(out)]
+        began = time.monotonic()
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, cwd=own
+            )
+            try:
+                code: int | None = self._wait(process, out)
+            finally:
+                end_session(process)
+        if not out.exists():
+            if code is None and time.monotonic() > self._deadline:
+                return {"skipped": f"{name} had no answers before DWDP_ENGINES_DEADLINE_S; {log}"}
+            ended = f"no answers within {ENGINE_S:.0f} s" if code is None else f"exit code {code}"
+            last = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+            return {"error": f"{name}: {ended}; {log}:\n{last}"}
+        result: dict[str, Any] = json.loads(out.read_text())
+        print(f"{name}: {time.monotonic() - began:.0f} s on GPU {gpu}")  # noqa: T201
+        return result | {"log": log.read_text(errors="replace")}
+
+    def _wait(self, process: subprocess.Popen[bytes], out: Path) -> int | None:
+        """The exit code, or None when the time is over; 0 as soon as the answers are there, which saves the end."""
+        until = min(time.monotonic() + ENGINE_S, self._deadline)
+        while time.monotonic() < until:
+            if out.exists():
+                return 0
+            if (code := process.poll()) is not None:
+                return code
+            time.sleep(0.2)
+        return None
+
+    def options(self, case: Case, ranks: int, fused: bool) -> dict[str, Any]:
+        """The engine's options. Engines that start together would draw the same ports."""
+        result: dict[str, Any] = {
+            "tp_size": ranks,
+            "port": self._first_port + 400 * (next(self._count) % 50),
+            "moe_runner_backend": case.backend,
+            "cuda_graph_backend_prefill": "disabled",
+            "disable_shared_experts_fusion": not fused,
+            **case.options,
+        }
+        if ranks > 1:
+            result |= {"enable_dwdp": True, "dwdp_direct_max_tokens": DIRECT_MAX_TOKENS, **case.dwdp}
+            if case.share_all and ranks == 3:
+                result["dwdp_replicate_below_kib"] = 0
+        return result
+
+
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """End whatever is left of a process's session: SGLang gives its children process groups of their own."""
+    listed = subprocess.run(["ps", "-o", "pid=", "-s", str(process.pid)], capture_output=True, text=True, check=False)
+    for pid in listed.stdout.split():
+        try:
+            os.kill(int(pid), 9)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+def plugin_environment(directory: Path, name: str, source: str, base: dict[str, str]) -> dict[str, str]:
+    """Installs a plugin of SGLang's for one engine; the environment in which it is found."""
+    (directory / f"{name}.py").write_text(source)
+    info = directory / f"{name}-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {name}:register\n")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(directory), base.get("PYTHONPATH"))))}
+
+
+@pytest.fixture(scope="module")
+def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    """All engines that the chosen tests want; those that others are compared with come first, and so compile."""
+    directory = tmp_path_factory.mktemp("engines")
+    locks: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
+
+    def model(case: Case) -> Path:
+        sizes = zlib.crc32(repr(sorted(case.shape.items())).encode())
+        path = directory / f"{case.family}-{case.weights}-{sizes:08x}"
+        with locks[path]:
+            if not path.exists():
+                make_checkpoint(path, case.family, quantization=case.quantization, **case.shape)
+        return path
+
+    runner = Engines(directory, model)
+    chosen = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
+    wanted = [item.callspec.params["name"] for item in chosen]
+    for name in dict.fromkeys(wanted):
+        if missing_kernels(BY_NAME[name]) is None:
+            runner.start(BY_NAME[name], 1)
+    for item in chosen:
+        case = BY_NAME[item.callspec.params["name"]]
+        if missing_kernels(case) is None:
+            fused = "ranks" not in item.callspec.params
+            for kernel in FUSED[case.name] if fused else ():
+                runner.start(BY_NAME[kernel], 1)
+            runner.start(case, 1 if fused else item.callspec.params["ranks"], fused=fused)
+    yield runner
+    runner.close()
+
+
+def missing_kernels(case: Case) -> str | None:
+    """What has to be built first; None: nothing."""
+    from sglang_dwdp.kernels_build import load
+
+    if case.kernels is None or case.kernels in load.built() or not torch.cuda.is_available():  # nothing starts then
+        return None
+    return f"needs `sglang-dwdp build-kernels --format {case.kernels}`"
+
+
+def skip_without_kernels(case: Case) -> None:
+    if case.kernels is not None and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    if reason := missing_kernels(case):
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [(case.name, ranks) for case in ALL for ranks in case.ranks])
+def test_parity(engines: Engines, name: str, ranks: int) -> None:
+    case = BY_NAME[name]
+    skip_without_kernels(case)
+    resident = engines.result(case, 1)
+    assert case.kernels is None or "this rank has the kernels that DWDP brings" in resident["log"]
+    expected = resident["answers"][0]
+    result = engines.result(case, ranks)
+    different = {tuple(tokens) for tokens, _, _ in expected}
+    assert len(different) > len(LENGTHS) // 2, "degenerate answers compare nothing"
+    for rank, answers in enumerate(result["answers"]):
+        for length, mine, theirs in zip(LENGTHS, answers, expected, strict=True):
+            assert mine[0] == theirs[0], f"tokens of rank {rank} after {length} tokens"
+            assert mine[1] == theirs[1], f"log-probabilities of rank {rank} after {length} tokens"
+    assert len(result["answers"]) == ranks
+    for report in result["reports"]:
+        assert report["direct_forwards"] > 0
+        assert report["staged_forwards"] > 0
+    assert f"run {case.logged}" in result["log"]
+    assert_decodes_by_graphs(result["log"], ranks)
+
+
+def assert_decodes_by_graphs(log: str, ranks: int) -> None:
+    """By SGLang's own lines, some for each rank."""
+    decodes = [line for line in log.splitlines() if "Decode batch" in line]
+    assert {line.split("DP")[1][0] for line in decodes} == {str(rank) for rank in range(ranks)}
+    assert all("cuda graph: True" in line for line in decodes)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [(case.name, ranks) for case in VARIATIONS for ranks in case.ranks])
+def test_options_of_dwdp(engines: Engines, name: str, ranks: int) -> None:
+    """Neither counting nor a wish for graphs that cannot be changes an answer, or stops the capture of graphs; nor does
+    it matter who chose the backend."""
+    skip_without_kernels(BY_NAME[name])
+    expected = engines.result(BY_NAME[name], 1)["answers"][0]
+    result = engines.result(BY_NAME[name], ranks)
+    assert result["answers"] == [expected] * ranks
+    if name.endswith("staged"):
+        assert "cuda graph: True" not in result["log"]
+    else:
+        assert_decodes_by_graphs(result["log"], ranks)
+    if name.endswith("auto"):
+        assert f"run {BY_NAME[name].logged}" in result["log"]
+        return
+    for report in result["reports"]:
+        if name.endswith("audit"):
+            assert report["direct_forwards"] > 0
+            assert report["bytes_read_in_place"] > 0
+            assert report["collectives"] == 0
+        else:
+            assert report["direct_forwards"] == 0
+            assert report["staged_forwards"] > len(LENGTHS)
+
+
+class Distance:
+    """How far the answers of two ranks lie apart, over the tokens before the first that differs.
+
+    tokens: how many those are, of all answers.  rms, largest: of the log-probabilities' differences.  gap: the largest
+    difference, where tokens part, of the second rank's two best log-probabilities.
+    """
+
+    def __init__(self, mine: Answers, theirs: Answers) -> None:
+        differences, gaps = [], [0.0]
+        for (tokens, chosen, _), (others, their_chosen, best) in zip(mine, theirs, strict=True):
+            same = next((i for i, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b), len(tokens))
+            differences += [abs(a - b) for a, b in zip(chosen[:same], their_chosen[:same], strict=True)]
+            if same < len(tokens):
+                gaps.append(best[same][0] - best[same][1])
+        self.tokens, self.largest, self.gap = len(differences), max(differences, default=0.0), max(gaps)
+        self.rms = math.sqrt(sum(one * one for one in differences) / max(1, self.tokens))
+
+    def __repr__(self) -> str:
+        return f"{self.tokens} tokens, rms {self.rms:.3f}, at most {self.largest:.3f}, gap {self.gap:.3f}"
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_shared_experts_that_sglang_fuses(engines: Engines, name: str) -> None:
+    """DWDP turns the fusion off. Sums are rounded otherwise then, which changes no more than other MoE kernels do."""
+    fused = engines.result(BY_NAME[name], 1, fused=True)["answers"][0]
+    plain = engines.result(BY_NAME[name], 1)["answers"][0]
+    one, other = (engines.result(BY_NAME[kernel], 1)["answers"][0] for kernel in FUSED[name])
+    measured, usual = Distance(plain, fused), Distance(one, other)
+    print(f"{name}, fused or not: {measured}; {' and '.join(FUSED[name])}: {usual}")  # noqa: T201
+    assert fused != plain, "nothing was fused"
+    assert measured.rms < 1.5 * usual.rms
+    assert measured.tokens > usual.tokens / 1.5
+    assert measured.gap < 2 * max(measured.largest, usual.largest)  # each of the two moved by one difference

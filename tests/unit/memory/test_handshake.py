@@ -1,0 +1,175 @@
+"""The control plane: ranks are threads here, which sockets do not tell from processes."""
+
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from sglang_dwdp.errors import DwdpSetupError
+from sglang_dwdp.memory.handshake import MAX_FDS, Exchange, close_fds
+
+
+def run_ranks(size: int, step: Callable[[Exchange], Any], timeout_s: float = 10.0) -> list[Any]:
+    """The result of `step` on every rank, an exception where it raised."""
+    name = uuid.uuid4().hex
+
+    def one(rank: int) -> Any:
+        exchange = Exchange(name, rank, size, timeout_s)
+        try:
+            exchange.connect()
+            return step(exchange)
+        except Exception as error:  # noqa: BLE001  (it is the result)
+            return error
+        finally:
+            exchange.close()
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(one, range(size)))
+
+
+def open_fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_all_gather_keeps_rank_order(size: int) -> None:
+    results = run_ranks(size, lambda x: [x.all_gather(f"{x.rank}.{turn}".encode()) for turn in range(3)])
+    expected = [[f"{rank}.{turn}".encode() for rank in range(size)] for turn in range(3)]
+    assert results == [expected] * size
+
+
+def test_payloads_larger_than_a_socket_buffer() -> None:
+    results = run_ranks(3, lambda x: x.all_gather(bytes([x.rank]) * (1 << 22)))
+    for answers in results:
+        assert [(a[0], len(a)) for a in answers] == [(rank, 1 << 22) for rank in range(3)]
+
+
+def test_descriptors_reach_every_peer_and_none_is_left_open() -> None:
+    before = open_fds()
+
+    def step(x: Exchange) -> list[list[bytes]]:
+        mine = []
+        for index in range(x.rank + 1):  # ranks may send different numbers
+            fd = os.memfd_create("t")
+            os.write(fd, f"{x.rank}.{index}".encode())
+            mine.append(fd)
+        received = x.all_gather_fds(mine)
+        x.barrier()
+        close_fds(mine)
+        assert received[x.rank] == []
+        contents = [[os.pread(fd, 100, 0) for fd in fds] for fds in received]
+        assert all(not os.get_inheritable(fd) for fds in received for fd in fds)
+        close_fds([fd for fds in received for fd in fds])
+        return contents
+
+    results = run_ranks(3, step)
+    for rank, contents in enumerate(results):
+        assert contents == [
+            [] if peer == rank else [f"{peer}.{i}".encode() for i in range(peer + 1)] for peer in range(3)
+        ]
+    assert open_fds() == before
+
+
+def test_as_many_descriptors_as_the_kernel_takes() -> None:
+    def step(x: Exchange) -> int:
+        fd = os.memfd_create("t")
+        received = x.all_gather_fds([fd] * MAX_FDS)
+        count = len(received[1 - x.rank])
+        close_fds([fd, *received[1 - x.rank]])
+        return count
+
+    assert run_ranks(2, step) == [MAX_FDS, MAX_FDS]
+    with pytest.raises(ValueError, match="254 descriptors"):
+        Exchange("x", 0, 1, 1.0).all_gather_fds([0] * (MAX_FDS + 1))
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    name = uuid.uuid4().hex
+    with pytest.raises(DwdpSetupError, match=r"rank 0: ranks \[1, 2\] did not come within 0.2 s"):
+        Exchange(name, 0, 3, 0.2).connect()
+    with pytest.raises(DwdpSetupError, match=r"rank 1: rank 0 did not come within 0.2 s"):
+        Exchange(name, 1, 3, 0.2).connect()
+
+
+def test_a_failure_reaches_all_peers_with_its_reason() -> None:
+    def step(x: Exchange) -> None:
+        if x.rank == 1:
+            x.fail("layer 3, w2_weight: no space")
+        else:
+            x.barrier()
+
+    first, _, last = run_ranks(3, step)
+    for result in (first, last):
+        assert isinstance(result, DwdpSetupError)
+        assert "rank 1 failed: layer 3, w2_weight: no space" in str(result)
+
+
+def test_a_rank_that_ends_without_a_word_is_noticed() -> None:
+    first, _ = run_ranks(2, lambda x: x.barrier() if x.rank == 0 else None)
+    assert "rank 0: lost rank 1: its process ended or gave up" in str(first)
+
+
+def test_a_rank_that_hangs_is_noticed_in_time() -> None:
+    done = threading.Event()
+
+    def step(x: Exchange) -> None:
+        if x.rank == 0:
+            try:
+                x.barrier()
+            finally:
+                done.set()
+        else:
+            done.wait(10)
+
+    first, _ = run_ranks(2, step, timeout_s=0.3)
+    assert "lost rank 1: no answer within 0.3 s" in str(first)
+
+
+def test_no_socket_file_is_made(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_ranks(2, lambda x: x.all_gather(b"a")) == [[b"a", b"a"]] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_users_process_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = uuid.uuid4().hex
+    exchange = Exchange(name, 0, 2, 5.0)
+    real = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: real + 1)
+    with ThreadPoolExecutor(1) as pool:
+        connecting = pool.submit(exchange.connect)
+        with socket.socket(socket.AF_UNIX) as stranger:
+            while stranger.connect_ex(f"\0sglang-dwdp.{name}.0") != 0:
+                pass
+            with pytest.raises(DwdpSetupError, match=f"a process of user {real} came in a peer's place"):
+                connecting.result()
+
+
+def test_another_users_process_that_listens_in_a_peers_place_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = uuid.uuid4().hex
+    real = os.getuid()
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.bind(f"\0sglang-dwdp.{name}.0")
+        stranger.listen()
+        monkeypatch.setattr(os, "getuid", lambda: real + 1)
+        with pytest.raises(DwdpSetupError, match=f"a process of user {real} came in a peer's place"):
+            Exchange(name, 1, 2, 5.0).connect()
+        connection, _ = stranger.accept()
+        with connection:
+            assert connection.recv(1) == b""
+
+
+def test_a_peer_that_ends_before_it_said_its_rank() -> None:
+    name = uuid.uuid4().hex
+    with ThreadPoolExecutor(1) as pool:
+        connecting = pool.submit(Exchange(name, 0, 2, 5.0).connect)
+        with socket.socket(socket.AF_UNIX) as mute:
+            while mute.connect_ex(f"\0sglang-dwdp.{name}.0") != 0:
+                pass
+        with pytest.raises(DwdpSetupError, match="rank 0: lost a peer that had not said its rank"):
+            connecting.result()

@@ -1,0 +1,157 @@
+"""What can be said of FusedMoE without a server: the rest is in tests/e2e."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
+from sglang.srt.layers.moe.utils import MoeRunnerBackend
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from sglang_dwdp.errors import DwdpConfigError
+from sglang_dwdp.experts.placement import balanced
+from sglang_dwdp.srt_patches import experts
+from sglang_dwdp.srt_patches.checks import (
+    refuse_own_forward,
+    refuse_same_number,
+    refuse_sharded,
+    refuse_unknown_state,
+    way_of_layer,
+)
+from sglang_dwdp.srt_patches.experts import collect, load, load_fused, rebuild_state
+from sglang_dwdp.support.backends import Status
+
+
+class UnquantizedFusedMoEMethod:
+    """Stands for SGLang's method of this name."""
+
+
+class Fp8MoEMethod:
+    """Stands for SGLang's method of this name."""
+
+
+def layer(method: object, backend: MoeRunnerBackend | None, **more: Any) -> SimpleNamespace:
+    return SimpleNamespace(layer_id=3, quant_method=method, runner_backend=backend, num_local_experts=4, **more)
+
+
+def test_a_way_that_was_verified_on_gpus() -> None:
+    way = way_of_layer(layer(UnquantizedFusedMoEMethod(), MoeRunnerBackend.TRITON))
+    assert way.status is Status.VERIFIED
+
+
+@pytest.mark.parametrize(
+    ("method", "backend", "reason"),
+    [
+        (Fp8MoEMethod(), MoeRunnerBackend.CUTLASS, "tables of pointers"),
+        (Fp8MoEMethod(), MoeRunnerBackend.MARLIN, "was not examined"),
+        (UnquantizedFusedMoEMethod(), None, "was not examined"),
+    ],
+)
+def test_ways_that_are_refused(method: object, backend: MoeRunnerBackend | None, reason: str) -> None:
+    with pytest.raises(DwdpConfigError, match=rf"layer 3: .* cannot read shared experts: .*{reason}"):
+        way_of_layer(layer(method, backend))
+
+
+def test_layers_that_could_not_be_told_apart_are_refused() -> None:
+    refuse_same_number([SimpleNamespace(layer_id=number) for number in (0, 1, 2)])
+    with pytest.raises(DwdpConfigError, match="2 FusedMoE layers of this model have the number 1"):
+        refuse_same_number([SimpleNamespace(layer_id=number) for number in (0, 1, 1)])
+
+
+@pytest.mark.parametrize("scales", [{"block_quant": False}, {"use_mxfp8": True}, {"is_fp4_expert": True}])
+def test_fp8_with_other_scales_than_those_of_blocks_is_refused(scales: dict[str, bool]) -> None:
+    method = Fp8MoEMethod()
+    vars(method).update({"block_quant": True} | scales)
+    with pytest.raises(DwdpConfigError, match=r"layer 3: of FP8 experts DWDP can share .* block"):
+        way_of_layer(layer(method, MoeRunnerBackend.TRITON))
+    vars(method).update(block_quant=True, use_mxfp8=False, is_fp4_expert=False)
+    assert way_of_layer(layer(method, MoeRunnerBackend.TRITON)).weights == "block-FP8"
+
+
+def test_blocks_are_compared_with_whole_experts() -> None:
+    """192 columns on each of 4 ranks would be no number of blocks; an expert's 768 are."""
+
+    def runner(width: int) -> SimpleNamespace:
+        config = SimpleNamespace(quantization_config={"weight_block_size": [128, 128]})
+        text = SimpleNamespace(moe_intermediate_size=width)
+        return SimpleNamespace(model_config=SimpleNamespace(hf_config=config, hf_text_config=text))
+
+    experts.check_blocks(runner(768))
+    with pytest.raises(ValueError, match="weight_block_size_n=128"):
+        experts.check_blocks(runner(800))
+
+
+def test_per_expert_state_that_is_known_is_rebuilt_for_all_experts() -> None:
+    config = MoeRunnerConfig(gemm1_alpha=1.702, gemm1_clamp_limit=7.0)
+    few = torch.ones(2)
+    moe = layer(
+        UnquantizedFusedMoEMethod(),
+        MoeRunnerBackend.FLASHINFER_CUTLASS,
+        moe_runner_config=config,
+        w13_weight=torch.zeros(4, 2, 2),
+        _cutlass_swiglu_params=(few, few, few),
+    )
+    rebuild_state(moe)
+    alpha, beta, limit = moe._cutlass_swiglu_params
+    assert alpha.tolist() == pytest.approx([1.702] * 4)
+    assert (beta.tolist(), limit.tolist()) == ([1.0] * 4, [7.0] * 4)
+
+
+@pytest.mark.parametrize("owner", ["layer", "method"])
+def test_per_expert_state_that_is_not_known_is_refused(owner: str) -> None:
+    moe = layer(UnquantizedFusedMoEMethod(), MoeRunnerBackend.TRITON, _cutlass_swiglu_params=(torch.ones(4),))
+    refuse_unknown_state(moe)
+    vars(moe if owner == "layer" else moe.quant_method)["table"] = (torch.ones(4),)
+    with pytest.raises(DwdpConfigError, match=r"\.table holds something for each of the 4 experts"):
+        refuse_unknown_state(moe)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused() -> None:
+    class Own(FusedMoE):
+        def run_moe_core(self, dispatch_output: Any) -> Any:
+            return dispatch_output
+
+    refuse_own_forward(object.__new__(FusedMoE))
+    moe = object.__new__(Own)
+    moe.__dict__["layer_id"] = 3
+    with pytest.raises(DwdpConfigError, match=r"layer 3: Own replaces FusedMoE\.run_moe_core"):
+        refuse_own_forward(moe)
+
+
+def test_a_tensor_of_all_experts_is_loaded_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "placement_of", lambda _layer: balanced(5, 2))
+    monkeypatch.setattr(experts, "rank_in_group", lambda: 1)
+    moe = SimpleNamespace(num_global_routed_experts=5)
+    shard = balanced(5, 2).shard(1)
+    param, weight = torch.zeros(len(shard), 7), torch.arange(35).view(5, 7)
+    seen: list[torch.Tensor] = []
+
+    def original(_layer: Any, _param: Any, loaded: torch.Tensor, *_rest: Any) -> None:
+        seen.append(loaded)
+
+    load_fused(original, moe, param, weight, "w13_weight", "w13")
+    load(original, moe, param, weight, "w13_weight", "w13", None)
+    load(original, moe, param, weight, "w13_weight", "w1", 4)  # one expert, that has as many rows as there are experts
+    assert torch.equal(seen[0], weight[shard.start :])
+    assert torch.equal(seen[1], weight[shard.start :])
+    assert seen[2] is weight
+
+
+def test_a_model_that_is_sharded_in_spite_of_data_parallelism() -> None:
+    embedding = object.__new__(VocabParallelEmbedding)
+    torch.nn.Module.__init__(embedding)
+    model = torch.nn.Sequential(embedding)
+    embedding.tp_size = 1
+    refuse_sharded(model)
+    embedding.tp_size = 2
+    with pytest.raises(DwdpConfigError, match=r"SGLang shards 0 of Sequential over 2 ranks"):
+        refuse_sharded(model)
+
+
+def test_a_model_without_moe_layers() -> None:
+    with pytest.raises(DwdpConfigError, match="Linear has no FusedMoE layer"):
+        collect(torch.nn.Linear(2, 2), "cpu")

@@ -1,0 +1,91 @@
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_dwdp.errors import DwdpConfigError
+from sglang_dwdp.support.conflicts import CONFLICTS, refuse_conflicts
+
+
+def arguments(**changes: Any) -> SimpleNamespace:
+    plain = {
+        "tp_size": 2,
+        "dwdp_size": 1,
+        "enable_eplb": False,
+        "enable_two_batch_overlap": False,
+        "enable_lora": None,
+        "lora_paths": None,
+        "enable_memory_saver": False,
+    }
+    return SimpleNamespace(**(plain | changes))
+
+
+CASES = [
+    ({"tp_size": 1}, "--tp-size 1 leaves no peer"),
+    ({"dwdp_size": 4}, "--dwdp-size 4"),
+    ({"nnodes": 2}, "--nnodes 2"),
+    ({"moe_dense_tp_size": 2}, "--moe-dense-tp-size 2"),
+    ({"load_format": "presharded"}, "--load-format presharded"),
+    ({"use_ray": True}, "--use-ray: its scheduler actors"),
+    ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num 2"),
+    ({"language_only": True}, "a server of its own for the encoder"),
+    ({"encoder_only": True}, "a server of its own for the encoder"),
+    ({"mm_enable_dp_encoder": True}, "--mm-enable-dp-encoder"),
+    ({"enable_waterfill": True}, "fused shared experts"),
+    ({"enforce_shared_experts_fusion": True}, "fused shared experts"),
+    ({"enable_symm_mem": True}, "--enable-symm-mem"),
+    ({"pp_size": 2}, "--pp-size 2"),
+    ({"dp_size": 2}, "--dp-size 2"),
+    ({"tp_size": 4, "attn_dp_size": 2}, "--attn-dp-size 2 differs"),
+    ({"tp_size": 4, "ep_size": 2}, "--ep-size 2"),
+    ({"moe_dp_size": 2}, "--moe-dp-size 2"),
+    ({"attn_cp_size": 2}, "context parallelism"),
+    ({"dcp_size": 2}, "context parallelism"),
+    ({"moe_a2a_backend": "deepep"}, "--moe-a2a-backend deepep"),
+    ({"enable_eplb": True}, "EPLB"),
+    ({"ep_num_redundant_experts": 8}, "EPLB"),
+    ({"init_expert_location": "map.json"}, "EPLB"),
+    ({"elastic_ep_backend": "mooncake"}, "--elastic-ep-backend"),
+    ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm EAGLE"),
+    ({"enable_two_batch_overlap": True}, "overlap"),
+    ({"enable_single_batch_overlap": True}, "overlap"),
+    ({"enable_lora": True}, "LoRA"),
+    ({"lora_paths": ["a"]}, "LoRA"),
+    ({"enable_memory_saver": True}, "memory saver"),
+    ({"enable_weights_cpu_backup": True}, "memory saver"),
+    ({"cpu_offload_gb": 1}, "offloaded"),
+    ({"offload_group_size": 2}, "offloaded"),
+    ({"enable_paged_experts": True}, "offloaded"),
+    ({"kt_weight_path": "w"}, "offloaded"),
+    ({"weight_cache_mode": "daemon"}, "after start-up"),
+    ({"startup_weight_load_mode": "overlap"}, "after start-up"),
+    ({"checkpoint_engine_wait_weights_before_ready": True}, "waits for weights"),
+    ({"expert_balancedness_report_mode": "prometheus"}, "--expert-balancedness-report-mode"),
+    ({"enable_return_routed_experts": True}, "--enable-return-routed-experts"),
+    ({"enable_pdmux": True}, "--enable-pdmux"),
+    ({"enable_prefill_delayer": True}, "prefill delayer"),
+    ({"disaggregation_mode": "decode"}, "decode"),
+    ({"enable_pd_role_switch": True}, "--enable-pd-role-switch"),
+]
+
+
+def test_plain_arguments_are_accepted() -> None:
+    refuse_conflicts(arguments())
+    refuse_conflicts(arguments(dwdp_size=2, ep_size=2, attn_dp_size=2, offload_group_size=-1))
+
+
+@pytest.mark.parametrize(("changes", "reason"), CASES)
+def test_each_conflict_is_refused_with_a_reason_and_a_way_out(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DwdpConfigError, match=reason) as refused:
+        refuse_conflicts(arguments(**changes))
+    assert any(conflict.way_out in str(refused.value) for conflict in CONFLICTS)
+
+
+def test_every_conflict_has_a_case() -> None:
+    for conflict in CONFLICTS:
+        assert any(conflict.applies(arguments(**changes)) for changes, _ in CASES), conflict.reason
+
+
+def test_all_conflicts_are_named_at_once() -> None:
+    with pytest.raises(DwdpConfigError, match=r"--pp-size 2.*Also: EPLB"):
+        refuse_conflicts(arguments(pp_size=2, enable_eplb=True))

@@ -1,0 +1,86 @@
+"""The wheel, and where its modules are found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from sglang_dwdp import config as options
+from tests import ROOT
+
+PRINT_PATHS = (
+    "import sglang_dwdp, sglang_dwdp.srt_patches.hooks as hooks; from importlib.metadata import entry_points; "
+    "(plugin,) = entry_points(group='sglang.srt.plugins', name='dwdp'); plugin.load(); "
+    "print(sglang_dwdp.__file__, hooks.__file__)"
+)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(directory)]
+    subprocess.run([*command, str(ROOT)], check=True)
+    (built,) = directory.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with the wheel, which borrows the wheel's dependencies from this one."""
+    directory = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
+    python = directory / "bin" / "python"
+    subprocess.run(
+        [str(python), "-m", "pip", "install", "-q", "--no-deps", "--ignore-installed", str(wheel)], check=True
+    )
+    (site,) = directory.glob("lib/python*/site-packages")
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def test_the_wheel_claims_one_top_level_name(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"sglang_dwdp"}
+    needed_files = ("srt_patches/ledger.md", "srt_patches/hooks.py", "cpu/stubs/sgl_kernel/__init__.py", "py.typed")
+    for needed in (*needed_files, "kernels/slim_instantiation.cu.in", "kernels/missing_kernels.cpp.in"):
+        assert f"sglang_dwdp/{needed}" in names
+
+
+def run(python: Path, arguments: Sequence[str], cwd: Path) -> str:
+    environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1"} | {"PYTHONPATH": ""}
+    return subprocess.run(
+        [str(python), *arguments], cwd=cwd, env=environment, check=True, capture_output=True, text=True, timeout=300
+    ).stdout
+
+
+def test_imported_from_elsewhere(installed: Path, tmp_path: Path) -> None:
+    for path in run(installed, ["-c", PRINT_PATHS], tmp_path).split():
+        assert Path(path).is_relative_to(installed.parent.parent)
+
+
+def test_imported_from_the_root_of_a_checkout(installed: Path) -> None:
+    """There the working directory comes first: the checkout is used, and all of it."""
+    for path in run(installed, ["-c", PRINT_PATHS], ROOT).split():
+        assert Path(path).is_relative_to(ROOT)
+
+
+@pytest.mark.parametrize("where", ["root", "elsewhere"])
+def test_sglang_finds_the_flags(installed: Path, tmp_path: Path, where: str) -> None:
+    cwd = ROOT if where == "root" else tmp_path
+    text = run(installed, ["-m", "sglang.launch_server", "--help"], cwd)
+    for name in options.option_names():
+        assert "--" + name.replace("_", "-") in text
+
+
+@pytest.mark.e2e
+def test_the_demo_runs_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    text = run(installed, ["-m", "sglang_dwdp.cli", "demo", "--experts", "9"], tmp_path)
+    assert text.count("5 of 5") == 2
+    assert text.count("yes") == 2
