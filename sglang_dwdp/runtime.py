@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
@@ -20,12 +22,41 @@ from sglang_dwdp.metrics import Counters
 logger = logging.getLogger(__name__)
 
 
+class Graph(Protocol):
+    """A captured CUDA graph."""
+
+    def replay(self) -> object:
+        """Launch it on the current stream."""
+
+
+class GraphSegment:
+    """A captured piece of a forward that reads staged experts, replayed between their wait and their release.
+
+    The kernels in `graph` read the slots at the addresses that they were captured with, which never change; when the
+    slots are filled is decided at every replay anew.
+    """
+
+    __slots__ = ("_graph", "_positions", "_runtime")
+
+    def __init__(self, runtime: DwdpRuntime, graph: Graph, positions: Sequence[int]) -> None:
+        self._runtime, self._graph, self._positions = runtime, graph, tuple(positions)
+
+    def replay(self) -> None:
+        """Launch the graph on the current stream, in the order with copies that its experts need."""
+        self._runtime.enter_segment(self._positions)
+        self._graph.replay()
+        self._runtime.leave_segment(self._positions)
+
+
 class DwdpRuntime:
     """Shares the experts of a model with the group, and brings each forward the views that it reads.
 
     `begin_forward … (prime) … wait/release per MoE layer … end_forward` is the life of a forward. A layer that
-    runs with no forward announced, as in the capture of a CUDA graph, is bound to its direct view, whose
+    runs with no forward announced, as in the capture of a decode graph, is bound to its direct view, whose
     address never changes (to its staged tensors where memory cannot be mapped).
+
+    A forward that is captured piecewise runs within `capture`: its staged layers are noted for the piece that they
+    are in, `graph_segment` wraps each captured piece, and at a replay the pieces wait and release.
     """
 
     def __init__(self, config: DwdpConfig, memory: Memory, rank: int, size: int) -> None:
@@ -41,7 +72,12 @@ class DwdpRuntime:
         self._uses_direct: list[bool] = []
         self._rests_direct = memory.maps
         self._direct = self._rests_direct
+        self._forward = 0  # the number of this forward, by which a layer's visits are told apart
+        self._last_visit: list[int] = []
         self._visited = 0
+        self._staged_replay = False
+        self._captured: list[int] = []
+        self._is_capturing: Callable[[], bool] | None = None
         self.in_forward = False
 
     def setup(self, layers: Sequence[ExpertLayer], name: str) -> None:
@@ -62,6 +98,7 @@ class DwdpRuntime:
         self._shared = shared
         self._position = {layer.layer.layer_id: i for i, layer in enumerate(shared.layers)}
         self._uses_direct = [self._direct] * len(shared.layers)
+        self._last_visit = [0] * len(shared.layers)
         self._log_setup(shared, time.perf_counter() - start)
 
     def _prepare(self, layers: Sequence[SharedLayer]) -> None:
@@ -93,7 +130,9 @@ class DwdpRuntime:
     def begin_forward(self, num_tokens: int) -> None:
         """A forward of `num_tokens` tokens is about to run: choose its views."""
         self._direct = self._rests_direct and self.config.wants_direct(num_tokens)
+        self._forward += 1
         self._visited = 0
+        self._staged_replay = False
         self.in_forward = True
 
     def prime(self) -> None:
@@ -111,13 +150,80 @@ class DwdpRuntime:
         if self._uses_direct[position] is not self._direct:
             self._rebind(position)
         if not self._direct and self._prefetcher is not None:
-            self._prefetcher.wait(position)
-        self._visited += 1
+            if self._is_capturing is not None and self._is_capturing():
+                self._captured.append(position)
+            else:
+                self._prefetcher.wait(position)
+        self._visit(position)
 
     def release(self, layer_id: int) -> None:
         """The compute stream has run this MoE layer: its slot may be filled anew."""
-        if not self._direct and self._prefetcher is not None:
+        if not self._direct and self._prefetcher is not None and not self._captured:
             self._prefetcher.release(self._position[layer_id])
+
+    def _visit(self, position: int) -> None:
+        if self._last_visit[position] != self._forward:
+            self._last_visit[position] = self._forward
+            self._visited += 1
+
+    @contextmanager
+    def capture(self, num_tokens: int, is_capturing: Callable[[], bool]) -> Iterator[None]:
+        """Warm-ups and the capture of a prefill of `num_tokens` tokens, in pieces that `graph_segment` takes.
+
+        Args:
+            num_tokens: the size that the graph will be replayed with, padding included: it decides the views.
+            is_capturing: whether the current stream is being captured. Warm-ups, and what runs between two pieces,
+                are not.
+        """
+        self.begin_forward(num_tokens)
+        self.in_forward = False  # SGLang's barriers around a capture are no part of a forward
+        self._is_capturing = is_capturing
+        self.prime()
+        try:
+            yield
+        finally:
+            self._captured.clear()
+            self._is_capturing = None
+            self.abort_forward()
+
+    def graph_segment(self, graph: Graph) -> Graph:
+        """The captured piece of a forward, with the waits and releases of the staged layers in it.
+
+        Returns:
+            `graph` itself where it reads no staged experts, as decode graphs and pieces without MoE layers.
+
+        Raises:
+            DwdpRuntimeError: the piece has more MoE layers than there are slots.
+        """
+        positions, self._captured = self._captured, []
+        if not positions:
+            return graph
+        if len(positions) > self.config.depth:
+            raise DwdpRuntimeError(
+                f"a piece of the prefill graph has {len(positions)} MoE layers, and there are {self.config.depth} "
+                f"slots for their experts. Set --dwdp-depth {len(positions)} or --disable-prefill-cuda-graph."
+            )
+        return GraphSegment(self, graph, positions)
+
+    def enter_segment(self, positions: Sequence[int]) -> None:
+        """The compute stream is about to replay a piece with these MoE layers, by position: wait for their experts.
+
+        Raises:
+            DwdpRuntimeError: copies failed or did not end in time.
+        """
+        assert self._prefetcher is not None
+        if not self._staged_replay:
+            self._staged_replay = True
+            self._prefetcher.prime()
+        for position in positions:
+            self._prefetcher.wait(position)
+            self._visit(position)
+
+    def leave_segment(self, positions: Sequence[int]) -> None:
+        """The compute stream has replayed a piece with these MoE layers: their slots may be filled anew."""
+        assert self._prefetcher is not None
+        for position in positions:
+            self._prefetcher.release(position)
 
     def _rebind(self, position: int) -> None:
         assert self._shared is not None
@@ -128,19 +234,27 @@ class DwdpRuntime:
     def end_forward(self, num_tokens: int, *, replayed: bool = False) -> None:
         """The forward that `begin_forward` announced is over.
 
-        replayed: it was the replay of a graph, which calls nothing here.
+        Args:
+            num_tokens: of the batch, without padding.
+            replayed: it was the replay of a graph. Of those only the pieces of a staged prefill call back.
 
         Raises:
             DwdpRuntimeError: a forward with tokens ran past this runtime.
         """
         self.in_forward = False
-        if not replayed and num_tokens and self._visited != len(self._position):
+        calls_back = self._staged_replay or not replayed
+        if calls_back and num_tokens and self._visited != len(self._position):
             raise DwdpRuntimeError(
                 f"a forward of {num_tokens} tokens visited {self._visited} of {len(self._position)} MoE layers "
                 "through DWDP, so its tokens may be wrong. This model, or another plugin, runs experts by a way "
                 "that DWDP does not know: serve without --enable-dwdp, and please report the model."
             )
-        self.counters.count_forward(num_tokens, direct=self._direct or replayed)
+        self.counters.count_forward(num_tokens, direct=not self._staged_replay and (self._direct or replayed))
+        self._direct = self._rests_direct
+
+    def abort_forward(self) -> None:
+        """The forward that `begin_forward` announced did not end, or was a capture's: nothing is counted."""
+        self.in_forward = False
         self._direct = self._rests_direct
 
     def count_reads(self, layer_id: int, expert_ids: torch.Tensor) -> None:

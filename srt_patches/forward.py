@@ -85,7 +85,11 @@ def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args
     runtime = current_runtime()
     num_tokens = forward_batch._forward_num_tokens()
     runtime.begin_forward(num_tokens)
-    output = original(runner, forward_batch, *args, **kwargs)
+    try:
+        output = original(runner, forward_batch, *args, **kwargs)
+    except BaseException:
+        runtime.abort_forward()
+        raise
     runtime.end_forward(num_tokens, replayed=output.can_run_graph)
     return output
 

@@ -42,11 +42,11 @@ def _install(role: str, config: DwdpConfig, device: str | None) -> None:
 
         if device == "cuda":
             from sglang_dwdp.kernels_build import load
-            from sglang_dwdp.srt_patches import flashinfer_fp8
+            from sglang_dwdp.srt_patches import flashinfer_fp8, prefill_graphs
 
             load.install()  # before weights are loaded: FlashInfer prepares MXFP4 weights with its module
             flashinfer_fp8.register()
-            install(flashinfer_fp8.HOOKS)
+            install((*flashinfer_fp8.HOOKS, *prefill_graphs.HOOKS))
 
         experts.install_shard_count()
         install((*linear.HOOKS, *steps.HOOKS, *experts.HOOKS, *forward.HOOKS))

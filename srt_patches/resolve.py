@@ -22,7 +22,7 @@ from sglang_dwdp.experts.budget import refuse_local_experts
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.srt_patches import moe_backend
 from sglang_dwdp.srt_patches.final_check import refuse_changes
-from sglang_dwdp.srt_patches.graphs import graphs_off
+from sglang_dwdp.srt_patches.graphs import graph_arguments, reject_graph_backends
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.planned import with_direct_limit
 from sglang_dwdp.support import models
@@ -107,6 +107,7 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         group_size = _group_size(config, view)
         _refuse_model(config, server_args, view, group_size)
         _refuse_device(config, view)
+        reject_graph_backends(view)
     setattr(server_args, _ATTRIBUTE, with_direct_limit(server_args, view, config, group_size))
     declare_resolution(
         server_args,
@@ -131,19 +132,7 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
     if view.device == "cpu":
         # An idle rank would spin on a core, and on a CPU the busy ranks compute with those.
         declare_resolution(server_args, _SOURCE, sleep_on_idle=True)
-    if view.device == "cpu" or not config.has_direct:
-        # A graph holds addresses, and what a slot holds changes from layer to layer.
-        declare_resolution(server_args, _SOURCE, disable_cuda_graph=True, **graphs_off(view, ("decode", "prefill")))
-    elif config.view == "auto":
-        # Decode graphs read direct views. A prefill's views change with its size, so it runs without graphs.
-        declare_resolution(server_args, _SOURCE, **graphs_off(view, ("prefill",)))
-    if view.device != "cpu" and config.view != "direct":
-        logger.info(
-            "DWDP: CUDA graphs of prefill are off, because staged forwards change their views (--dwdp-view %s). "
-            "Decode graphs are %s.",
-            config.view,
-            "on, over direct views" if config.has_direct else "off for the same reason",
-        )
+    declare_resolution(server_args, _SOURCE, **graph_arguments(view, has_direct=config.has_direct))
 
 
 def _group_size(config: DwdpConfig, view: Any) -> int:
@@ -190,8 +179,8 @@ def _refuse_device(config: DwdpConfig, view: Any) -> None:
 def resolve_data_parallelism(server_args: Any, previous: Callable[[Any], None]) -> None:
     """The resolution step `handle_data_parallelism`: keep what a rank may do at a time.
 
-    For dp-attention SGLang divides chunked_prefill_size by the ranks and lowers schedule_conservativeness,
-    since all ranks' tokens meet in one MoE batch. A DWDP rank's tokens meet nobody's.
+    For dp-attention SGLang divides chunked_prefill_size (and with it the sizes of prefill graphs) by the ranks and
+    lowers schedule_conservativeness, since all ranks' tokens meet in one MoE batch. A DWDP rank's tokens meet nobody's.
     """
     if config_of(server_args) is None:
         previous(server_args)
@@ -200,6 +189,7 @@ def resolve_data_parallelism(server_args: Any, previous: Callable[[Any], None]) 
     kept = {
         "chunked_prefill_size": view.chunked_prefill_size,
         "schedule_conservativeness": view.schedule_conservativeness,
+        "cuda_graph_config": view.cuda_graph_config,
     }
     previous(server_args)
     declare_resolution(server_args, _SOURCE, **kept)

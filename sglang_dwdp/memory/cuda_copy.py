@@ -30,21 +30,35 @@ class CudaCopyEngine:
 
     There are two, which take the slices of a plan in turn, so that two transfers, from two peers, are in flight.
 
-    streams, batched, prefer_overlap: what benchmarks vary: the number of streams, one driver call for a plan instead
-    of one for each copy, and the driver's hint to leave the multiprocessors alone.
+    Nothing here may run while its caller's stream is being captured: a batch of copies in a graph can lose some of
+    them without an error. Graphs are replayed between a wait and a record instead (see `runtime.GraphSegment`).
+
+    Args:
+        device: the GPU's index.
+        streams: how many copy streams; benchmarks vary it, as they do the next two.
+        batched: one driver call for a plan instead of one for each copy.
+        prefer_overlap: the driver's hint to leave the multiprocessors alone.
+        time_every: one wait of the compute stream in so many is timed.
     """
 
     STREAMS = 2
 
     def __init__(
-        self, device: int, streams: int = STREAMS, *, batched: bool = True, prefer_overlap: bool = True
+        self,
+        device: int,
+        streams: int = STREAMS,
+        *,
+        batched: bool = True,
+        prefer_overlap: bool = True,
+        time_every: int = Stopwatch.EVERY,
     ) -> None:
         self._device = device
+        self._compute_streams: dict[int, torch.cuda.Stream] = {}
         self._streams = [torch.cuda.Stream(device) for _ in range(streams)]  # type: ignore[no-untyped-call]
         self._joined = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._submit = _batch_function() if batched else None
         self._prefer_overlap = prefer_overlap
-        self._stopwatch = Stopwatch()
+        self._stopwatch = Stopwatch(time_every)
 
     def event(self) -> Event:
         event: Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -52,7 +66,15 @@ class CudaCopyEngine:
 
     def record(self, event: Event) -> None:
         assert isinstance(event, torch.cuda.Event)
-        event.record(torch.cuda.current_stream(self._device))
+        event.record(self._compute_stream())
+
+    def _compute_stream(self) -> torch.cuda.Stream:
+        """The caller's stream. Looked up by its handle: torch would make a new object of it at every call."""
+        handle = torch._C._cuda_getCurrentRawStream(self._device)
+        stream = self._compute_streams.get(handle)
+        if stream is None:
+            stream = self._compute_streams[handle] = torch.cuda.current_stream(self._device)
+        return stream
 
     def prepare(self, copies: CopyList) -> list[Prepared]:
         plan = [(to.data_ptr(), source.data_ptr(), source.numel()) for to, source in copies]
@@ -68,12 +90,10 @@ class CudaCopyEngine:
         assert isinstance(done, torch.cuda.Event)
         main = self._streams[0]
         main.wait_event(after)
-        # A batch in a graph capture can lose copies without an error, so a captured fill is made of single copies.
-        capturing = torch.cuda.is_current_stream_capturing()
         for part, stream in zip(prepared, self._streams, strict=False):
             if stream is not main:
                 stream.wait_event(after)
-            if part.batch is not None and not capturing:
+            if part.batch is not None:
                 part.batch.submit(stream.cuda_stream)
             else:
                 for destination, source, nbytes in part.single:
@@ -85,7 +105,7 @@ class CudaCopyEngine:
 
     def wait(self, done: Event) -> None:
         assert isinstance(done, torch.cuda.Event)
-        stream = torch.cuda.current_stream(self._device)
+        stream = self._compute_stream()
         finish = self._stopwatch.start(stream)
         stream.wait_event(done)
         if finish is not None:

@@ -1,22 +1,37 @@
-"""Which graphs are turned off, by whatever argument they were asked for."""
+"""Which graphs are turned off or unsupported, by whatever argument they were asked for."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
 
-from sglang_dwdp.srt_patches.graphs import graphs_off
+import pytest
+
+from sglang_dwdp.errors import DwdpConfigError
+from sglang_dwdp.srt_patches.graphs import graph_arguments, reject_graph_backends
 
 
 def arguments(**given: Any) -> SimpleNamespace:
-    unset = {"cuda_graph_config": None, "cuda_graph_backend_decode": None, "cuda_graph_backend_prefill": None}
+    unset = {
+        "device": "cuda",
+        "cuda_graph_config": None,
+        "cuda_graph_backend_decode": None,
+        "cuda_graph_backend_prefill": None,
+    }
     return SimpleNamespace(**{**unset, **given})
 
 
-def test_the_backends_of_phases_are_settled() -> None:
-    assert graphs_off(arguments(), ("prefill",)) == {"cuda_graph_backend_prefill": "disabled"}
-    view = arguments(cuda_graph_backend_decode="full")
-    assert graphs_off(view, ("decode", "prefill")) == {
+def test_with_direct_views_all_graphs_stay() -> None:
+    assert graph_arguments(arguments(), has_direct=True) == {}
+
+
+def test_without_direct_views_decode_graphs_are_off_and_prefill_graphs_stay() -> None:
+    assert graph_arguments(arguments(), has_direct=False) == {"cuda_graph_backend_decode": "disabled"}
+
+
+def test_the_cpu_engine_has_none() -> None:
+    assert graph_arguments(arguments(device="cpu", cuda_graph_backend_decode="full"), has_direct=True) == {
+        "disable_cuda_graph": True,
         "cuda_graph_backend_decode": "disabled",
         "cuda_graph_backend_prefill": "disabled",
     }
@@ -24,9 +39,22 @@ def test_the_backends_of_phases_are_settled() -> None:
 
 def test_an_explicit_config_keeps_all_else() -> None:
     config = {"decode": {"backend": "full", "max_bs": 8}, "prefill": {"backend": "breakable", "max_bs": 64}}
-    off = graphs_off(arguments(cuda_graph_config=config), ("prefill",))
-    assert off["cuda_graph_config"] == {**config, "prefill": {"backend": "disabled", "max_bs": 64}}
-    assert config["prefill"]["backend"] == "breakable"
+    off = graph_arguments(arguments(cuda_graph_config=config), has_direct=False)
+    assert off["cuda_graph_config"] == {**config, "decode": {"backend": "disabled", "max_bs": 8}}
+    assert config["decode"]["backend"] == "full"
+
+
+@pytest.mark.parametrize("backend", ["full", "tc_piecewise"])
+def test_prefill_graphs_without_our_breaks_are_unsupported(backend: str) -> None:
+    for asked in (
+        {"cuda_graph_backend_prefill": backend},
+        {"cuda_graph_config": {"prefill": {"backend": backend}}},
+    ):
+        with pytest.raises(DwdpConfigError, match=f"--cuda-graph-backend-prefill {backend} is unsupported"):
+            reject_graph_backends(arguments(**asked))
+        reject_graph_backends(arguments(device="cpu", **asked))  # they are turned off there
+    for supported in (None, "breakable", "disabled"):
+        reject_graph_backends(arguments(cuda_graph_backend_prefill=supported))
 
 
 def test_sglang_lets_nothing_win_over_it() -> None:
@@ -37,8 +65,8 @@ def test_sglang_lets_nothing_win_over_it() -> None:
     from sglang.srt.server_args import ServerArgs
 
     wanted = CudaGraphConfig.from_dict({"prefill": {"backend": "full", "max_bs": 64}})
-    args = ServerArgs(model_path="dummy", cuda_graph_config=wanted, cuda_graph_backend_decode="full")
-    declare_resolution(args, "test", **graphs_off(resolving_view(args), ("decode", "prefill")))
+    args = ServerArgs(model_path="dummy", device="cpu", cuda_graph_config=wanted, cuda_graph_backend_decode="full")
+    declare_resolution(args, "test", **graph_arguments(resolving_view(args), has_direct=True))
     parse_cuda_graph_config(args)
     parsed = resolving_view(args).cuda_graph_config
     assert (parsed.decode.backend, parsed.prefill.backend, parsed.prefill.max_bs) == ("disabled", "disabled", 64)
