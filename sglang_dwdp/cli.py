@@ -11,7 +11,6 @@ from typing import get_args
 from sglang_dwdp import __version__
 from sglang_dwdp.config import ViewMode
 from sglang_dwdp.errors import DwdpError
-from sglang_dwdp.kernels_build.command import add_command as add_build_kernels
 from sglang_dwdp.planner.commands import add_commands
 
 
@@ -29,7 +28,6 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", help="keep the model and the servers' logs in this folder")
     demo.set_defaults(run=_demo)
     add_commands(commands)
-    add_build_kernels(commands)
     return result
 
 

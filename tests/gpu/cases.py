@@ -39,7 +39,7 @@ MASKED, COMPACT = ({"SGLANG_DEEPGEMM_STANDARD_LAYOUT": name} for name in ("maske
 class Case:
     """One model.
 
-    kernels: the format of FlashInfer's kernels that it needs (`sglang-dwdp build-kernels`).
+    kernels: the format of FlashInfer's kernels that it needs (`kernels/build.py`).
     logged: what a rank's log says of its layers.
     share_all: on 3 ranks scales and biases are shared like weights, however small they are.
     variation: a word for `dwdp`, which are options of the engines with DWDP only.
