@@ -132,7 +132,8 @@ def find_toolkit(torch_cuda: str) -> tuple[Path, str, list[Path]]:
     home = next((Path(place) for place in places if (Path(place) / "bin" / "nvcc").exists()), None)
     if home is None:
         raise DwdpError(
-            f"there is no bin/nvcc in {' or '.join(map(str, places))}. Install the CUDA toolkit and set CUDA_HOME to it."
+            f"there is no bin/nvcc in {' or '.join(map(str, places))}. Install the CUDA toolkit, and set CUDA_HOME "
+            "if it is not on the PATH."
         )
     said = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=False).stdout
     match = re.search(r"release (\d+\.\d+)", said)
@@ -175,13 +176,10 @@ def slim_spec(full: Any, weight_format: str, home: Path, pip: Sequence[Path], cu
     own = _written(slim.build_dir / "instantiation.cu", INSTANTIATION.format(runner=kernels.runner))
     system = [part for folder in pip for part in ("-isystem", str(folder / "include"))]
     libraries = _link_folder(slim.build_dir / "link", home, pip, cuda_version.split(".")[0])
+    chosen = sorted(filter(kernels.needs, sources), key=lambda source: "moe_gemm_kernels" not in source.name)
     return dataclasses.replace(
         slim,
-        # The longest ones first, as far as names tell.
-        sources=[
-            own,
-            *sorted(filter(kernels.needs, sources), key=lambda source: "moe_gemm_kernels" not in source.name),
-        ],
+        sources=[own, *chosen],
         extra_cflags=[*full.extra_cflags, *system],
         extra_cuda_cflags=[*full.extra_cuda_cflags, *system],
         extra_include_dirs=[*full.extra_include_dirs, original.parent],

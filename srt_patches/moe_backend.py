@@ -46,5 +46,5 @@ def choose(server_args: Any, view: Any) -> str | None:
 
 
 def has_kernels(weight_format: str) -> bool:
-    """Whether FlashInfer can run this format (a key of `flashinfer_modules.FORMATS`) without building for a long time first."""
+    """Whether FlashInfer can run this format (a key of `flashinfer_modules.FORMATS`) without a long build."""
     return flashinfer_modules.ready(weight_format)
