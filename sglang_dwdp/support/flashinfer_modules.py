@@ -44,7 +44,7 @@ def built() -> dict[str, Path]:
     from flashinfer.jit import env
 
     below = Path(env.FLASHINFER_JIT_DIR).relative_to(env.FLASHINFER_CACHE_DIR)
-    found = {}
+    found: dict[str, Path] = {}
     for weight_format in FORMATS:
         name = module_name(weight_format)
         for folder in (Path(env.FLASHINFER_JIT_DIR) / name, Path.home() / ".cache" / "flashinfer" / below / name):

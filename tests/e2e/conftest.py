@@ -17,10 +17,9 @@ import pytest
 import torch
 
 from sglang_dwdp import cleanup
-from sglang_dwdp.demo.checkpoint import make_checkpoint
-from sglang_dwdp.demo.families import Family
 from sglang_dwdp.demo.server import Server
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
+from tests.fixtures.families import Family, make_checkpoint
 
 # float32: in bf16 two tokens of a random model tie now and then.
 FLAGS = ("--dtype", "float32", "--skip-server-warmup", "--random-seed", "1")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from sglang_dwdp.demo.families import Family
 from sglang_dwdp.demo.server import Server, ServerFailed
 from tests.e2e.conftest import Running
 from tests.e2e.test_parity import MLA_PLUGIN, Models, Reference, check
+from tests.fixtures.families import Family
 
 pytestmark = pytest.mark.models
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from sglang_dwdp.config import UNPLANNED_DIRECT_MAX_TOKENS
-from sglang_dwdp.demo.families import Family
 from sglang_dwdp.demo.server import Server
 from tests.e2e.conftest import Answers, Running
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
+from tests.fixtures.families import Family
 
 Models = Callable[[Family, int], Path]
 Reference = Callable[..., Answers]

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import requests
 
-from sglang_dwdp.demo.families import Family
 from sglang_dwdp.demo.server import Server
 from tests.e2e.conftest import Answers, Running
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
+from tests.fixtures.families import Family
 
 BUSY_S = 60.0
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from sglang_dwdp.cpu import engine as cpu_engine
-from sglang_dwdp.demo.families import Family
 from sglang_dwdp.demo.server import Server, ServerFailed, fewer_models, free_port
 from tests.e2e.conftest import Answers, Footprint
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
+from tests.fixtures.families import Family
 
 Models = Callable[[Family, int], Path]
 

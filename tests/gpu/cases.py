@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sglang_dwdp.demo.families import Family
-from sglang_dwdp.demo.quantized import Quantization
+from tests.fixtures.families import Family
+from tests.fixtures.quantized import Quantization
 
 # Sizes that kernels for GPUs take: heads as in the released models, multiples of 128 for blocks of FP8. 14 experts
 # over 3 ranks are shards of different sizes; an expert's bytes are no whole number of pages, so ranks share pages.

@@ -32,9 +32,9 @@ import pytest
 import torch
 
 from benchmarks.one_gpu import one_gpu_environment
-from sglang_dwdp.demo.checkpoint import make_checkpoint
 from sglang_dwdp.demo.server import fewer_models
 from tests import ROOT
+from tests.fixtures.families import make_checkpoint
 from tests.gpu.cases import ALL, BY_NAME, FUSED, VARIATIONS, Case
 from tests.gpu.engine import LENGTHS
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-from sglang_dwdp.demo.checkpoint import VOCAB_SIZE, make_checkpoint, make_tokenizer
-from sglang_dwdp.demo.families import Family, Shape
+from sglang_dwdp.demo.checkpoint import VOCAB_SIZE, make_tokenizer
+from tests.fixtures.families import Family, Shape, make_checkpoint
 
 FAMILIES = get_args(Family)
 DENSE_FIRST = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe")
