@@ -128,8 +128,10 @@ def find_toolkit(torch_cuda: str) -> tuple[Path, str, list[Path]]:
     """
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     on_path = shutil.which("nvcc")
-    places = [named] if named else ["/usr/local/cuda", *([Path(on_path).resolve().parent.parent] if on_path else [])]
-    home = next((Path(place) for place in places if (Path(place) / "bin" / "nvcc").exists()), None)
+    places = [Path(named or "/usr/local/cuda")]
+    if not named and on_path:
+        places.append(Path(on_path).resolve().parent.parent)
+    home = next((place for place in places if (place / "bin" / "nvcc").exists()), None)
     if home is None:
         raise DwdpError(
             f"there is no bin/nvcc in {' or '.join(map(str, places))}. Install the CUDA toolkit, and set CUDA_HOME "
@@ -276,7 +278,8 @@ def _written(path: Path, text: str) -> Path:
 
 def default_jobs() -> int:
     """As many compilers as there are processors and memory for."""
-    return max(1, min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // _MEMORY_OF_A_COMPILER))
+    available: int = psutil.virtual_memory().available
+    return max(1, min(len(os.sched_getaffinity(0)), available // _MEMORY_OF_A_COMPILER))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

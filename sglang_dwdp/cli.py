@@ -13,6 +13,9 @@ from sglang_dwdp.config import ViewMode
 from sglang_dwdp.errors import DwdpError
 from sglang_dwdp.planner.commands import add_commands
 
+# What `plan`, `profile` and `simulate` import beyond what a server needs.
+PLANNER_MODULES = ("jinja2", "matplotlib", "simpy", "yaml")
+
 
 def parser() -> argparse.ArgumentParser:
     """All subcommands; each sets `run`, a function from the parsed arguments to an exit code."""
@@ -50,12 +53,20 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand. What the user can mend is one line on stderr, and exit code 1."""
+    """Run a subcommand; an error that the user can mend is one line on stderr and exit code 1."""
     args = parser().parse_args(argv)
     # As an exception, so that servers and compilers that a subcommand started end with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return int(args.run(args))
+    except ModuleNotFoundError as error:
+        if error.name not in PLANNER_MODULES:
+            raise
+        sys.stderr.write(
+            f"sglang-dwdp: error: {error.name} is not installed. Install what the planner needs: "
+            "pip install 'sglang-dwdp[planner]'\n"
+        )
+        return 1
     except (DwdpError, OSError) as error:  # OSError: a file that cannot be read or written
         sys.stderr.write(f"sglang-dwdp: error: {error}\n")
         return 1

@@ -68,7 +68,7 @@ def check(running: Running, model: Path, ranks: int, expected: Answers, dwdp: tu
             assert min(report[k] for k in ("bytes_copied", "direct_forwards", "staged_forwards")) > 0
 
 
-@pytest.mark.parametrize(("ranks", "num_experts"), [(2, 8), (2, 9), (3, 9), (3, 8)])
+@pytest.mark.parametrize(("ranks", "num_experts"), [(2, 8), (2, 9), (3, 8)])
 def test_qwen3_moe_staged_and_direct(
     running: Running,
     models: Models,
@@ -78,7 +78,7 @@ def test_qwen3_moe_staged_and_direct(
     ranks: int,
     num_experts: int,
 ) -> None:
-    """8 experts for 2 ranks and 9 for 3 divide evenly, 9 for 2 and 8 for 3 do not."""
+    """8 experts divide evenly among 2 ranks; 9 do not, nor do 8 among 3. test_robustness.py has 9 on 3."""
     expected = reference("qwen3_moe", num_experts)
     view = tmp_path / "view"
     view.write_text("staged")

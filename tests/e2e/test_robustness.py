@@ -15,7 +15,7 @@ from tests.e2e.conftest import Answers, Running
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family
 
-BUSY_S = 60.0
+BUSY_S = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_200_short_requests(server: Server, expected: Answers) -> None:
     ask_all(server, expected, [(number % 9, None) for number in range(200)], 16)
 
 
-def test_one_rank_busy_for_a_minute_while_the_others_idle(server: Server, expected: Answers) -> None:
+def test_one_rank_busy_while_the_others_idle(server: Server, expected: Answers) -> None:
     before = server.reports()
     deadline = time.monotonic() + BUSY_S
     turns = 0
@@ -57,7 +57,7 @@ def test_one_rank_busy_for_a_minute_while_the_others_idle(server: Server, expect
         ask_all(server, expected, [(number, 0) for number in (3, 15, 8, 11)], 4)
         turns += 1
     after = server.reports()
-    assert turns > 3
+    assert turns > 1
     assert after[0]["forward_tokens"] > before[0]["forward_tokens"]
     for rank in (1, 2):  # no idle batch either
         assert after[rank]["forward_tokens"] == before[rank]["forward_tokens"]

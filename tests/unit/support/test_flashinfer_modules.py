@@ -85,9 +85,12 @@ def test_slim_modules_are_used_only_where_the_full_one_is_not_there(monkeypatch:
 
 WHERE = """
 import sys
+from pathlib import Path
 if sys.argv[1] == "sglang":
     import sglang
 from sglang_dwdp.support.flashinfer_modules import built
+print(built())
+Path(sys.argv[2]).touch()
 print(*built().values())
 """
 
@@ -129,15 +132,10 @@ def test_a_built_module_is_found_where_sglang_has_moved_flashinfers_cache(first:
     dropped = ("FLASHINFER_WORKSPACE_BASE", "SGLANG_CACHE_DIR")
     environment = {key: value for key, value in os.environ.items() if key not in dropped}
     environment |= {"HOME": str(tmp_path), "FLASHINFER_CUDA_ARCH_LIST": "9.0a"}
-    command = [sys.executable, "-c", WHERE, first]
-
-    def found() -> str:
-        said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
-        return said.stdout.splitlines()[-1]
-
-    assert found() == ""  # not built to its end
-    (folder / f"{name}.so").touch()
-    assert found() == str(folder / f"{name}.so")
+    library = folder / f"{name}.so"
+    command = [sys.executable, "-c", WHERE, first, str(library)]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=True)
+    assert said.stdout.splitlines()[-2:] == ["{}", str(library)]  # the first before it was built to its end
 
 
 OPEN = """
