@@ -62,7 +62,7 @@ class Footprint:
 
     def _now(self) -> set[str]:
         new = set(Path("/dev/shm").iterdir()) - self.before
-        files = new - cleanup.mapped(cleanup.all_pids())  # other programs of the machine map theirs
+        files = new - cleanup.mapped(cleanup.all_pids())  # what other programs of the machine use
         sockets = {path for path in self.directory.rglob("*") if path.is_socket()}
         names = re.findall(r"@sglang-dwdp\S*", Path("/proc/net/unix").read_text())
         return {str(path) for path in files | sockets} | set(names) | self._processes()

@@ -1,4 +1,4 @@
-"""One server under loads that hang lock-step data parallelism, and under requests that it must refuse."""
+"""One server under loads that hang lock-step data parallelism, and under requests that it must answer with an error."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ BUSY_S = 20.0
 @pytest.fixture(scope="module")
 def server(running: Running, models: Callable[[Family, int], Path], expected: Answers) -> Iterator[Server]:
     del expected  # asked for so that the reference's server comes and goes before this one
-    with running(models("qwen3_moe", 9), 3, dwdp=("--dwdp-direct-max-tokens", "64")) as server:
+    with running(models("qwen3_moe", 8), 3, dwdp=("--dwdp-direct-max-tokens", "64")) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def expected(reference: Callable[..., Answers]) -> Answers:
-    return reference("qwen3_moe", 9)
+    return reference("qwen3_moe", 8)
 
 
 def ask_all(server: Server, expected: Answers, requests_: list[tuple[int, int | None]], at_once: int) -> None:
