@@ -21,6 +21,8 @@ import requests
 from sglang_dwdp.cpu import engine as cpu_engine
 from sglang_dwdp.errors import DwdpError
 
+# A folder of packages that need not be imported; not a package itself.
+STUBS = Path(__file__).resolve().parent / "stubs"
 # What the log says on the way up, in this order, and what that means.
 MILESTONES = (
     ("Init parallel begin", "process groups"),
@@ -81,6 +83,7 @@ class Server:
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu"]
         command += ["--tp", str(ranks), "--host", "127.0.0.1", "--port", str(self.port), *flags]
         variables = {**fewer_models(), **os.environ, **(environment or {})}
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(STUBS), variables.get("PYTHONPATH"))))
         if dwdp is None:
             # What the plugin arranges by itself where DWDP is on.
             variables |= cpu_engine.environment(ranks, variables)

@@ -51,8 +51,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_claims_one_top_level_name(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"sglang_dwdp"}
-    needed_files = ("srt_patches/ledger.md", "srt_patches/hooks.py", "cpu/stubs/sgl_kernel/__init__.py", "py.typed")
-    for needed in needed_files:
+    stubs = ("cpu/stubs/sgl_kernel/__init__.py", "demo/stubs/flashinfer.py")
+    for needed in ("srt_patches/ledger.md", "srt_patches/hooks.py", "py.typed", *stubs):
         assert f"sglang_dwdp/{needed}" in names
     assert not [name for name in names if name.startswith("sglang_dwdp/kernels/")]
 
