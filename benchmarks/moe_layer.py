@@ -52,8 +52,8 @@ from benchmarks.sglang_kernels import deep_gemm, published
 from sglang_dwdp.experts.layout import tensor_layout
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.experts.views import TensorSpec, view_of
-from sglang_dwdp.kernels_build import load
 from sglang_dwdp.memory.cuda import CudaMemory
+from sglang_dwdp.support import flashinfer_modules
 
 LAYERS = {
     "qwen-bf16": (QWEN3_30B, "bf16"),
@@ -141,8 +141,10 @@ def kernels_of(shape: Shape, weight_format: str, experts: Experts) -> dict[str, 
     """By name, what makes a kernel and the experts that it reads."""
 
     def flashinfer() -> tuple[Kernel, Experts]:
-        if not load.ready(weight_format):  # its first call would compile for as long as everything else takes
-            raise RuntimeError(f"not built: sglang-dwdp build-kernels --format {weight_format}")
+        if not flashinfer_modules.ready(
+            weight_format
+        ):  # its first call would compile for as long as everything else takes
+            raise RuntimeError(f"not built: python kernels/build.py --format {weight_format}")
         prepared = for_flashinfer(weight_format, experts)
         return lambda case, given: run_flashinfer(weight_format, case, given), prepared
 
@@ -233,7 +235,7 @@ def main() -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         parser.error("needs a Hopper GPU")
     deadline = time.monotonic() + args.limit_s
-    load.install()
+    flashinfer_modules.install()
     rows: list[dict[str, Any]] = []
     content = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
     content |= {name: version(package) for name, package in (("sglang", "sglang"), ("flashinfer", "flashinfer-python"))}

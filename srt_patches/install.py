@@ -41,10 +41,10 @@ def _install(role: str, config: DwdpConfig, device: str | None) -> None:
         from sglang_dwdp.srt_patches import audit, experts, forward, linear, reports, steps, weights
 
         if device == "cuda":
-            from sglang_dwdp.kernels_build import load
             from sglang_dwdp.srt_patches import flashinfer_fp8, prefill_graphs
+            from sglang_dwdp.support import flashinfer_modules
 
-            load.install()  # before weights are loaded: FlashInfer prepares MXFP4 weights with its module
+            flashinfer_modules.install()  # before weights are loaded: FlashInfer prepares MXFP4 weights with its module
             flashinfer_fp8.register()
             install((*flashinfer_fp8.HOOKS, *prefill_graphs.HOOKS))
 

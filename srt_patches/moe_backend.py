@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sglang.srt.arg_groups.model_override_base import model_config_of
 
-from sglang_dwdp.kernels_build import load
+from sglang_dwdp.support import flashinfer_modules
 from sglang_dwdp.support.backends import GPT_OSS_BF16, default_for
 
 logger = logging.getLogger(__name__)
@@ -46,5 +46,5 @@ def choose(server_args: Any, view: Any) -> str | None:
 
 
 def has_kernels(weight_format: str) -> bool:
-    """Whether FlashInfer can run this format (a name of `build-kernels`) without building for a long time first."""
-    return load.ready(weight_format)
+    """Whether FlashInfer can run this format (a key of `flashinfer_modules.FORMATS`) without a long build."""
+    return flashinfer_modules.ready(weight_format)

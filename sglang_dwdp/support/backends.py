@@ -151,7 +151,7 @@ def check(layer_id: int, method: str, backend: str | None) -> Way:
 class Default:
     """A backend that --moe-runner-backend auto may stand for.
 
-    backend: the flag's value.  kernels: the format of FlashInfer's kernels that it needs (see `kernels_build`).
+    backend: the flag's value.  kernels: the format of FlashInfer's kernels that it needs (see `flashinfer_modules`).
     reason: why it comes at its place.
     """
 
@@ -172,7 +172,7 @@ DEFAULTS: Mapping[str, tuple[Default, ...]] = {
             "triton",
             None,
             "SGLang's own choice, triton_kernel, cannot read shared experts, and FlashInfer's kernels are not built "
-            "(sglang-dwdp build-kernels --format mxfp4); experts take four times the memory, as bf16",
+            "(python kernels/build.py --format mxfp4); experts take four times the memory, as bf16",
         ),
     ),
 }

@@ -1,4 +1,4 @@
-"""One server under loads that hang lock-step data parallelism, and under requests that it must refuse."""
+"""One server under loads that hang lock-step data parallelism, and under requests that it must answer with an error."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from pathlib import Path
 import pytest
 import requests
 
-from sglang_dwdp.demo.families import Family
 from sglang_dwdp.demo.server import Server
 from tests.e2e.conftest import Answers, Running
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
+from tests.fixtures.families import Family
 
-BUSY_S = 60.0
+BUSY_S = 20.0
 
 
 @pytest.fixture(scope="module")
 def server(running: Running, models: Callable[[Family, int], Path], expected: Answers) -> Iterator[Server]:
     del expected  # asked for so that the reference's server comes and goes before this one
-    with running(models("qwen3_moe", 9), 3, dwdp=("--dwdp-direct-max-tokens", "64")) as server:
+    with running(models("qwen3_moe", 8), 3, dwdp=("--dwdp-direct-max-tokens", "64")) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def expected(reference: Callable[..., Answers]) -> Answers:
-    return reference("qwen3_moe", 9)
+    return reference("qwen3_moe", 8)
 
 
 def ask_all(server: Server, expected: Answers, requests_: list[tuple[int, int | None]], at_once: int) -> None:
@@ -49,7 +49,7 @@ def test_200_short_requests(server: Server, expected: Answers) -> None:
     ask_all(server, expected, [(number % 9, None) for number in range(200)], 16)
 
 
-def test_one_rank_busy_for_a_minute_while_the_others_idle(server: Server, expected: Answers) -> None:
+def test_one_rank_busy_while_the_others_idle(server: Server, expected: Answers) -> None:
     before = server.reports()
     deadline = time.monotonic() + BUSY_S
     turns = 0
@@ -57,7 +57,7 @@ def test_one_rank_busy_for_a_minute_while_the_others_idle(server: Server, expect
         ask_all(server, expected, [(number, 0) for number in (3, 15, 8, 11)], 4)
         turns += 1
     after = server.reports()
-    assert turns > 3
+    assert turns > 1
     assert after[0]["forward_tokens"] > before[0]["forward_tokens"]
     for rank in (1, 2):  # no idle batch either
         assert after[rank]["forward_tokens"] == before[rank]["forward_tokens"]

@@ -32,9 +32,9 @@ import pytest
 import torch
 
 from benchmarks.one_gpu import one_gpu_environment
-from sglang_dwdp.demo.checkpoint import make_checkpoint
 from sglang_dwdp.demo.server import fewer_models
 from tests import ROOT
+from tests.fixtures.families import make_checkpoint
 from tests.gpu.cases import ALL, BY_NAME, FUSED, VARIATIONS, Case
 from tests.gpu.engine import LENGTHS
 
@@ -48,11 +48,11 @@ Answers = list[list[Any]]  # of each rank, in the order of the prompts
 RESIDENT_PLUGIN = """
 def install(_result, _server_args, *_args, role, **_kwargs):
     if role == "scheduler":
-        from sglang_dwdp.kernels_build import load
+        from sglang_dwdp.support import flashinfer_modules
         from sglang_dwdp.srt_patches import flashinfer_fp8
         from sglang_dwdp.srt_patches.hooks import install as install_hooks
 
-        load.install()
+        flashinfer_modules.install()
         flashinfer_fp8.register()
         install_hooks(flashinfer_fp8.HOOKS)
         print("this rank has the kernels that DWDP brings", flush=True)
@@ -246,11 +246,13 @@ def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def missing_kernels(case: Case) -> str | None:
     """What has to be built first; None: nothing."""
-    from sglang_dwdp.kernels_build import load
+    from sglang_dwdp.support import flashinfer_modules
 
-    if case.kernels is None or case.kernels in load.built() or not torch.cuda.is_available():  # nothing starts then
+    if (
+        case.kernels is None or case.kernels in flashinfer_modules.built() or not torch.cuda.is_available()
+    ):  # nothing starts then
         return None
-    return f"needs `sglang-dwdp build-kernels --format {case.kernels}`"
+    return f"needs `python kernels/build.py --format {case.kernels}`"
 
 
 def skip_without_kernels(case: Case) -> None:

@@ -149,11 +149,11 @@ class Mxfp4:
 def mxfp4() -> tuple[Mxfp4, list[dict[str, torch.Tensor]]]:
     from sglang.srt.environ import envs
 
-    from sglang_dwdp.kernels_build import load
+    from sglang_dwdp.support import flashinfer_modules
 
-    if not load.ready("mxfp4"):
-        pytest.skip("needs `sglang-dwdp build-kernels --format mxfp4`")
-    load.install()
+    if not flashinfer_modules.ready("mxfp4"):
+        pytest.skip("needs `python kernels/build.py --format mxfp4`")
+    flashinfer_modules.install()
     envs.SGLANG_FLASHINFER_MOE_FUSED_FINALIZE.set(False)  # its atomics give other bits in each call
     return Mxfp4(GPT_OSS), [make("mxfp4", GPT_OSS, seed) for seed in range(3)]
 

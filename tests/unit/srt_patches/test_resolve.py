@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from sglang_dwdp.config import UNPLANNED_DIRECT_MAX_TOKENS
-from sglang_dwdp.demo.checkpoint import make_checkpoint
+from tests.fixtures.families import make_checkpoint
 from tests.unit.support.test_conflicts import CASES
 
 PROGRAM = """

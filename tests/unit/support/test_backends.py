@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sglang_dwdp.errors import DwdpConfigError
-from sglang_dwdp.kernels_build.formats import FORMATS
 from sglang_dwdp.support.backends import DEFAULTS, FLASHINFER_FP8, WAYS, Status, check, default_for, is_verified, way_of
+from sglang_dwdp.support.flashinfer_modules import FORMATS
 
 
 def test_every_way_is_listed_once_and_every_refusal_has_a_reason() -> None:

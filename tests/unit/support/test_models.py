@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_dwdp.demo.families import Shape, config
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.support.models import COMPARED, REFUSED, check
+from tests.fixtures.families import Shape, config
 from tests.gpu.cases import ALL
 
 
 def test_what_tests_compare_is_what_is_called_compared() -> None:
-    served = [config(case.family, Shape(), "bfloat16", 64)["architectures"] for case in ALL]
+    served = [config(case.family, Shape())["architectures"] for case in ALL]
     assert {name for names in served for name in names} == COMPARED
     for name in COMPARED:
         assert check([name]) is None

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from sglang_dwdp.errors import DwdpError
-from sglang_dwdp.kernels_build.formats import FORMATS, check_architecture, instantiation, stand_ins
+from sglang_dwdp.support import flashinfer_modules
+from tests.unit.kernels.script import script
 
+FORMATS = script.FORMATS
 TMA = "INSTANTIATE_TMA_WARP_SPECIALIZED_MOE_GEMM(Sm90, {0}, {0}, {0},"
 MIXED = "sm90_generic_mixed_moe_gemm_kernelLauncher<{0}, {1}, __nv_bfloat16,"
 SM80 = "sm80_generic_fused_moe_gemm_kernelLauncher<cutlass::{0}, cutlass::{0}, 16, 128>"
@@ -29,7 +31,7 @@ SM80 = "sm80_generic_fused_moe_gemm_kernelLauncher<cutlass::{0}, cutlass::{0}, 1
 def test_generated_sources(tmp_path: Path, text: str, taken_by: set[str]) -> None:
     source = tmp_path / "kernels.generated.cu"
     source.write_text(text)
-    assert {name for name, spec in FORMATS.items() if spec.needs(source)} == taken_by
+    assert {name for name, kernels in FORMATS.items() if kernels.needs(source)} == taken_by
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,7 @@ def test_generated_sources(tmp_path: Path, text: str, taken_by: set[str]) -> Non
     ],
 )
 def test_other_sources(name: str, taken_by: set[str]) -> None:
-    assert {n for n, spec in FORMATS.items() if spec.needs(Path(name))} == taken_by
+    assert {n for n, kernels in FORMATS.items() if kernels.needs(Path(name))} == taken_by
 
 
 OTHER = "ns::CutlassMoeFCRunner<__half, __half, __half>::runMoe(void const*)"
@@ -65,22 +67,18 @@ def test_only_other_formats_may_be_missing(name: str) -> None:
     assert FORMATS[name].unexpected(others) == []
 
 
-def test_names_are_unlike_flashinfers() -> None:
-    names = {spec.module_name("9.0a") for spec in FORMATS.values()}
+def test_the_formats_are_those_that_a_server_looks_for() -> None:
+    assert set(FORMATS) == set(flashinfer_modules.FORMATS)
+    names = {flashinfer_modules.module_name(name) for name in FORMATS}
     assert names == {"fused_moe_90_dwdp_bf16", "fused_moe_90_dwdp_fp8_block", "fused_moe_90_dwdp_mxfp4"}
 
 
-def test_sources_from_templates() -> None:
-    spec = FORMATS["mxfp4"]
-    assert instantiation("a\n@RUNNERS@\nb", spec) == (
-        "a\ntemplate class CutlassMoeFCRunner<__nv_bfloat16, Fp4Type>;\nb"
-    )
-    text = stand_ins("@FORMAT@ @ALIASES@", spec, ["_ZA", "_ZB"])
-    assert text.startswith('mxfp4 void missing_0() __asm__("_ZA")')
-    assert '__asm__("_ZB")' in text
-
-
-def test_another_architecture() -> None:
-    check_architecture("9.0a")
-    with pytest.raises(DwdpError, match=r"--arch 10\.0a: slim kernels exist for 9\.0a"):
-        check_architecture("10.0a")
+def test_written_sources(tmp_path: Path) -> None:
+    symbol = "_ZN12tensorrt_llm18CutlassMoeFCRunnerIffE3runEv"
+    text = script.write_missing(tmp_path / "missing.cpp", "mxfp4", [symbol]).read_text()
+    assert f'void missing_0() __asm__("{symbol}")' in text
+    assert "for mxfp4 weights only" in text
+    with pytest.raises(DwdpError, match="needs more for mxfp4"):
+        script.write_missing(tmp_path / "missing.cpp", "mxfp4", ["_ZN12tensorrt_llm6helperEv"])
+    instantiation = script.INSTANTIATION.format(runner=FORMATS["mxfp4"].runner)
+    assert "template class CutlassMoeFCRunner<__nv_bfloat16, Fp4Type>;" in instantiation
