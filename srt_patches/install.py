@@ -13,8 +13,8 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.errors import DwdpRuntimeError
+from sglang_dwdp.srt_patches.attached import config_of
 from sglang_dwdp.srt_patches.hooks import Hook, install
-from sglang_dwdp.srt_patches.resolve import config_of
 
 
 def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_kwargs: Any) -> None:

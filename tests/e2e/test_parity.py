@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from sglang_dwdp.config import UNPLANNED_DIRECT_MAX_TOKENS
 from sglang_dwdp.demo.families import Family
 from sglang_dwdp.demo.server import Server
+from sglang_dwdp.experts.direct_limit import direct_limit
 from tests.e2e.conftest import Answers, Running
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 
@@ -89,9 +89,9 @@ def test_qwen3_moe_staged_and_direct(
         for report in staged:
             assert report["direct_forwards"] == 0
             assert report["bytes_copied"] > 0
-            assert report["direct_max_tokens"] == UNPLANNED_DIRECT_MAX_TOKENS
-        reason = "(a constant, since the planner knows GPUs only)"
-        assert server.log.read_text(errors="replace").count(reason) == ranks
+            assert report["direct_max_tokens"] == direct_limit(num_experts, 2)
+        limit = f"in place in forwards of up to {direct_limit(num_experts, 2)} tokens"
+        assert server.log.read_text(errors="replace").count(limit) == ranks
         view.write_text("direct")
         compare(server, ranks, expected)
         for before, after in zip(staged, server.reports(), strict=True):

@@ -7,6 +7,7 @@ from importlib.metadata import version
 import pytest
 
 from sglang_dwdp.srt_patches import (
+    arguments,
     controller,
     experts,
     flashinfer_fp8,
@@ -14,7 +15,6 @@ from sglang_dwdp.srt_patches import (
     install,
     linear,
     reports,
-    resolve,
     steps,
     weights,
 )
@@ -23,7 +23,7 @@ from sglang_dwdp.srt_patches.ledger import Entry, entries, source_hash
 ENTRIES = entries()
 HOOKS = (
     *install.HOOKS,
-    *resolve.HOOKS,
+    *arguments.HOOKS,
     *controller.HOOKS,
     *flashinfer_fp8.HOOKS,
     *steps.HOOKS,
