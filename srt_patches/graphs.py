@@ -12,10 +12,11 @@ def graphs_off(view: Any, phases: tuple[str, ...]) -> dict[str, Any]:
     """Server arguments that turn the CUDA graphs of these phases off, whatever else was asked for.
 
     SGLang lets --cuda-graph-backend-decode and --cuda-graph-backend-prefill win over --disable-cuda-graph, and
-    --cuda-graph-config over both, so all of them are settled.
+    --cuda-graph-config over both, so all of them are resolved.
 
-    view: server arguments that were not resolved yet.
-    phases: of "decode" and "prefill".
+    Args:
+        view: server arguments that were not resolved yet.
+        phases: of "decode" and "prefill".
     """
     explicit = view.cuda_graph_config or {}
     if not isinstance(explicit, dict):

@@ -13,7 +13,7 @@ def arguments(**given: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**unset, **given})
 
 
-def test_the_backends_of_phases_are_settled() -> None:
+def test_the_backends_of_phases_are_resolved() -> None:
     assert graphs_off(arguments(), ("prefill",)) == {"cuda_graph_backend_prefill": "disabled"}
     view = arguments(cuda_graph_backend_decode="full")
     assert graphs_off(view, ("decode", "prefill")) == {
