@@ -24,7 +24,7 @@ DEFAULT_DIRECT_MAX_TOKENS = 32
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TransportKind:
-    """A way for ranks to share memory.
+    """How ranks share memory.
 
     Attributes:
         device: the `--device` that has it.

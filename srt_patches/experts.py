@@ -62,7 +62,7 @@ class ShardCount:
 
 
 def build(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
-    """Around `FusedMoE.__init__`: every rank runs the whole width of all experts.
+    """Around `FusedMoE.__init__`: every rank runs all experts, at their full width.
 
     The server's arguments leave the MoE's tensor parallelism at tp_size, the only factorisation that SGLang's
     models accept beside expert parallelism; for a rank of DWDP both are 1.
@@ -79,7 +79,7 @@ def check_blocks(runner: Any) -> None:
     SGLang's own call wants a block's width to divide an expert's width divided by the ranks.
 
     Raises:
-        ValueError: SGLang's, for experts that are no whole number of blocks wide.
+        ValueError: SGLang's, for experts whose width is not a multiple of a block's.
     """
     check_quantized_moe_compatibility(model_config=runner.model_config, tp_size=1, moe_ep_size=1, moe_dp_size=1)
 

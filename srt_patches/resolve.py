@@ -129,7 +129,7 @@ def resolve_data_parallelism(server_args: Any, previous: Callable[[Any], None]) 
     """The resolution step `handle_data_parallelism`: keep what a rank may do at a time.
 
     For dp-attention SGLang divides chunked_prefill_size by the ranks and lowers schedule_conservativeness,
-    since all ranks' tokens meet in one MoE batch. A DWDP rank's tokens meet nobody's.
+    since all ranks' tokens meet in one MoE batch. A DWDP rank's tokens are a batch of their own.
     """
     if config_of(server_args) is None:
         previous(server_args)
@@ -146,9 +146,9 @@ def resolve_data_parallelism(server_args: Any, previous: Callable[[Any], None]) 
 def resolve_load_balance(server_args: Any, previous: Callable[[Any], None]) -> None:
     """The resolution step `handle_load_balance_method`: requests go to the rank with the fewest pending tokens.
 
-    SGLang's default counts requests (and on a prefill server draws the rank from the request's number). Ranks in
-    step lose little by that, since each waits for the longest anyway; a DWDP rank waits for nobody, so a rank that
-    got the long prompts is the only thing left that makes requests wait.
+    SGLang's default counts requests (and on a prefill server takes the rank from the request's number). Ranks that
+    run in step lose little by that, since each waits for the slowest anyway. DWDP ranks do not wait for each other,
+    so nothing but a rank that got the long prompts makes requests wait.
     """
     if config_of(server_args) is not None and resolving_view(server_args).load_balance_method == "auto":
         declare_resolution(server_args, _SOURCE, load_balance_method="total_tokens")
@@ -172,8 +172,11 @@ def resolve_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> N
 
 
 def resolve_memory(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """The resolution step `handle_gpu_memory_settings`: on the CPU engine SGLang lets every rank take the part of
-    the host's memory that a device's only user would, so the KV cache gets a fixed size, unless the user set one."""
+    """The resolution step `handle_gpu_memory_settings`: a fixed size for the KV cache on the CPU engine.
+
+    There SGLang lets every rank take the share of the host's memory that the only user of a device would. A size that
+    the user set stays.
+    """
     view = resolving_view(server_args)
     unset = view.max_total_tokens is None and view.mem_fraction_static is None
     previous(server_args)

@@ -189,7 +189,7 @@ class _Sharing:
         if slot is not None:
             self._plan(shared, [spec for spec in specs if spec.name in results], results)
         self.peak_bytes = max(self.peak_bytes, self.memory.held_bytes - self.held_at_start)
-        self.layers.append(shared)  # before it is bound: a failure half-way has to be undone too
+        self.layers.append(shared)  # before it is bound: if binding fails, it has to be undone too
         layer.bind(shared.direct)
         self.memory.trim()  # what the layer held, before the next one takes its blocks
 

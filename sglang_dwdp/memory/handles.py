@@ -1,4 +1,4 @@
-"""Handing blocks to peers: each rank makes its own, and gets everybody else's."""
+"""Handing blocks to peers: each rank makes its own, and gets those of all others."""
 
 from __future__ import annotations
 

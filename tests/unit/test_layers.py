@@ -17,9 +17,6 @@ SERVING = sorted(
     for path in (*PACKAGE.rglob("*.py"), *(ROOT / "srt_patches").rglob("*.py"))
     if path.relative_to(ROOT).parts[1] not in NOT_SERVING
 )
-BELOW = {"experts": {"planner", "demo", "support", "runtime", "srt_patches", "cpu", "kernels_build"}}
-BELOW["memory"] = BELOW["experts"] | {"experts"}
-BELOW["support"] = (BELOW["experts"] - {"support"}) | {"experts", "memory"}
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -42,8 +39,3 @@ def test_there_is_something_to_look_at() -> None:
 @pytest.mark.parametrize("path", SERVING, ids=str)
 def test_what_serves_imports_neither_planner_nor_demo(path: Path) -> None:
     assert not {"planner", "demo"} & set(imported(path))
-
-
-@pytest.mark.parametrize("path", [path for path in SERVING if path.parts[1] in BELOW], ids=str)
-def test_layers_do_not_import_those_above(path: Path) -> None:
-    assert not BELOW[path.parts[1]] & set(imported(path))
