@@ -19,6 +19,7 @@ from sglang_dwdp.errors import DwdpConfigError, DwdpRuntimeError, DwdpSetupError
 from sglang_dwdp.experts.layout import tensor_layout
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.memory.base import Block, Handle, Memory
+from sglang_dwdp.memory.handshake import Exchange
 from sglang_dwdp.memory.host import HostMemory
 from sglang_dwdp.runtime import DwdpRuntime
 from tests.fixtures.ranks import (
@@ -443,7 +444,7 @@ def layers_with(change: Callable[[int, list[PlainLayer]], None], full: Any) -> C
     return make
 
 
-def test_experts_that_do_not_lie_one_after_another_are_refused_and_nothing_is_bound() -> None:
+def test_experts_that_do_not_lie_one_after_another_are_unsupported_and_nothing_is_bound() -> None:
     full = checkpoint(2, 6, {"w1": (8, 8)})
     made = []
 
@@ -457,7 +458,7 @@ def test_experts_that_do_not_lie_one_after_another_are_refused_and_nothing_is_bo
     assert not any(layer.bound for layer in made)
 
 
-def test_a_shard_of_the_wrong_size_is_refused() -> None:
+def test_a_shard_of_the_wrong_size_is_an_error() -> None:
     full = checkpoint(1, 6, {"w1": (8, 8)})
 
     def change(_rank: int, layers: list[PlainLayer]) -> None:
@@ -481,7 +482,21 @@ def test_ranks_that_loaded_different_experts_are_told_where() -> None:
         assert "torch.float32" in str(error)
 
 
-def test_only_one_rank_refusing_is_heard_by_the_other() -> None:
+def test_ranks_that_loaded_the_same_tell_each_other_no_more_than_a_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[bytes] = []
+
+    class Watched(Exchange):
+        def all_gather(self, payload: bytes) -> list[bytes]:
+            sent.append(payload)
+            return super().all_gather(payload)
+
+    monkeypatch.setattr("sglang_dwdp.runtime.Exchange", Watched)
+    full = checkpoint(9, 6, {"w1": (8, 8)})
+    assert run_ranks(2, full, lambda _r, _l: "ran") == ["ran", "ran"]
+    assert max(map(len, sent)) == 32
+
+
+def test_an_error_of_one_rank_only_reaches_the_other() -> None:
     full = checkpoint(1, 6, {"w1": (8, 8)})
 
     def change(rank: int, layers: list[PlainLayer]) -> None:
