@@ -49,6 +49,7 @@ from benchmarks.moe_problems import (
     run_triton,
 )
 from benchmarks.sglang_kernels import deep_gemm, published
+from sglang_dwdp.experts.layer import ExpertTensor
 from sglang_dwdp.experts.layout import tensor_layout
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.experts.views import TensorSpec, view_of
@@ -92,7 +93,8 @@ class Views:
                 block = self._memory.import_handle(handle, span.nbytes)
                 made.append(block)
             placed.append((span.offset, block))
-        view = view_of(self._memory, TensorSpec(name, tensor.dtype, tuple(tensor.shape[1:]), layout), placed)
+        spec = TensorSpec(ExpertTensor(name, tensor.dtype, tuple(tensor.shape[1:]), replicated=False), layout)
+        view = view_of(self._memory, spec, placed)
         for block in made:  # the view holds the memory
             block.close()
         view.bytes.copy_(tensor.reshape(-1).view(torch.uint8))

@@ -11,7 +11,7 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from sglang_dwdp.errors import DwdpConfigError
-from sglang_dwdp.support.backends import Way, check
+from sglang_dwdp.support.backends import MoeBackend, check_backend
 
 _FORWARD = ("forward", "forward_impl", "run_moe_core")
 
@@ -79,7 +79,7 @@ def refuse_own_forward(layer: Any) -> None:
         )
 
 
-def way_of_layer(layer: Any) -> Way:
+def backend_of_layer(layer: Any) -> MoeBackend:
     """How a layer runs on a GPU.
 
     Raises:
@@ -95,4 +95,4 @@ def way_of_layer(layer: Any) -> Way:
             "(weight_block_size in the checkpoint's config); these have others, which were not examined. Use a "
             "checkpoint with block scales, or serve without --enable-dwdp."
         )
-    return check(layer.layer_id, type(method).__name__, backend)
+    return check_backend(layer.layer_id, type(method).__name__, backend)

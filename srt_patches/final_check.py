@@ -9,18 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_dwdp.errors import DwdpConfigError
-
-# By argument: the value without which ranks would wait for each other, or read the wrong experts.
-NEEDED = {
-    "dp_size": 1,
-    "ep_size": 1,
-    "moe_dp_size": 1,
-    "moe_a2a_backend": "none",
-    "enable_dp_lm_head": True,
-    "enable_dp_attention_local_control_broadcast": True,
-    "disable_shared_experts_fusion": True,
-    "enforce_shared_experts_fusion": False,
-}
+from sglang_dwdp.srt_patches.resolved import RESOLVED
 
 
 def refuse_changes(view: Any) -> None:
@@ -33,7 +22,7 @@ def refuse_changes(view: Any) -> None:
     """
     changed = [
         f"{name} {getattr(view, name)!r} in place of {value!r}"
-        for name, value in NEEDED.items()
+        for name, value in RESOLVED.items()
         if getattr(view, name) != value
     ]
     if changed:

@@ -21,10 +21,9 @@ from sglang.srt.runtime_context import (
 from sglang_dwdp.memory import memory_for
 from sglang_dwdp.runtime import DwdpRuntime
 from sglang_dwdp.srt_patches import flashinfer_fp8
+from sglang_dwdp.srt_patches.attached import config_of
 from sglang_dwdp.srt_patches.experts import collect, rank_in_group
 from sglang_dwdp.srt_patches.hooks import Hook
-from sglang_dwdp.srt_patches.planned import why_direct_limit
-from sglang_dwdp.srt_patches.resolve import config_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +62,9 @@ def set_up(runner: Any) -> None:
     group = parallel.tp_rank // parallel.dwdp_size
     runtime.setup(layers, f"{_common_name(parallel.tp_group)}.{group}")
     set_global_dwdp_manager(Manager(runtime))
-    if config.view == "auto" and config.has_direct:
-        why = why_direct_limit(runner.server_args)
-        logger.info("DWDP reads experts in place in forwards of up to %d tokens (%s).", config.direct_limit, why)
+    views = config.views(maps=memory.maps)
+    if views.direct and views.staged:
+        logger.info("DWDP reads experts in place in forwards of up to %d tokens.", views.max_tokens)
     if runner.device == "cuda":
         # Without chunks (--chunked-prefill-size -1) a prefill is as large as the scheduler makes it.
         flashinfer_fp8.warm_up(runner.model, max(1, max_prefill_buffer_tokens() or get_schedule().max_prefill_tokens))

@@ -1,6 +1,6 @@
-"""Which hooks each of a server's processes gets, once it knows that DWDP is on.
+"""Which hooks each process of a server gets, once it knows that DWDP is on.
 
-SGLang publishes the server arguments first thing in every process, under the process's role.
+The first thing that every process of SGLang does is to publish the server arguments, under its role.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.errors import DwdpRuntimeError
+from sglang_dwdp.srt_patches.attached import config_of
 from sglang_dwdp.srt_patches.hooks import Hook, install
-from sglang_dwdp.srt_patches.resolve import config_of
 
 
 def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_kwargs: Any) -> None:
     """After `runtime_context.publish`.
 
     Raises:
-        DwdpRuntimeError: a hook did not take. The process ends, and SGLang ends the server.
+        DwdpRuntimeError: a hook could not be put in place. The process ends, and SGLang ends the server.
     """
     config = config_of(server_args)
     if config is None:
@@ -63,7 +63,6 @@ def _install(role: str, config: DwdpConfig, device: str | None) -> None:
         from sglang_dwdp.srt_patches import weights
 
         cleanup.watch()
-
         install(weights.TOKENIZER_HOOKS)
 
 

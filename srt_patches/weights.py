@@ -7,8 +7,8 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
+from sglang_dwdp.srt_patches.attached import config_of
 from sglang_dwdp.srt_patches.hooks import Hook
-from sglang_dwdp.srt_patches.resolve import config_of
 
 _REASON = (
     "not supported with --enable-dwdp: other ranks read these weights in place. "

@@ -1,4 +1,4 @@
-"""GPU memory shared the older way, CUDA IPC: for drivers and containers that refuse to export driver allocations.
+"""GPU memory shared through CUDA IPC: for drivers and containers that do not let driver allocations be exported.
 
 A block is a plain device allocation; a peer opens it at an address of the driver's choice. It cannot be mapped
 into a range, so there are no views here: all experts are copied into slots, the rank's own too. When the exporting
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from cuda.bindings import driver
 
+from sglang_dwdp.config import TRANSPORTS
 from sglang_dwdp.memory.base import Block, Handle, Range
 from sglang_dwdp.memory.cuda_copy import CudaCopyEngine
 from sglang_dwdp.memory.cuda_driver import call, make_current, tensor_at, torch_bytes
@@ -52,7 +53,7 @@ class CudaIpcMemory:
 
     transport = "cuda-ipc"
     page_bytes = 1  # nothing is mapped, so segments end where experts end
-    maps = False
+    maps = TRANSPORTS[transport].maps
 
     def __init__(self, device: int) -> None:
         make_current(device)
@@ -72,9 +73,9 @@ class CudaIpcMemory:
     def create(self, nbytes: int) -> IpcBlock:
         if nbytes < 1:
             raise ValueError(f"a block of {nbytes} bytes")
-        whole = -(-nbytes // _CHUNK) * _CHUNK
-        block = IpcBlock(int(call(driver.cuMemAlloc, whole)), nbytes, self._device, own=True)
-        self._created_bytes += whole
+        allocated = -(-nbytes // _CHUNK) * _CHUNK
+        block = IpcBlock(int(call(driver.cuMemAlloc, allocated)), nbytes, self._device, own=True)
+        self._created_bytes += allocated
         return block
 
     def export(self, block: Block) -> Handle:

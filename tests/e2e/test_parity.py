@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from sglang_dwdp.config import UNPLANNED_DIRECT_MAX_TOKENS
 from sglang_dwdp.demo.server import Server
+from sglang_dwdp.experts.direct_limit import direct_limit
 from tests.e2e.conftest import Answers, Running
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family
@@ -46,6 +46,7 @@ def register():
         runtime = current_runtime()
         if runtime.config.view != view:
             runtime.config = dataclasses.replace(runtime.config, view=view)
+            runtime._views = runtime.config.views()
 
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.run_batch", switch, HookType.BEFORE)
 """
@@ -88,9 +89,9 @@ def test_qwen3_moe_staged_and_direct(
         for report in staged:
             assert report["direct_forwards"] == 0
             assert report["bytes_copied"] > 0
-            assert report["direct_max_tokens"] == UNPLANNED_DIRECT_MAX_TOKENS
-        reason = "(a constant, since the planner knows GPUs only)"
-        assert server.log.read_text(errors="replace").count(reason) == ranks
+            assert report["direct_max_tokens"] == direct_limit(8, 2)
+        limit = f"in place in forwards of up to {direct_limit(8, 2)} tokens"
+        assert server.log.read_text(errors="replace").count(limit) == ranks
         view.write_text("direct")
         compare(server, ranks, expected)
         for before, after in zip(staged, server.reports(), strict=True):

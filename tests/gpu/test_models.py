@@ -45,6 +45,13 @@ ENGINE_S = 300.0
 DIRECT_MAX_TOKENS = 64
 Answers = list[list[Any]]  # of each rank, in the order of the prompts
 # A single rank without DWDP gets what DWDP brings: slim modules, and block-FP8 through FlashInfer.
+# Small scales and biases are shared like weights, as those of large models are.
+SHARE_ALL_PLUGIN = """
+def register():
+    from sglang_dwdp.experts import layer
+
+    layer.REPLICATE_BELOW_BYTES = 0
+"""
 RESIDENT_PLUGIN = """
 def install(_result, _server_args, *_args, role, **_kwargs):
     if role == "scheduler":
@@ -142,6 +149,8 @@ class Engines:
         environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         if ranks > 1:
             environment |= one_gpu_environment(own, environment)
+            if case.share_all and ranks == 3:
+                environment |= plugin_environment(own, "share_all", SHARE_ALL_PLUGIN, environment)
         elif case.kernels is not None:
             environment |= plugin_environment(own, "resident_kernels", RESIDENT_PLUGIN, environment)
         command = [sys.executable, str(ROOT / "tests/gpu/engine.py"), str(spec), str(out)]
@@ -187,8 +196,6 @@ class Engines:
         }
         if ranks > 1:
             result |= {"enable_dwdp": True, "dwdp_direct_max_tokens": DIRECT_MAX_TOKENS, **case.dwdp}
-            if case.share_all and ranks == 3:
-                result["dwdp_replicate_below_kib"] = 0
         return result
 
 

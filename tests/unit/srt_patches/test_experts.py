@@ -16,11 +16,11 @@ from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.srt_patches import experts
 from sglang_dwdp.srt_patches.checks import (
+    backend_of_layer,
     refuse_own_forward,
     refuse_same_number,
     refuse_sharded,
     refuse_unknown_state,
-    way_of_layer,
 )
 from sglang_dwdp.srt_patches.experts import collect, load, load_fused, rebuild_state
 from sglang_dwdp.support.backends import Status
@@ -38,9 +38,9 @@ def layer(method: object, backend: MoeRunnerBackend | None, **more: Any) -> Simp
     return SimpleNamespace(layer_id=3, quant_method=method, runner_backend=backend, num_local_experts=4, **more)
 
 
-def test_a_way_that_was_verified_on_gpus() -> None:
-    way = way_of_layer(layer(UnquantizedFusedMoEMethod(), MoeRunnerBackend.TRITON))
-    assert way.status is Status.VERIFIED
+def test_a_backend_that_was_validated_on_gpus() -> None:
+    backend = backend_of_layer(layer(UnquantizedFusedMoEMethod(), MoeRunnerBackend.TRITON))
+    assert backend.status is Status.VALIDATED
 
 
 @pytest.mark.parametrize(
@@ -51,9 +51,9 @@ def test_a_way_that_was_verified_on_gpus() -> None:
         (UnquantizedFusedMoEMethod(), None, "was not examined"),
     ],
 )
-def test_ways_that_are_refused(method: object, backend: MoeRunnerBackend | None, reason: str) -> None:
+def test_unsupported_backends(method: object, backend: MoeRunnerBackend | None, reason: str) -> None:
     with pytest.raises(DwdpConfigError, match=rf"layer 3: .* cannot read shared experts: .*{reason}"):
-        way_of_layer(layer(method, backend))
+        backend_of_layer(layer(method, backend))
 
 
 def test_layers_that_could_not_be_told_apart_are_refused() -> None:
@@ -67,9 +67,9 @@ def test_fp8_with_other_scales_than_those_of_blocks_is_refused(scales: dict[str,
     method = Fp8MoEMethod()
     vars(method).update({"block_quant": True} | scales)
     with pytest.raises(DwdpConfigError, match=r"layer 3: of FP8 experts DWDP can share .* block"):
-        way_of_layer(layer(method, MoeRunnerBackend.TRITON))
+        backend_of_layer(layer(method, MoeRunnerBackend.TRITON))
     vars(method).update(block_quant=True, use_mxfp8=False, is_fp4_expert=False)
-    assert way_of_layer(layer(method, MoeRunnerBackend.TRITON)).weights == "block-FP8"
+    assert backend_of_layer(layer(method, MoeRunnerBackend.TRITON)).weights == "block-FP8"
 
 
 def test_blocks_are_compared_with_whole_experts() -> None:

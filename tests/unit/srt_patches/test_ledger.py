@@ -7,6 +7,7 @@ from importlib.metadata import version
 import pytest
 
 from sglang_dwdp.srt_patches import (
+    arguments,
     controller,
     experts,
     flashinfer_fp8,
@@ -15,7 +16,6 @@ from sglang_dwdp.srt_patches import (
     linear,
     prefill_graphs,
     reports,
-    resolve,
     steps,
     weights,
 )
@@ -24,7 +24,7 @@ from sglang_dwdp.srt_patches.ledger import Entry, entries, source_hash
 ENTRIES = entries()
 HOOKS = (
     *install.HOOKS,
-    *resolve.HOOKS,
+    *arguments.HOOKS,
     *controller.HOOKS,
     *flashinfer_fp8.HOOKS,
     *steps.HOOKS,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_dwdp.config import UNPLANNED_DIRECT_MAX_TOKENS
+from sglang_dwdp.experts.direct_limit import direct_limit
 from tests.fixtures.families import make_checkpoint
 from tests.unit.support.test_conflicts import CASES
 
@@ -91,7 +91,7 @@ def test_with_the_flag(model: str) -> None:
     graphs = ("--cuda-graph-backend-decode", "full", "--cuda-graph-config", '{"prefill": {"backend": "breakable"}}')
     result = resolve(*argv, *graphs, "--enable-dwdp", "--dwdp-view", "direct", "--dwdp-depth", "5")
     assert (result["config"]["view"], result["config"]["depth"]) == ("direct", 5)
-    assert result["config"]["direct_max_tokens"] == UNPLANNED_DIRECT_MAX_TOKENS  # settled: this is the CPU engine
+    assert result["config"]["direct_max_tokens"] == direct_limit(9, 2)
     resolved = result["resolved"]
     expected = {
         "dwdp_size": 3,
@@ -116,11 +116,11 @@ def test_with_the_flag(model: str) -> None:
 def test_a_config_file(model: str, tmp_path: Path) -> None:
     file = tmp_path / "server.yaml"
     file.write_text(
-        f"model-path: {model}\ndevice: cpu\ntp: 2\nenable-dwdp: true\ndwdp-slice-kib: 64\ndwdp-audit: true\n"
+        f"model-path: {model}\ndevice: cpu\ntp: 2\nenable-dwdp: true\ndwdp-depth: 3\ndwdp-audit: true\n"
         "dwdp-direct-max-tokens: 12\n"
     )
     result = resolve("--config", str(file))
-    assert (result["config"]["slice_kib"], result["config"]["audit"]) == (64, True)
+    assert (result["config"]["depth"], result["config"]["audit"]) == (3, True)
     assert result["config"]["direct_max_tokens"] == 12
     assert result["resolved"]["dwdp_size"] == 2
 
@@ -130,7 +130,7 @@ REFUSALS = """
 import json, sys
 from sglang.srt.plugins import load_plugins
 load_plugins()
-from sglang_dwdp.srt_patches.resolve import engine_server_args
+from sglang_dwdp.srt_patches.arguments import engine_server_args
 out = []
 for keywords in json.loads(sys.argv[1]):
     try:
@@ -188,6 +188,6 @@ def test_models_and_devices_that_are_refused(model: str, tmp_path: Path) -> None
     assert "--dwdp-depth must be a whole number of at least 1" in answers[2]
     assert "--dwdp-depth given without --enable-dwdp" in answers[3]
     assert "--tp-size 4 is not a multiple of --dwdp-group-size 3" in answers[4]
-    assert "keeps all 9 experts when each rank keeps at least 5" in answers[5]
+    assert "needs at least 5 on each rank to have all 9 experts" in answers[5]
     assert "--dwdp-local-experts 10" in answers[6]
     assert "--dwdp-transport cuda-ipc on --device cpu. Use host-shm" in answers[7]

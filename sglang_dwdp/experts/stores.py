@@ -1,4 +1,4 @@
-"""Where the bytes of one expert tensor are put, for memory that can be mapped and for memory that cannot."""
+"""Stores: where the bytes of expert tensors are put, in memory that can be mapped and in memory that cannot."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from sglang_dwdp.experts.layout import Slice, Span, overlap
 from sglang_dwdp.experts.views import SlotMemory, TensorSpec, View, view_of
 from sglang_dwdp.memory.base import Block, Memory
 
-Parts = Sequence[tuple[int, Span, Block]]  # (owner, what it holds, block): together, the whole tensor
+Parts = Sequence[tuple[int, Span, Block]]  # (owner, what it holds, block): together, all of a tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class SharedTensor:
     """One expert tensor of one layer, shared.
 
-    direct: what direct forwards bind; the staged tensor where memory cannot be mapped.
-    staged: what staged forwards bind; None where there are none.
-    pieces: (destination, source) of a slice, uint8.
+    Attributes:
+        direct: what direct forwards bind; the staged tensor where memory cannot be mapped.
+        staged: what staged forwards bind; None where there are none.
+        pieces: (destination, source) of a slice, uint8.
     """
 
     direct: torch.Tensor
@@ -30,17 +31,22 @@ class Placed:
     pieces: Callable[[Slice], tuple[torch.Tensor, torch.Tensor]]
 
 
-class Placer(Protocol):
-    """Puts expert tensors in place, one after the other."""
+class ExpertStore(Protocol):
+    """Takes expert tensors, one after the other."""
 
-    def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> Placed:
-        """Put this rank's experts in place and bring the tensor together.
+    def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> SharedTensor:
+        """Store this rank's experts, and join them with those of the peers.
 
-        shard: this rank's experts, `first` the first of them.  slot: for staged forwards; None without them.
+        Args:
+            spec: the tensor.
+            parts: the blocks of all ranks.
+            shard: this rank's experts.
+            first: the number of the first of them.
+            slot: for staged forwards; None without them.
         """
 
     def replicate(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int) -> Callable[[], torch.Tensor]:
-        """Put this rank's experts in place; the result gives a copy of the whole tensor once all ranks have written."""
+        """Store this rank's experts; the result, called when all ranks have done so, copies those of all ranks."""
 
     def finish(self) -> None:
         """All ranks have written: fetch replicas, and make what peers own read-only."""
@@ -51,15 +57,15 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _by_block(parts: Parts, span: Span) -> Iterator[Span]:
-    """`span`, cut where blocks meet: they may lie on different GPUs, and no one copy is to touch two of them."""
+    """`span`, cut where blocks meet: they may lie on different GPUs, and a copy must touch one of them only."""
     for _, held, _ in parts:
         piece = overlap(held, span)
         if piece.nbytes:
             yield piece
 
 
-class Mapped:
-    """Memory that can be mapped: tensors are views over everybody's blocks."""
+class MappedStore:
+    """Memory that can be mapped: tensors are views over the blocks of all ranks."""
 
     def __init__(self, memory: Memory, rank: int, slots: SlotMemory, owned: ExitStack) -> None:
         self._memory, self._rank, self._slots, self._owned = memory, rank, slots, owned
@@ -79,16 +85,16 @@ class Mapped:
             view.piece(piece).copy_(source[piece.offset - experts.offset : piece.end - experts.offset])
         return view
 
-    def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> Placed:
+    def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> SharedTensor:
         direct = self._written(spec, parts, shard, first)
         runs = spec.layout.replicas[self._rank]
         local = [(span.offset, block) for owner, span, block in parts if owner == self._rank]
         if runs:
             owners = direct
-            with ExitStack() as passing:  # the views hold the memory
+            with ExitStack() as temporary:  # the views hold the memory
                 for run in runs:
                     block = self._memory.create(run.nbytes)
-                    passing.callback(block.close)
+                    temporary.callback(block.close)
                     local.append((run.offset, block))
                 peers = [
                     (span.offset, block)
@@ -102,7 +108,7 @@ class Mapped:
             staged = self._staged(spec, local, slot)
         self._views.append(direct)
         target = staged or direct
-        return Placed(
+        return SharedTensor(
             direct.tensor,
             staged.tensor if staged else None,
             lambda piece: (target.piece(piece.span), direct.piece(piece.span)),
@@ -116,9 +122,9 @@ class Mapped:
 
         def copy() -> torch.Tensor:
             full = torch.empty_like(view.tensor)
-            whole = _bytes(full)
+            raw = _bytes(full)
             for piece in _by_block(parts, Span(0, spec.layout.nbytes)):
-                whole[piece.offset : piece.end].copy_(view.piece(piece))
+                raw[piece.offset : piece.end].copy_(view.piece(piece))
             view.close()
             return full
 
@@ -133,7 +139,7 @@ class Mapped:
             view.protect()
 
 
-class Unmapped:
+class UnmappedStore:
     """Memory that cannot be mapped: experts stay in their owners' blocks, and slots have room for all of a tensor."""
 
     def __init__(self, rank: int, slots: SlotMemory) -> None:
@@ -144,11 +150,11 @@ class Unmapped:
             if owner == self._rank:
                 block.tensor().copy_(_bytes(shard))
 
-    def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> Placed:
+    def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> SharedTensor:
         self._write(parts, shard)
         assert slot is not None, "without views every forward is staged"
-        ((_, whole),) = self._slots.blocks(slot, spec)
-        staged = whole.tensor()
+        ((_, block),) = self._slots.blocks(slot, spec)
+        staged = block.tensor()
         sources = {owner: (span.offset, block.tensor()) for owner, span, block in parts}
 
         def pieces(piece: Slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,7 +165,7 @@ class Unmapped:
             )
 
         tensor = spec.shape(staged)
-        return Placed(tensor, tensor, pieces)
+        return SharedTensor(tensor, tensor, pieces)
 
     def replicate(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int) -> Callable[[], torch.Tensor]:
         self._write(parts, shard)

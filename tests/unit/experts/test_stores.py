@@ -33,10 +33,11 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> list[tuple[View, Span]]:
 @pytest.mark.parametrize("local_experts", [None, 6, 11])
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_no_copy_touches_the_memory_of_two_ranks(
-    size: int, local_experts: int | None, pieces: list[tuple[View, Span]]
+    size: int, local_experts: int | None, pieces: list[tuple[View, Span]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = checkpoint(2, 11, TAILS)
-    config = DwdpConfig(timeout_s=20, local_experts=local_experts, slice_kib=16)
+    monkeypatch.setattr("sglang_dwdp.experts.layout.MIN_SLICE_BYTES", 16 << 10)
+    config = DwdpConfig(timeout_s=20, local_experts=local_experts)
     seen = run_ranks(
         size, full, lambda r, layers: all(equal(forward(r, layers, tokens), full) for tokens in (1, 1000)), config
     )
