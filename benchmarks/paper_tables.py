@@ -1,7 +1,7 @@
 """What others have published, and what the planner and the simulator say of it.
 
-Constants come from Table 1 of the DWDP paper (arXiv 2604.01621) alone, through ``sglang_dwdp.planner.calibrate``; every
-other figure is predicted. Published figures: the paper, TensorRT-LLM's blog 19, and SGLang's ROCm results
+Constants come from Table 1 of the DWDP paper (arXiv 2604.01621) alone, through ``paper_calibration.py``; every other
+figure is predicted. Published figures: the paper, TensorRT-LLM's blog 19, and SGLang's ROCm results
 (sgl-project/sglang#33310).
 """
 
@@ -9,27 +9,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sglang_dwdp.planner.calibrate import (
-    PAPER_PRECISION,
+import numpy as np
+
+from benchmarks.paper_calibration import (
+    GB200,
+    MODEL,
+    PRECISION,
+    ROUNDS,
+    TABLE_1_COPY,
     TABLE_1_DEP,
-    TABLE_1_DWDP,
+    TABLE_1_DWDP_TOTAL,
+    TABLE_1_MERGE,
     TOKEN_BUDGETS,
+    merge_seconds,
+    roofline_gpu,
     table_1_length_wait,
-    table_1_rounds,
 )
-from sglang_dwdp.planner.contention import contention_probabilities, simulated_contention
+from sglang_dwdp.planner.contention import contention_probabilities, serial_slowdown
 from sglang_dwdp.planner.cost import Group, dwdp
 from sglang_dwdp.planner.dep import dep, expert_wait
 from sglang_dwdp.planner.formats import FORMATS, Precision
-from sglang_dwdp.planner.gpu import Gpu, roofline_gpu
 from sglang_dwdp.planner.gpus import get_gpu
-from sglang_dwdp.planner.models import load_model
 from sglang_dwdp.planner.scenario import Scenario
 from sglang_dwdp.planner.simulate import simulate
 from sglang_dwdp.planner.workload import Lengths, batch_of, mean_batch
-
-MODEL = load_model("deepseek-r1")
-GB200 = get_gpu("GB200")
 
 
 @dataclass(frozen=True)
@@ -63,33 +66,29 @@ class Row:
 def table_1() -> list[Row]:
     """The calibration itself: DEP must come back, the naive DWDP is half predicted.
 
-    DEP's wait is the one of an iteration whose prompts' lengths vary by 20 %, as calibrated; the
-    forward of ranks that pack prompts of ratio 0.8 (variation 6 %) is shown beside it.
+    DEP's wait is the one of an iteration whose prompts' lengths vary by 20 %, as calibrated; the forward of ranks that
+    pack prompts of ratio 0.8 (variation 6 %) is shown beside it.
     """
-    rounds = table_1_rounds()
-    theirs_dep, theirs_dwdp = TABLE_1_DEP, TABLE_1_DWDP
-    ours_dep = dep(MODEL, GB200, PAPER_PRECISION, rounds)
-    group = Group(4, copies="serial", merge_copy=True)
-    ours = dwdp(MODEL, GB200, PAPER_PRECISION, mean_batch(rounds), group)
-    name = "P Table 1, ms"
-    parts = ours_dep.parts
-    skew = expert_wait(MODEL, GB200, 4, parts.grouped_gemm)
-    wait = table_1_length_wait(parts) + skew
-    as_profiled = ours_dep.compute + parts.communication + wait
+    theirs, packed = TABLE_1_DEP, dep(MODEL, GB200, PRECISION, ROUNDS)
+    parts = packed.parts
+    wait = table_1_length_wait(parts) + expert_wait(MODEL, GB200, 4, parts.grouped_gemm)
+    alone = dwdp(MODEL, GB200, PRECISION, mean_batch(ROUNDS), Group(4))
+    merge = merge_seconds(GB200)
+    naive = alone.compute + merge  # its copies are hidden
     figures = (
-        ("DEP4 attention", theirs_dep.attention, parts.attention),
-        ("DEP4 grouped GEMM", theirs_dep.grouped_gemm, parts.grouped_gemm),
-        ("DEP4 dense GEMM", theirs_dep.dense_gemm, parts.dense_gemm),
-        ("DEP4 others", theirs_dep.other, parts.other),
-        ("DEP4 communication", theirs_dep.communication, parts.communication),
-        ("DEP4 synchronisation at 20 % length CV", theirs_dep.synchronisation, wait),
-        ("DEP4 forward at 20 % length CV", theirs_dep.total, as_profiled),
-        ("DEP4 forward, packed (6 % CV)", theirs_dep.total, ours_dep.seconds),
-        ("DWDP4 P2P copy, contended", theirs_dwdp.copy, ours.fetch),
-        ("DWDP4 merge copy (predicted)", 0.034, ours.parts.merge),
-        ("naive DWDP4 forward", theirs_dwdp.total, ours.seconds),
+        ("DEP4 attention", theirs.attention, parts.attention),
+        ("DEP4 grouped GEMM", theirs.grouped_gemm, parts.grouped_gemm),
+        ("DEP4 dense GEMM", theirs.dense_gemm, parts.dense_gemm),
+        ("DEP4 others", theirs.other, parts.other),
+        ("DEP4 communication", theirs.communication, parts.communication),
+        ("DEP4 synchronisation at 20 % length CV", theirs.synchronisation, wait),
+        ("DEP4 forward at 20 % length CV", theirs.total, packed.compute + parts.communication + wait),
+        ("DEP4 forward, packed (6 % CV)", theirs.total, packed.seconds),
+        ("DWDP4 P2P copy, contended", TABLE_1_COPY, alone.fetch * serial_slowdown(4, alone.fetch, naive)),
+        ("DWDP4 merge copy (predicted)", TABLE_1_MERGE, merge),
+        ("naive DWDP4 forward", TABLE_1_DWDP_TOTAL, naive),
     )
-    return [Row(name, case, 1e3 * theirs, 1e3 * mine, "percent", None) for case, theirs, mine in figures]
+    return [Row("P Table 1, ms", case, 1e3 * told, 1e3 * found, "percent", None) for case, told, found in figures]
 
 
 CONTENTION = {
@@ -102,12 +101,22 @@ CONTENTION = {
 }
 
 
+def counted_contention(size: int, rounds: int) -> list[float]:
+    """Pr[C = 1], Pr[C = 2], ... counted: every rank draws a peer at random, ``rounds`` times."""
+    rng, ranks = np.random.default_rng(0), np.arange(size)
+    draw = rng.integers(0, size - 1, (rounds, size), dtype=np.int32)
+    source = draw + (draw >= ranks) + size * np.arange(rounds)[:, None]  # a rank never pulls from itself
+    readers = np.bincount(source.ravel(), minlength=rounds * size)
+    counts = np.bincount(readers[source].ravel(), minlength=size + 1)
+    return [float(counts[c] / counts.sum()) for c in range(1, size)]
+
+
 def table_2() -> list[Row]:
     """Contention probabilities in percent, from the formula and counted."""
     rows = []
     for size, theirs in CONTENTION.items():
         exact = contention_probabilities(size)
-        counted = simulated_contention(size, rounds=12_000_000 // size)
+        counted = counted_contention(size, rounds=12_000_000 // size)
         for level, value in enumerate(theirs, start=1):
             case = f"DWDP{size} Pr[C={level}]"
             # shares as fractions, so that a point is a percentage point
@@ -140,24 +149,23 @@ def roofline() -> list[Row]:
     return rows
 
 
-def _serve(gpu: Gpu, lengths: Lengths, budget: int, requests: int, mode: str, **settings: object) -> Scenario:
+def _serve(lengths: Lengths, budget: int, requests: int, mode: str, **settings: object) -> Scenario:
     """A context server as in TensorRT-LLM's examples/dwdp: 256 requests in flight, no chunking."""
     return Scenario(
         model=MODEL,
-        gpu=gpu,
-        precision=PAPER_PRECISION,
+        gpu=GB200,
+        precision=PRECISION,
         lengths=lengths,
         mode=mode,
         token_budget=TOKEN_BUDGETS[budget],
         chunked=False,
         requests=requests,
         concurrency=256,
-        order="random",
         **settings,  # type: ignore[arg-type]
     )
 
 
-def ablation(requests: int, gpu: Gpu = GB200) -> list[Row]:
+def ablation(requests: int) -> list[Row]:
     """Table 4: TPS/GPU over DEP, with merge elimination, and with slices as well."""
     rows = []
     theirs = {
@@ -168,9 +176,9 @@ def ablation(requests: int, gpu: Gpu = GB200) -> list[Row]:
     }
     for (ratio, budget), values in theirs.items():
         lengths = Lengths("uniform", 8192, ratio=ratio)
-        base = simulate(_serve(gpu, lengths, budget, requests, "dep")).tokens_per_second_per_gpu
+        base = simulate(_serve(lengths, budget, requests, "dep")).tokens_per_second_per_gpu
         for copies, value, name in zip(("serial", "sliced"), values, ("merge elim.", "+ slices"), strict=True):
-            ours = simulate(_serve(gpu, lengths, budget, requests, "dwdp", copies=copies))
+            ours = simulate(_serve(lengths, budget, requests, "dwdp", copies=copies))
             case = f"ratio {ratio}, MNT {budget // 1024}K, {name}"
             rows.append(Row("P Table 4, TPS/GPU", case, value, ours.tokens_per_second_per_gpu / base, "points", 5))
     return rows
@@ -198,16 +206,15 @@ TABLE_3 = (
     ("ISL 16384, DWDP3", EVEN[16384], 32768, 3, 128, 0.86, 1.093),
     ("ISL 16384, DWDP4", EVEN[16384], 32768, 4, 0, 1.15, 1.091),
 )
-TABLE_3_PAIRS = tuple((case, ttft, tps, gpus) for case, _, _, gpus, _, ttft, tps in TABLE_3)
 
 
-def context_server(requests: int, gpu: Gpu = GB200) -> list[Row]:
+def context_server(requests: int) -> list[Row]:
     """Table 3: no slices. Lengths with a deviation are normal, cut at the maximum input length."""
     rows = []
     for case, lengths, budget, size, local, ttft, tps in TABLE_3:
-        base = simulate(_serve(gpu, lengths, budget, requests, "dep"))
+        base = simulate(_serve(lengths, budget, requests, "dep"))
         ours = simulate(
-            _serve(gpu, lengths, budget, requests, "dwdp", copies="serial", group_size=size, local_experts=local)
+            _serve(lengths, budget, requests, "dwdp", copies="serial", group_size=size, local_experts=local)
         )
         rate = ours.tokens_per_second_per_gpu / base.tokens_per_second_per_gpu
         rows.append(Row("P Table 3, TPS/GPU", case, tps, rate, "points", 5))

@@ -1,6 +1,6 @@
 """Set the planner and the simulator beside what others have published, with the errors.
 
-    python benchmarks/reproduce_paper.py [--json FILE] [--requests N] [--sensitivity]
+    python benchmarks/reproduce_paper.py [--json FILE] [--requests N]
 
 ``paper_tables.py`` has the figures, theirs and ours; this prints them and writes them down.
 """
@@ -17,9 +17,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.paper_sensitivity import print_sensitivity
+from benchmarks.paper_calibration import calibrate
 from benchmarks.paper_tables import Row, ablation, context_server, mi355x, roofline, table_1, table_2
-from sglang_dwdp.planner.calibrate import calibrate
 
 NOTES = (
     "P Table 3: with 256 requests in flight TTFT and TPS/GPU are tied (Little's law), and the published pairs are "
@@ -53,7 +52,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", default="benchmarks/results/reproduce_paper.json", metavar="FILE")
     parser.add_argument("--requests", type=int, default=4096, help="per simulated server (theirs: 4,096)")
-    parser.add_argument("--sensitivity", action="store_true", help="also print what other assumptions would give")
     args = parser.parse_args()
     if args.requests < 1:
         parser.error(f"--requests {args.requests}: at least one is needed")
@@ -75,7 +73,6 @@ def main() -> int:
     console.print(f"{sum(bool(row.holds) for row in judged)} of {len(judged)} figures within their limits")
     for note in NOTES:
         console.print("- " + note)
-    sensitivity = print_sensitivity(console, args.requests) if args.sensitivity else None
     target = Path(args.json)
     target.parent.mkdir(parents=True, exist_ok=True)
     data = {
@@ -83,7 +80,6 @@ def main() -> int:
         | {"efficiency": vars(calibrate().efficiency)},
         "rows": [{**vars(row), "error": row.error, "holds": row.holds} for row in rows],
         "notes": NOTES,
-        **({"sensitivity": sensitivity} if sensitivity else {}),
     }
     target.write_text(json.dumps(data, indent=1) + "\n")
     return 0

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from math import comb
 
-import numpy as np
-
-from .errors import PlannerError
+from sglang_dwdp.planner.errors import PlannerError
 
 
 def contention_probabilities(group_size: int) -> list[float]:
@@ -21,29 +19,6 @@ def contention_probabilities(group_size: int) -> list[float]:
     _check(group_size)
     others, chance = group_size - 2, 1 / (group_size - 1)
     return [comb(others, x) * chance**x * (1 - chance) ** (others - x) for x in range(others + 1)]
-
-
-def simulated_contention(group_size: int, rounds: int, seed: int = 0) -> list[float]:
-    """The same probabilities counted: every rank draws a peer at random, ``rounds`` times.
-
-    All ranks' pulls are counted, which is the tagged rank's distribution by symmetry.
-    """
-    _check(group_size)
-    rng = np.random.default_rng(seed)
-    counts = np.zeros(group_size + 1, dtype=np.int64)
-    ranks = np.arange(group_size)
-    for start in range(0, rounds, 200_000):
-        size = min(200_000, rounds - start)
-        draw = rng.integers(0, group_size - 1, (size, group_size), dtype=np.int16)
-        source = draw + (draw >= ranks)  # a rank never pulls from itself
-        readers = np.zeros((size, group_size), dtype=np.int16)
-        rows = np.arange(size)
-        for rank in ranks:
-            readers[rows, source[:, rank]] += 1
-        for rank in ranks:
-            counts += np.bincount(readers[rows, source[:, rank]], minlength=group_size + 1)
-    total = counts.sum()
-    return [float(counts[c]) / float(total) for c in range(1, group_size)]
 
 
 def serial_slowdown(group_size: int, uncontended: float, window: float) -> float:

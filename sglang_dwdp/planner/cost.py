@@ -6,17 +6,21 @@ All times are seconds per forward of one rank unless a name says otherwise.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
-from . import kernels
-from .checks import choice, kinds_of_fields
-from .contention import serial_slowdown
-from .errors import PlannerError
-from .formats import Precision
-from .gpu import Gpu
-from .shape import ModelShape
-from .workload import Batch
+from pydantic.dataclasses import dataclass as validated_dataclass
 
-COPY_POLICIES = ("serial", "sliced")
+from sglang_dwdp.experts.placement import balanced
+from sglang_dwdp.planner import kernels
+from sglang_dwdp.planner.checks import STRICT, AtLeastOne, Count, checked
+from sglang_dwdp.planner.contention import serial_slowdown
+from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.formats import Precision
+from sglang_dwdp.planner.gpu import Gpu
+from sglang_dwdp.planner.shape import ModelShape
+from sglang_dwdp.planner.workload import Batch
+
+Copies = Literal["serial", "sliced"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,6 @@ class Parts:
     dense_gemm: float = 0.0
     other: float = 0.0
     interference: float = 0.0
-    merge: float = 0.0
     communication: float = 0.0
     synchronisation: float = 0.0
     exposed_copy: float = 0.0
@@ -70,7 +73,14 @@ class Estimate:
         return self.tokens / self.seconds
 
 
-@dataclass(frozen=True)
+def equal_share(model: ModelShape, ranks: int) -> int:
+    """Experts on the rank that stores most, where shards are as equal as they can be."""
+    placement = balanced(model.experts, ranks)
+    return max(len(placement.shard(rank)) for rank in range(ranks))
+
+
+@checked
+@validated_dataclass(frozen=True, config=STRICT)
 class Group:
     """How a group of GPUs shares the experts.
 
@@ -81,24 +91,13 @@ class Group:
             turn, which keeps every source evenly loaded.
         depth: layers that are fetched ahead.
         ring_over_steps: the fetch of the next forward's first layers starts in this one.
-        merge_copy: local experts are copied beside the fetched ones before every product (the
-            paper's naive version, and any runtime without a contiguous view).
     """
 
-    size: int
-    local_experts: int = 0
-    copies: str = "sliced"
-    depth: int = 2
+    size: AtLeastOne
+    local_experts: Count = 0
+    copies: Copies = "sliced"
+    depth: AtLeastOne = 2
     ring_over_steps: bool = True
-    merge_copy: bool = False
-
-    def __post_init__(self) -> None:
-        kinds_of_fields(self)
-        if self.size < 1:
-            raise PlannerError(f"a group has at least 1 rank, not {self.size}")
-        choice("copy policy", self.copies, COPY_POLICIES)
-        if self.depth < 1:
-            raise PlannerError(f"prefetch depth must be at least 1 layer, not {self.depth}")
 
     def stored(self, model: ModelShape) -> int:
         """Experts that each rank stores.
@@ -106,7 +105,7 @@ class Group:
         Raises:
             PlannerError: if the ranks together do not hold every expert.
         """
-        share = -(-model.experts // self.size)
+        share = equal_share(model, self.size)
         stored = self.local_experts or share
         if not share <= stored <= model.experts:
             raise PlannerError(
@@ -176,17 +175,12 @@ def dwdp(
     (paper, appendix A).
     """
     base = forward_parts(model, gpu, precision, batch)
-    size = layer_fetch_bytes(model, precision, group)
-    total_bytes = size * model.moe_layers
+    total_bytes = layer_fetch_bytes(model, precision, group) * model.moe_layers
     if total_bytes == 0:
         return Estimate(scheme, batch.tokens, base, base.total)
     alone = total_bytes / pull_bandwidth(gpu, group)
-    merge = 0.0
-    if group.merge_copy:  # local experts are read, and written beside the fetched ones
-        local = group.stored(model) * model.expert_params * precision.experts.bytes_per_param
-        merge = 2 * local * model.moe_layers / (gpu.hbm_bandwidth * gpu.efficiency.elementwise)
     interference = gpu.copy_interference * alone
-    compute = base.total + interference + merge
+    compute = base.total + interference
     contended = group.copies == "serial" and gpu.switched and group.size > 2
     slowdown = serial_slowdown(group.size, alone, compute) if contended else 1.0
     fetch = alone * slowdown
@@ -207,7 +201,6 @@ def dwdp(
         base.dense_gemm,
         base.other,
         interference=interference,
-        merge=merge,
         exposed_copy=exposed,
     )
     return Estimate(scheme, batch.tokens, parts, compute, fetch, total_bytes)

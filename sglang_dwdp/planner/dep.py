@@ -7,19 +7,22 @@ back, and all ranks meet in every layer. All times are seconds per forward of on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import sqrt
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 
-from .cost import Estimate, Parts, forward_parts
-from .errors import PlannerError
-from .formats import Precision
-from .gpu import Gpu
-from .shape import ModelShape
-from .workload import Batch, mean_batch
+from sglang_dwdp.planner import kernels
+from sglang_dwdp.planner.cost import Estimate, Parts, equal_share, forward_parts
+from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.formats import Precision
+from sglang_dwdp.planner.gpu import Gpu
+from sglang_dwdp.planner.shape import ModelShape
+from sglang_dwdp.planner.workload import Batch, mean_batch
 
-EXCHANGES = ("all-to-all", "all-gather", "all-copies")
+Exchange = Literal["all-to-all", "all-gather", "all-copies"]
 
 
 def exchange_bytes(model: ModelShape, precision: Precision, tokens: float, ranks: int, exchange: str) -> float:
@@ -29,6 +32,9 @@ def exchange_bytes(model: ModelShape, precision: Precision, tokens: float, ranks
     (1-1/N)^k) of them. ``all-copies``: one per routed copy, k (N-1)/N. ``all-gather``: every token
     to every rank, and partial sums back (SGLang's dp-attention without an all-to-all backend).
     Dispatch carries ``dispatch_bytes`` per element, combine 2 (bf16).
+
+    Raises:
+        PlannerError: for another exchange.
     """
     if exchange == "all-gather":
         return tokens * (ranks - 1) * model.hidden * 2 * 2.0
@@ -37,17 +43,39 @@ def exchange_bytes(model: ModelShape, precision: Precision, tokens: float, ranks
     elif exchange == "all-copies":
         copies = model.top_k * (ranks - 1) / ranks
     else:
-        raise PlannerError(f"unknown exchange {exchange!r}; known: {', '.join(EXCHANGES)}")
+        raise PlannerError(f"unknown exchange {exchange!r}; known: all-to-all, all-gather, all-copies")
     return tokens * copies * model.hidden * (precision.dispatch_bytes + 2.0)
 
 
-def exchange_bandwidth(gpu: Gpu) -> float:
-    """Bytes/s of DEP's exchange: a fraction of the link, but no more than was seen to cross it.
+def exchange_seconds(
+    model: ModelShape, gpu: Gpu, precision: Precision, tokens: float, ranks: int, exchange: str
+) -> float:
+    """Seconds of all layers' exchanges.
 
-    Copies from several peers bound what any engine was measured to reach; on a switched fabric
-    the bound is idle, on a mesh of point-to-point wires it is the tighter one.
+    They run at a fraction of the link, but no faster than copies from several peers were measured to cross it: on a
+    switched fabric that bound is idle, on a mesh of point-to-point wires it is the tighter one.
     """
-    return min(gpu.link_bandwidth * gpu.efficiency.collective, gpu.copy_bandwidth)
+    if ranks == 1:
+        return 0.0
+    bandwidth = min(gpu.link_bandwidth * gpu.efficiency.collective, gpu.copy_bandwidth)
+    sent = exchange_bytes(model, precision, tokens, ranks, exchange)
+    return model.moe_layers * (sent / bandwidth + 2 * gpu.kernel_gap)
+
+
+def gathered_seconds(
+    model: ModelShape, gpu: Gpu, precision: Precision, tokens: float, ranks: int, exchange: str
+) -> float:
+    """Seconds of all layers' small kernels on rows of other ranks' experts, which only an all-gather brings along.
+
+    SGLang's Triton experts keep a row for each of the N T k routed copies of all gathered tokens, of which T k are for
+    experts of this rank. They write zeros for the rest (2 intermediate and hidden elements each), read hidden ones
+    again in the weighted sum, and write hidden for each of the (N-1) T foreign tokens.
+    """
+    if exchange != "all-gather" or not gpu.gathered_rows:
+        return 0.0
+    zeros = model.top_k * (2 * model.hidden + 2 * model.moe_intermediate)
+    moved = (ranks - 1) * tokens * (zeros + model.hidden) * precision.activation_bytes
+    return model.moe_layers * moved / (gpu.hbm_bandwidth * gpu.efficiency.elementwise)
 
 
 def expected_maximum(ranks: int) -> float:
@@ -95,20 +123,34 @@ def dep(
     """
     ranks = len(rounds[0])
     mean = mean_batch(rounds)
-    share = max(1, round(model.experts / ranks))
-    base = forward_parts(model, gpu, precision, mean, experts=share)
-    if ranks == 1:
-        return Estimate("dep", mean.tokens, base, base.total)
-    sent = exchange_bytes(model, precision, mean.tokens, ranks, exchange)
-    moved = sent / exchange_bandwidth(gpu)
-    communication = model.moe_layers * (moved + 2 * gpu.kernel_gap)
-    wait = length_wait(base, mean, rounds) + expert_wait(model, gpu, ranks, base.grouped_gemm)
-    parts = Parts(
-        base.attention,
-        base.grouped_gemm,
-        base.dense_gemm,
-        base.other,
-        communication=communication,
-        synchronisation=wait,
+    base = forward_parts(model, gpu, precision, mean, experts=equal_share(model, ranks))
+    gathered = gathered_seconds(model, gpu, precision, mean.tokens, ranks, exchange)
+    parts = replace(
+        base,
+        other=base.other + gathered,
+        communication=exchange_seconds(model, gpu, precision, mean.tokens, ranks, exchange),
+        synchronisation=length_wait(base, mean, rounds) + expert_wait(model, gpu, ranks, base.grouped_gemm),
     )
-    return Estimate("dep", mean.tokens, parts, base.total)
+    return Estimate("dep", mean.tokens, parts, base.total + gathered)
+
+
+def dep_forward(
+    model: ModelShape, gpu: Gpu, precision: Precision, batches: Sequence[Batch], exchange: str
+) -> tuple[float, float]:
+    """One forward of these very batches: (its seconds, seconds that all ranks together wait in it).
+
+    The experts' products are shared, whoever sent the tokens. A rank without tokens still launches its kernels:
+    ``elementwise`` at zero tokens is the gaps.
+    """
+    n = len(batches)
+    tokens = sum(b.tokens for b in batches) / n
+    grouped = forward_parts(model, gpu, precision, Batch(tokens, 0.0), experts=equal_share(model, n)).grouped_gemm
+    own = [model.layers * kernels.elementwise(model, gpu, precision, 0.0, moe=True)] * n
+    for rank, batch in enumerate(batches):
+        if batch.tokens:
+            parts = forward_parts(model, gpu, precision, batch)
+            own[rank] = parts.total - parts.grouped_gemm
+    hottest = expert_wait(model, gpu, n, grouped)
+    moved = exchange_seconds(model, gpu, precision, tokens, n, exchange)
+    gathered = gathered_seconds(model, gpu, precision, tokens, n, exchange)
+    return max(own) + grouped + hottest + moved + gathered, (max(own) + hottest) * n - sum(own)

@@ -1,19 +1,28 @@
 """What the cost model wants to know of a GPU: peaks, links, and which fraction kernels reach.
 
-Peaks are dense (no structured sparsity). ``link_bandwidth`` counts one direction. ``gpus.py`` has the known GPUs;
-every efficiency can be replaced by a measured profile (see ``profile.py``).
+Peaks are dense (no structured sparsity). ``link_bandwidth`` counts one direction. ``gpus.yaml`` has the known GPUs;
+a ``--gpu-file`` replaces any of these figures by measured ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field
+from typing import Annotated
 
-from .errors import PlannerError
-from .formats import WeightFormat
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from sglang_dwdp.planner.checks import AtLeastOne, Count, NotNegative, Positive, checked
+from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.formats import WeightFormat
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+_FIELDS = ConfigDict(extra="forbid")
 
 
-@dataclass(frozen=True)
+@checked
+@dataclass(frozen=True, config=_FIELDS)
 class Efficiency:
     """Fractions of peak that kernels reach, and what limits small problems.
 
@@ -29,30 +38,23 @@ class Efficiency:
         gemm_latency: seconds that every product costs whatever its size.
         overlap_power: p in (compute^p + memory^p)^(1/p), how well a product's weight reads hide
             under its arithmetic; infinite for the plain maximum.
-        attention_half: prologue of attention: length at which it costs as much as the products.
-        attention_fill: tail of attention: the same for heads x length (the last blocks of a
-            causal grid leave multiprocessors idle).
-        softmax_pair: seconds per (query, key) pair and head that attention spends outside its two
-            products (exponentials); it weighs more the smaller the head.
     """
 
-    grouped_gemm: float
-    dense_gemm: float
-    attention: float
-    elementwise: float
-    weight_read: float = 0.85
-    collective: float = 0.75
-    tile_rows: int = 128
-    half_depth: float = 0.0
-    gemm_cap: float = 1.0
-    gemm_latency: float = 0.0
-    overlap_power: float = float("inf")
-    attention_half: float = 0.0
-    attention_fill: float = 0.0
-    softmax_pair: float = 0.0
+    grouped_gemm: Fraction
+    dense_gemm: Fraction
+    attention: Fraction
+    elementwise: Fraction
+    weight_read: Fraction = 0.85
+    collective: Fraction = 0.75
+    tile_rows: Count = 128
+    half_depth: NotNegative = 0.0
+    gemm_cap: Fraction = 1.0
+    gemm_latency: NotNegative = 0.0
+    overlap_power: Annotated[float, Field(ge=1)] = float("inf")
 
 
-@dataclass(frozen=True)
+@checked
+@dataclass(frozen=True, config=_FIELDS)
 class Gpu:
     """One GPU model.
 
@@ -73,23 +75,26 @@ class Gpu:
         kernel_gap: seconds between dependent kernels.
         direct_read: bytes/s at which kernels were measured to read a peer's memory in place; 0 where they were not.
         max_group: GPUs that the links join.
+        gathered_rows: after an all-gather SGLang's expert kernels write and sum rows of other ranks' experts too
+            (Triton); false where the kernels skip them (AMD's aiter).
         sources: where each figure comes from.
     """
 
     name: str
-    memory: float
-    hbm_bandwidth: float
-    peak_flops: Mapping[str, float]
-    link_bandwidth: float
-    copy_bandwidth: float
-    pair_bandwidth: float
+    memory: Positive
+    hbm_bandwidth: Positive
+    peak_flops: Mapping[str, Positive]
+    link_bandwidth: Positive
+    copy_bandwidth: Positive
+    pair_bandwidth: Positive
     efficiency: Efficiency
-    max_group: int
+    max_group: AtLeastOne
     switched: bool = True
-    copy_interference: float = 0.0
-    expert_skew: float = 0.0
-    kernel_gap: float = 2e-6
-    direct_read: float = 0.0
+    copy_interference: NotNegative = 0.0
+    expert_skew: NotNegative = 0.0
+    kernel_gap: NotNegative = 2e-6
+    direct_read: NotNegative = 0.0
+    gathered_rows: bool = True
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def peak(self, fmt: WeightFormat) -> float:
@@ -113,18 +118,3 @@ class Gpu:
         copy_efficiency = min(1.0, self.copy_bandwidth / self.link_bandwidth)
         header = 256 * (1 / copy_efficiency - 1)
         return self.link_bandwidth * 128 / (128 + header)
-
-
-def roofline_gpu(gpu: Gpu) -> Gpu:
-    """``gpu`` with every efficiency at 1 and no overheads: the paper's section 3 roofline."""
-    ideal = Efficiency(1.0, 1.0, 1.0, 1.0, weight_read=1.0, collective=1.0, tile_rows=0)
-    return replace(
-        gpu,
-        name=f"{gpu.name} (roofline)",
-        copy_bandwidth=gpu.link_bandwidth,
-        pair_bandwidth=gpu.link_bandwidth,
-        efficiency=ideal,
-        copy_interference=0.0,
-        expert_skew=0.0,
-        kernel_gap=0.0,
-    )

@@ -6,10 +6,10 @@ cross HBM once.
 
 from __future__ import annotations
 
-from .formats import FORMATS, Precision, WeightFormat
-from .gpu import Gpu
-from .shape import ModelShape
-from .workload import Batch
+from sglang_dwdp.planner.formats import FORMATS, Precision, WeightFormat
+from sglang_dwdp.planner.gpu import Gpu
+from sglang_dwdp.planner.shape import ModelShape
+from sglang_dwdp.planner.workload import Batch
 
 # Dependent kernels of a decoder layer outside the big products: norms, rotary embedding, cache
 # write, router, top-k, permutation, activation, finalisation, quantisation.
@@ -70,25 +70,9 @@ def grouped_gemm(model: ModelShape, gpu: Gpu, fmt: WeightFormat, rows: float, ex
 
 
 def attention(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch) -> float:
-    """Causal attention of all layers: 2 (d_qk + d_v) heads FLOP per pair; windowed layers see fewer.
-
-    Each pair and head also costs ``softmax_pair`` seconds. Short sequences run slower: time x
-    (1 + attention_half / L + attention_fill / (heads L)), L twice the mean context of a query.
-    """
-    if batch.tokens <= 0:
-        return 0.0
-    peak = gpu.peak(FORMATS[precision.attention]) * gpu.efficiency.attention
-
-    def one_layer(pairs: float) -> float:
-        length = 2.0 * pairs / batch.tokens
-        products = model.attention_flops(pairs) / peak
-        softmax = pairs * model.heads * gpu.efficiency.softmax_pair
-        short = gpu.efficiency.attention_half + gpu.efficiency.attention_fill / model.heads
-        return (products + softmax) * (1 + short / max(length, 1.0))
-
-    full = model.layers - model.window_layers
-    windowed = model.window_layers * one_layer(batch.window_pairs) if model.window_layers else 0.0
-    return full * one_layer(batch.pairs) + windowed
+    """Causal attention of all layers: 2 (d_qk + d_v) heads FLOP per pair; windowed layers see fewer."""
+    pairs = (model.layers - model.window_layers) * batch.pairs + model.window_layers * batch.window_pairs
+    return model.attention_flops(pairs) / (gpu.peak(FORMATS[precision.attention]) * gpu.efficiency.attention)
 
 
 def projections(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:

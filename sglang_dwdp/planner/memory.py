@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .cost import Group, layer_fetch_bytes
-from .formats import Precision
-from .gpu import Gpu
-from .shape import ModelShape
+from sglang_dwdp.planner.cost import Group, equal_share, layer_fetch_bytes
+from sglang_dwdp.planner.formats import Precision
+from sglang_dwdp.planner.gpu import Gpu
+from sglang_dwdp.planner.shape import ModelShape
 
 # CUDA context, NCCL or copy buffers, workspaces and graph pools. SGLang's default
 # --mem-fraction-static leaves 10 to 20 % for them and for activations.
@@ -80,7 +80,7 @@ def memory(
     if scheme == "replica":
         stored = model.experts
     elif scheme == "dep":
-        stored = -(-model.experts // group.size)
+        stored = equal_share(model, group.size)
     else:
         stored = group.stored(model)
         slots = group.depth * layer_fetch_bytes(model, precision, group)

@@ -84,24 +84,6 @@ class ModelShape:
         up = self.mla.kv_rank * self.heads * (nope + self.v_dim)
         return query + down + up + out
 
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Cached elements per token and layer (latent and rotary part for MLA)."""
-        if self.mla is not None:
-            return self.mla.kv_rank + self.mla.rope_dim
-        return self.kv_heads * (self.qk_dim + self.v_dim)
-
-    @property
-    def total_params(self) -> int:
-        """All parameters, with untied embedding and output head; norms left out."""
-        moe = self.experts * self.expert_params + self.shared_params + self.router_params
-        return (
-            self.layers * self.projection_params
-            + self.moe_layers * moe
-            + self.dense_layers * self.dense_mlp_params
-            + 2 * self.vocab * self.hidden
-        )
-
     def attention_flops(self, pairs: float) -> float:
         """FLOP of one layer's attention over ``pairs`` (query, key) pairs: 2 (d_qk + d_v) per head."""
         return 2.0 * pairs * self.heads * (self.qk_dim + self.v_dim)

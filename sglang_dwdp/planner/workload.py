@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
+from pydantic.dataclasses import dataclass as validated_dataclass
 
-from .checks import choice, kinds_of_fields, whole
-from .errors import PlannerError
+from sglang_dwdp.planner.checks import STRICT, Count, checked
+from sglang_dwdp.planner.errors import PlannerError
 
-KINDS = ("fixed", "uniform", "normal", "lognormal")
+Kind = Literal["fixed", "uniform", "normal", "lognormal"]
 FEWEST_PROMPTS = 4  # that typical forwards of one rank come from
 LONGEST = 10_000_000  # tokens of a prompt; no model reads more
 
 
-@dataclass(frozen=True)
+@checked
+@validated_dataclass(frozen=True, config=STRICT)
 class Lengths:
     """A distribution of prompt lengths in tokens.
 
@@ -28,20 +32,11 @@ class Lengths:
         limit: longest prompt that is accepted; longer draws are cut to it. 0: no limit.
     """
 
-    kind: str = "fixed"
-    length: int = 8192
-    ratio: float = 1.0
-    std: float = 0.0
-    limit: int = 0
-
-    def __post_init__(self) -> None:
-        choice("length distribution", self.kind, KINDS)
-        kinds_of_fields(self)
-        whole("prompt length", self.length, 1, LONGEST)
-        if self.ratio > 1:
-            raise PlannerError(f"length ratio must be within 0 and 1, not {self.ratio}")
-        if self.std > LONGEST:
-            raise PlannerError(f"standard deviation of lengths must be at most {LONGEST:,}, not {self.std:,}")
+    kind: Kind = "fixed"
+    length: Annotated[int, Field(ge=1, le=LONGEST)] = 8192
+    ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    std: Annotated[float, Field(ge=0, le=LONGEST)] = 0.0
+    limit: Count = 0
 
     def sample(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
         """``count`` lengths, shape [count], in tokens."""

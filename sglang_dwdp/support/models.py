@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping
 
 from sglang_dwdp.errors import DwdpConfigError
 
+# A config says how many routed experts a layer has under one of these names.
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+
 # docs/support.md has the tests, and what they were run on.
 COMPARED = frozenset(
     {
