@@ -8,6 +8,8 @@ figure is predicted. Published figures: the paper, TensorRT-LLM's blog 19, and S
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
+from math import comb
 
 import numpy as np
 
@@ -25,8 +27,7 @@ from benchmarks.paper_calibration import (
     roofline_gpu,
     table_1_length_wait,
 )
-from sglang_dwdp.planner.contention import contention_probabilities, serial_slowdown
-from sglang_dwdp.planner.cost import Group, dwdp
+from sglang_dwdp.planner.cost import Group, dwdp, serial_slowdown
 from sglang_dwdp.planner.dep import dep, expert_wait
 from sglang_dwdp.planner.formats import FORMATS, Precision
 from sglang_dwdp.planner.gpus import get_gpu
@@ -101,6 +102,16 @@ CONTENTION = {
 }
 
 
+def contention_probabilities(group_size: int) -> list[float]:
+    """Pr[C = 1], Pr[C = 2], ... for one pull; C counts the pulls on its source, itself included.
+
+    Each of the other N - 2 possible readers of the source picks it with probability 1/(N-1), so
+    C = 1 + Binomial(N-2, 1/(N-1)) (arXiv 2604.01621, equation 2).
+    """
+    others, chance = group_size - 2, 1 / (group_size - 1)
+    return [comb(others, x) * chance**x * (1 - chance) ** (others - x) for x in range(others + 1)]
+
+
 def counted_contention(size: int, rounds: int) -> list[float]:
     """Pr[C = 1], Pr[C = 2], ... counted: every rank draws a peer at random, ``rounds`` times."""
     rng, ranks = np.random.default_rng(0), np.arange(size)
@@ -165,7 +176,8 @@ def _serve(lengths: Lengths, budget: int, requests: int, mode: str, **settings: 
     )
 
 
-def ablation(requests: int) -> list[Row]:
+@cache
+def ablation(requests: int = 4096) -> list[Row]:
     """Table 4: TPS/GPU over DEP, with merge elimination, and with slices as well."""
     rows = []
     theirs = {
@@ -208,7 +220,8 @@ TABLE_3 = (
 )
 
 
-def context_server(requests: int) -> list[Row]:
+@cache
+def context_server(requests: int = 4096) -> list[Row]:
     """Table 3: no slices. Lengths with a deviation are normal, cut at the maximum input length."""
     rows = []
     for case, lengths, budget, size, local, ttft, tps in TABLE_3:
@@ -234,6 +247,7 @@ MI355X_RUNS = (
 )
 
 
+@cache
 def mi355x(max_prefill_tokens: int = 16384, frontend: float = 0.01) -> list[Row]:
     """AMD: DeepSeek-R1 MXFP4, DWDP8 against DEP8 with SGLang's all-gather, one-token answers.
 

@@ -17,12 +17,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.paper_calibration import calibrate
 from benchmarks.paper_tables import Row, ablation, context_server, mi355x, roofline, table_1, table_2
 
 NOTES = (
     "P Table 3: with 256 requests in flight TTFT and TPS/GPU are tied (Little's law), and the published pairs are "
-    "not: a share z of the time outside TTFT would have to differ from row to row (--sensitivity).",
+    "not: a share z of the time outside TTFT would have to differ from row to row.",
     "AMD, 32,768 tokens per rank, 8K: the published 17.7 s of DWDP exceed the 16.6 s that the same server took for "
     "twice the tokens. They equal one prompt per forward and more; SGLang's rule for 16,384 tokens packs two.",
 )
@@ -75,13 +74,9 @@ def main() -> int:
         console.print("- " + note)
     target = Path(args.json)
     target.parent.mkdir(parents=True, exist_ok=True)
-    data = {
-        "calibration": {k: v for k, v in vars(calibrate()).items() if k != "efficiency"}
-        | {"efficiency": vars(calibrate().efficiency)},
-        "rows": [{**vars(row), "error": row.error, "holds": row.holds} for row in rows],
-        "notes": NOTES,
-    }
-    target.write_text(json.dumps(data, indent=1) + "\n")
+    data = {title: {row.case: [row.theirs, float(f"{row.ours:.6g}")] for row in by_table[title]} for title in by_table}
+    lines = (f" {json.dumps(title)}: {json.dumps(figures)}" for title, figures in data.items())
+    target.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return 0
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
+from yaml import YAMLError, safe_load
 
 from sglang_dwdp.planner.errors import PlannerError
 
 T = TypeVar("T")
-FIGURES = (".pdf", ".png", ".svg")
 STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -48,52 +47,23 @@ def checked(kind: type[T]) -> type[T]:
     return kind
 
 
-def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        PlannerError: if it cannot be read, or is not text.
-    """
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlannerError(f"cannot read {path}: {error}") from None
-
-
 def read_mapping(path: Path, what: str, *, yaml: bool = False) -> dict[str, Any]:
     """The mapping in a JSON or YAML file.
 
     Raises:
         PlannerError: if the file cannot be read, is malformed, or holds something else than a mapping.
     """
-    text = read_text(path)
     try:
-        data = importlib.import_module("yaml").safe_load(text) if yaml else json.loads(text)
-    except Exception as error:
-        if yaml and type(error).__module__.partition(".")[0] != "yaml":
-            raise
-        raise PlannerError(
-            f"{what} {path} is not valid {'YAML' if yaml else 'JSON'}: {' '.join(str(error).split())}"
-        ) from None
+        text = path.read_text()
+        data = safe_load(text) if yaml else json.loads(text)
+    except OSError as error:
+        raise PlannerError(f"cannot read {what} {path}: {error.strerror}") from None
+    except (ValueError, YAMLError) as error:  # ValueError: not JSON, or not text
+        reason = " ".join(str(error).split())
+        raise PlannerError(f"{what} {path} is not valid {'YAML' if yaml else 'JSON'}: {reason}") from None
     if not isinstance(data, dict):
         raise PlannerError(f"{what} {path} must hold a mapping, not {type(data).__name__}")
     return data
-
-
-def writable(path: str) -> Path:
-    """``path`` if a figure can be written there, before anything is computed for it.
-
-    Raises:
-        PlannerError: if its folder does not exist, it cannot be written, or its name does not end in one of ``FIGURES``.
-    """
-    file = Path(path)
-    if not file.parent.is_dir():
-        raise PlannerError(f"cannot write {file}: {file.parent} is not a directory")
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise PlannerError(f"cannot write {file}: it is a directory, or permission is denied")
-    if file.suffix.lower() not in FIGURES:
-        raise PlannerError(f"cannot write {path!r}: the name of a figure ends in {', '.join(FIGURES)}")
-    return file
 
 
 def optional(module: str) -> Any:

@@ -7,9 +7,8 @@ import json
 import sys
 import time
 from dataclasses import replace
-from typing import get_args
 
-from sglang_dwdp.planner.checks import optional, writable
+from sglang_dwdp.planner.checks import optional
 from sglang_dwdp.planner.errors import PlannerError
 
 
@@ -57,15 +56,14 @@ def _add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="experts per rank (default: the fewest whose copies are hidden, equal shares at least)",
     )
     add("--depth", type=_count, default=2, metavar="N", help="layers fetched ahead (default 2)")
-    add("--length", type=_count, default=8192, metavar="N", help="prompt length in tokens (default 8192)")
+    add("--length", type=_count, default=8192, metavar="N", help="longest prompt in tokens (default 8192)")
     add(
-        "--length-kind",
-        default="uniform",
-        help="uniform: from --length-ratio times --length to --length; normal, lognormal: around it; fixed "
-        "(default uniform)",
+        "--length-ratio",
+        type=float,
+        default=0.8,
+        metavar="R",
+        help="lengths are uniform from R times --length to --length; 1 for fixed lengths (default 0.8)",
     )
-    add("--length-ratio", type=float, default=0.8, metavar="R", help="of uniform lengths (default 0.8)")
-    add("--length-std", type=float, default=0.0, metavar="N", help="in tokens (default 0)")
     add(
         "--exchange",
         choices=("all-gather", "all-to-all"),
@@ -89,12 +87,12 @@ def _run_plan(args: argparse.Namespace) -> int:
     from sglang_dwdp.planner.gpus import get_gpu, with_file
     from sglang_dwdp.planner.models import load_model
     from sglang_dwdp.planner.plan import make_plan
-    from sglang_dwdp.planner.plots import plot_plan
+    from sglang_dwdp.planner.plots import check_figure, plot_plan
     from sglang_dwdp.planner.report import plan_json, plan_tables
-    from sglang_dwdp.planner.workload import Kind, Lengths
+    from sglang_dwdp.planner.workload import Lengths
 
     if args.plot is not None:
-        writable(args.plot)
+        check_figure(args.plot)
     model = load_model(args.model)
     gpu = get_gpu(args.gpu)
     if args.gpu_file is not None:
@@ -104,9 +102,7 @@ def _run_plan(args: argparse.Namespace) -> int:
     size = args.group_size or args.num_gpus
     if args.num_gpus % size:
         raise PlannerError(f"--num-gpus {args.num_gpus} is not a multiple of --group-size {size}")
-    if args.length_kind not in get_args(Kind):
-        raise PlannerError(f"--length-kind {args.length_kind!r} is none of {', '.join(get_args(Kind))}")
-    lengths = Lengths(args.length_kind, args.length, args.length_ratio, args.length_std)
+    lengths = Lengths("uniform", length=args.length, ratio=args.length_ratio)
     plan = make_plan(
         Case(
             model, gpu, default_precision(get_format(args.weight_format or model.expert_format)), lengths, args.exchange
@@ -131,14 +127,13 @@ def _run_plan(args: argparse.Namespace) -> int:
 
 def _run_simulate(args: argparse.Namespace) -> int:
     console = optional("rich.console").Console()
-    optional("simpy")
-    from sglang_dwdp.planner.plots import plot_results
+    from sglang_dwdp.planner.plots import check_figure, plot_results
     from sglang_dwdp.planner.report import result_json, result_table
     from sglang_dwdp.planner.scenario import load_scenarios
     from sglang_dwdp.planner.simulate import simulate
 
     if args.plot is not None:
-        writable(args.plot)
+        check_figure(args.plot)
     started = time.perf_counter()
     results = [simulate(scenario) for scenario in load_scenarios(args.scenario)]
     if args.json:

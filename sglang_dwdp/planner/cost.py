@@ -13,7 +13,6 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.planner import kernels
 from sglang_dwdp.planner.checks import STRICT, AtLeastOne, Count, checked
-from sglang_dwdp.planner.contention import serial_slowdown
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import Precision
 from sglang_dwdp.planner.gpu import Gpu
@@ -128,9 +127,7 @@ def forward_parts(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batc
     """
     count = model.experts if experts is None else experts
     tokens = batch.tokens
-    dense = model.layers * kernels.projections(model, gpu, precision, tokens)
-    dense += model.dense_layers * kernels.dense_mlp(model, gpu, precision, tokens)
-    dense += model.moe_layers * kernels.shared_and_router(model, gpu, precision, tokens)
+    dense = kernels.dense_gemms(model, gpu, precision, tokens)
     rows = tokens * model.top_k
     grouped = model.moe_layers * kernels.grouped_gemm(model, gpu, precision.experts, rows, count)
     other = model.moe_layers * kernels.elementwise(model, gpu, precision, tokens, moe=True)
@@ -152,6 +149,30 @@ def pull_bandwidth(gpu: Gpu, group: Group) -> float:
     if group.copies == "serial":
         return gpu.pair_bandwidth
     return min(gpu.copy_bandwidth, gpu.pair_bandwidth * max(1, group.size - 1))
+
+
+def serial_slowdown(group_size: int, uncontended: float, window: float) -> float:
+    """How much longer serial whole-peer pulls take because sources are shared.
+
+    A pull that meets X others runs at 1/(1+X) of the rate, and E[X] = f (N-2)/(N-1) when peers
+    copy for a fraction f of the time. f itself is (slowed time / period), hence the fixed point
+    t = t0 (1 + q t / T) with q = (N-2)/(N-1), T the period that hides the copies; once t reaches
+    T the copies never stop and t = t0 (1 + q).
+
+    Args:
+        uncontended: seconds t0 that the copies of one period take alone.
+        window: seconds T of compute that they hide under.
+
+    Returns:
+        t / t0, at least 1.
+    """
+    if uncontended <= 0:
+        return 1.0
+    q = (group_size - 2) / (group_size - 1)
+    hidden = 1 - q * uncontended / window if window > 0 else 0.0
+    if hidden > 0 and uncontended / hidden <= window:
+        return 1 / hidden
+    return 1 + q
 
 
 def dwdp(

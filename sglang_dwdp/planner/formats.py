@@ -20,7 +20,7 @@ class WeightFormat:
             units multiplies it in.
         weight_only: activations stay in 16 bits, so the product runs at the bf16 rate wherever
             the GPU has no unit for ``compute``.
-        names: parts of the names that checkpoints and SGLang's ``--quantization`` give it.
+        names: parts of the names that checkpoints give it.
     """
 
     name: str
@@ -44,7 +44,7 @@ FORMATS: dict[str, WeightFormat] = {
         WeightFormat("int4", 0.5 + 2 / 128, "bf16", weight_only=True),
     )
 }
-_INT4_METHODS = {"awq", "gptq", "compressed-tensors", "auto-round", "moe"}  # where they store 4 bits
+_INT4_METHODS = {"awq", "gptq", "compressed-tensors", "auto-round"}  # where they store 4 bits
 
 
 def get_format(name: str) -> WeightFormat:
@@ -59,29 +59,21 @@ def get_format(name: str) -> WeightFormat:
         raise PlannerError(f"unknown weight format {name!r}; known: {', '.join(sorted(FORMATS))}") from None
 
 
-def format_of_quantization(method: str, algorithm: str = "", bits: int | None = None) -> str:
-    """The weight format behind a quantisation's names, as checkpoints and SGLang's ``--quantization`` write them.
+def format_of_config(quantization: Mapping[str, Any]) -> str:
+    """The weight format behind the ``quantization_config`` of a ``config.json``.
 
     Returns:
-        A name of ``FORMATS``, or ``method`` itself where none fits, which ``get_format`` then reports.
+        A name of ``FORMATS``, or the config's own name where none fits, which ``get_format`` then reports.
     """
-    method, said = method.lower(), f"{method} {algorithm}".lower()
+    method = str(quantization.get("quant_method") or "").lower()
+    names = " ".join(str(quantization.get(key) or "") for key in ("quant_algo", "fmt", "format"))
     for fmt in FORMATS.values():
-        if any(name in said for name in fmt.names):
+        if any(name in f"{method} {names}".lower() for name in fmt.names):
             return fmt.name
-    if method.split("_")[0] in _INT4_METHODS and bits in (None, 4):
-        return "int4"
-    return method or "bf16"
-
-
-def format_of_config(quantization: Mapping[str, Any]) -> str:
-    """As ``format_of_quantization``, from the ``quantization_config`` of a ``config.json``."""
-    algorithm = " ".join(str(quantization.get(key) or "") for key in ("quant_algo", "fmt", "format"))
-    bits = quantization.get("bits")
+    bits = quantization.get("bits", 4)
     for group in (quantization.get("config_groups") or {}).values():  # compressed-tensors
         bits = (group.get("weights") or {}).get("num_bits", bits)
-    method = str(quantization.get("quant_method", ""))
-    return format_of_quantization(method, algorithm, None if bits is None else int(bits))
+    return "int4" if method.split("_")[0] in _INT4_METHODS and int(bits) == 4 else method or "bf16"
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,6 @@ class Gpu:
             slowest rank that sequence lengths do not. A property of model and traffic more than of
             the GPU; it stands here because Table 1 is its one source.
         kernel_gap: seconds between dependent kernels.
-        direct_read: bytes/s at which kernels were measured to read a peer's memory in place; 0 where they were not.
         max_group: GPUs that the links join.
         gathered_rows: after an all-gather SGLang's expert kernels write and sum rows of other ranks' experts too
             (Triton); false where the kernels skip them (AMD's aiter).
@@ -93,7 +92,6 @@ class Gpu:
     copy_interference: NotNegative = 0.0
     expert_skew: NotNegative = 0.0
     kernel_gap: NotNegative = 2e-6
-    direct_read: NotNegative = 0.0
     gathered_rows: bool = True
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -104,17 +102,3 @@ class Gpu:
         if fmt.weight_only or fmt.compute == "bf16":
             return self.peak_flops["bf16"]
         raise PlannerError(f"{self.name} has no {fmt.compute} matrix units for weights in {fmt.name}")
-
-    @property
-    def direct_read_bandwidth(self) -> float:
-        """Bytes/s at which a kernel reads a peer's memory in place: as measured, else from packet sizes.
-
-        Kernels move 128 B of payload per packet, copy engines 256 B (an NCCL maintainer in
-        NVIDIA/nccl-tests#149). The header share that explains the copy engine's efficiency e
-        on its payload, h = 256 (1/e - 1), then costs a kernel 128 / (128 + h).
-        """
-        if self.direct_read:
-            return self.direct_read
-        copy_efficiency = min(1.0, self.copy_bandwidth / self.link_bandwidth)
-        header = 256 * (1 / copy_efficiency - 1)
-        return self.link_bandwidth * 128 / (128 + header)

@@ -75,20 +75,13 @@ def attention(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch) -
     return model.attention_flops(pairs) / (gpu.peak(FORMATS[precision.attention]) * gpu.efficiency.attention)
 
 
-def projections(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:
-    """Attention projections of one layer."""
-    return dense_gemm(gpu, precision.projections, tokens, model.projection_params)
-
-
-def dense_mlp(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:
-    """MLP of one dense layer."""
-    return dense_gemm(gpu, precision.experts, tokens, model.dense_mlp_params)
-
-
-def shared_and_router(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:
-    """Shared experts and router of one MoE layer."""
+def dense_gemms(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:
+    """All layers' projections, dense MLPs, shared experts and routers."""
+    projections = dense_gemm(gpu, precision.projections, tokens, model.projection_params)
+    mlp = dense_gemm(gpu, precision.experts, tokens, model.dense_mlp_params)
     shared = dense_gemm(gpu, precision.experts, tokens, model.shared_params)
-    return shared + dense_gemm(gpu, FORMATS["bf16"], tokens, model.router_params)
+    router = dense_gemm(gpu, FORMATS["bf16"], tokens, model.router_params)
+    return model.layers * projections + model.dense_layers * mlp + model.moe_layers * (shared + router)
 
 
 def elementwise_elements(model: ModelShape, moe: bool) -> float:

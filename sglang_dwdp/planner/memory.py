@@ -45,23 +45,6 @@ class Memory:
         return self.kv_cache > 0
 
 
-def replicated_bytes(model: ModelShape, precision: Precision) -> float:
-    """Bytes that every rank holds whatever the scheme: everything but the routed experts."""
-    projections = model.layers * model.projection_params * precision.projections.bytes_per_param
-    mlp = model.moe_layers * model.shared_params + model.dense_layers * model.dense_mlp_params
-    plain = model.moe_layers * model.router_params + 2 * model.vocab * model.hidden
-    return projections + mlp * precision.experts.bytes_per_param + plain * 2.0
-
-
-def activation_bytes(model: ModelShape, precision: Precision, tokens: float) -> float:
-    """Peak of one layer: residual and hidden states, and the routed copies in and out.
-
-    tokens x (4 hidden + top_k (2 hidden + 3 intermediate)) elements.
-    """
-    routed = model.top_k * (2 * model.hidden + 3 * model.moe_intermediate)
-    return tokens * (4 * model.hidden + routed) * precision.activation_bytes
-
-
 def memory(
     model: ModelShape,
     gpu: Gpu,
@@ -72,19 +55,23 @@ def memory(
 ) -> Memory:
     """Memory of one rank under ``dwdp``, ``in-tree dwdp``, ``dep`` or ``replica``.
 
-    DWDP adds ``depth`` slots of the remote experts of one layer. DEP holds its share of experts
-    and the tokens that it receives (on average as many as it sends).
+    Every rank holds everything but the routed experts. DWDP adds ``depth`` slots of the remote experts of one layer.
+    DEP holds its share of experts and the tokens that it receives (on average as many as it sends). Activations peak in
+    one layer: residual and hidden states, and the routed copies in and out, tokens x (4 hidden + top_k (2 hidden + 3
+    intermediate)) elements.
     """
     one = model.moe_layers * model.expert_params * precision.experts.bytes_per_param
-    slots = 0.0
-    if scheme == "replica":
-        stored = model.experts
-    elif scheme == "dep":
+    stored, slots = model.experts, 0.0
+    if scheme == "dep":
         stored = equal_share(model, group.size)
-    else:
+    elif scheme != "replica":
         stored = group.stored(model)
         slots = group.depth * layer_fetch_bytes(model, precision, group)
-    fixed = replicated_bytes(model, precision)
-    active = activation_bytes(model, precision, tokens)
+    mlp = model.moe_layers * model.shared_params + model.dense_layers * model.dense_mlp_params
+    fixed = model.layers * model.projection_params * precision.projections.bytes_per_param
+    fixed += mlp * precision.experts.bytes_per_param
+    fixed += 2.0 * (model.moe_layers * model.router_params + 2 * model.vocab * model.hidden)
+    routed = model.top_k * (2 * model.hidden + 3 * model.moe_intermediate)
+    active = tokens * (4 * model.hidden + routed) * precision.activation_bytes
     used = fixed + stored * one + slots + active + RUNTIME_BYTES
     return Memory(fixed, stored * one, slots, active, RUNTIME_BYTES, gpu.memory - used)

@@ -30,7 +30,6 @@ class Plan:
         gpus: of the node, a multiple of the group's size.
         points: the sweep over tokens per rank.
         crossover: tokens per rank from which DWDP beats DEP; None if it never does.
-        hidden_from: tokens per rank from which copies are hidden entirely; None if never.
         chunk: ``--chunked-prefill-size`` per rank, as given or as found.
         memories: bytes by scheme at the chunk.
     """
@@ -40,7 +39,6 @@ class Plan:
     gpus: int
     points: tuple[Point, ...]
     crossover: int | None
-    hidden_from: int | None
     chunk: int
     memories: dict[str, Memory]
 
@@ -125,15 +123,15 @@ def _against_dep(plan: Plan) -> str:
     return f"{name} would pay {above}, but no more than {_thousands(plan.chunk)} fit ({at_chunk}): use {elsewhere}"
 
 
-def _crossover(points: Sequence[Point], holds: Callable[[Point], bool], at: Callable[[int], Point]) -> int | None:
-    """Smallest token count (to ``FINE`` tokens) from which ``holds`` stays true over the sweep."""
+def _crossover(points: Sequence[Point], at: Callable[[int], Point]) -> int | None:
+    """Smallest token count (to ``FINE`` tokens) from which DWDP is no slower than DEP over the sweep."""
     start = len(points)
-    while start > 0 and holds(points[start - 1]):
+    while start > 0 and points[start - 1].speedup >= 1:
         start -= 1
     if start in (0, len(points)):
         return points[0].tokens if start == 0 else None
     between = range(points[start - 1].tokens + FINE, points[start].tokens, FINE)
-    first = bisect_left(between, True, key=lambda tokens: holds(at(tokens)))
+    first = bisect_left(between, True, key=lambda tokens: at(tokens).speedup >= 1)
     return between[first] if first < len(between) else points[start].tokens
 
 
@@ -200,8 +198,7 @@ def make_plan(case: Case, group: Group, gpus: int = 0, *, tokens: int = 0, choos
         group=group,
         gpus=gpus or group.size,
         points=points,
-        crossover=_crossover(points, lambda p: p.speedup >= 1.0, at),
-        hidden_from=_crossover(points, lambda p: p.hidden, at),
+        crossover=_crossover(points, at),
         chunk=chunk,
         memories=memories,
     )

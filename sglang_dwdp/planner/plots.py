@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_dwdp.planner.checks import optional
+from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.plan import Plan
 
 if TYPE_CHECKING:
     from sglang_dwdp.planner.simulate import Result
+
+FIGURES = (".pdf", ".png", ".svg")
 
 
 def _axes() -> tuple[Any, Any]:
@@ -17,6 +21,13 @@ def _axes() -> tuple[Any, Any]:
     figure, axes = optional("matplotlib.pyplot").subplots(figsize=(9, 5), layout="constrained")
     axes.grid(alpha=0.3)
     return figure, axes
+
+
+def check_figure(path: str) -> None:
+    """Raise PlannerError unless a figure can be written to ``path``, before anything is computed for it."""
+    file = Path(path)
+    if not file.parent.is_dir() or file.suffix.lower() not in FIGURES:
+        raise PlannerError(f"cannot write {path}: give a name in a folder that exists, ending in {', '.join(FIGURES)}")
 
 
 def plot_plan(plan: Plan, path: str) -> None:

@@ -16,17 +16,6 @@ from sglang_dwdp.planner.plan import Plan
 if TYPE_CHECKING:
     from sglang_dwdp.planner.simulate import Result
 
-PART_LABELS = {
-    "attention": "attention",
-    "grouped_gemm": "experts",
-    "dense_gemm": "dense GEMM",
-    "other": "other kernels",
-    "interference": "interference",
-    "communication": "exchange",
-    "synchronisation": "wait for slowest",
-    "exposed_copy": "exposed copy",
-}
-
 
 def _table(title: str, caption: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
     """The first column is text, the others are figures; narrow enough for eight on a terminal of 80."""
@@ -65,7 +54,7 @@ def plan_tables(plan: Plan) -> Stack:
     )
     chosen = plan.chosen
     shown: list[Estimate] = [e for e in (chosen.dwdp, chosen.dep, chosen.in_tree, chosen.replica) if e]
-    values = {PART_LABELS[f.name]: [getattr(e.parts, f.name) for e in shown] for f in fields(Parts)}
+    values = {f.name.replace("_", " "): [getattr(e.parts, f.name) for e in shown] for f in fields(Parts)}
     values = {label: row for label, row in values.items() if any(row)} | {"total": [e.seconds for e in shown]}
     parts = _table(
         f"Breakdown at {plan.chunk:,} tokens per rank",
@@ -91,22 +80,12 @@ def plan_tables(plan: Plan) -> Stack:
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     """A plan as plain data; times in seconds, memory in bytes."""
+    schemes = {p.tokens: [e for e in (p.dwdp, p.dep, p.in_tree, p.replica) if e is not None] for p in plan.points}
     points = [
         {
             "tokens": p.tokens,
             "speedup_over_dep": p.speedup,
-            **{
-                e.scheme: {
-                    "seconds": e.seconds,
-                    "tokens_per_second_per_gpu": e.tokens_per_second,
-                    "compute_seconds": e.compute,
-                    "fetch_seconds": e.fetch,
-                    "fetch_bytes": e.fetch_bytes,
-                    "parts": asdict(e.parts),
-                }
-                for e in (p.dwdp, p.dep, p.in_tree, p.replica)
-                if e is not None
-            },
+            **{e.scheme: {"seconds": e.seconds, **asdict(e)} for e in schemes[p.tokens]},
         }
         for p in plan.points
     ]
@@ -123,7 +102,6 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "verdict": plan.verdict,
         "pays": plan.pays,
         "crossover_tokens_per_rank": plan.crossover,
-        "copies_hidden_from_tokens_per_rank": plan.hidden_from,
         "chunked_prefill_size": plan.chunk,
         "flags": list(plan.flags),
         "memory_bytes": {scheme: asdict(m) for scheme, m in plan.memories.items()},

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
+from sglang_dwdp.errors import DwdpError
 from sglang_dwdp.planner.checks import STRICT, AtLeastOne, Count, NotNegative, checked, read_mapping
 from sglang_dwdp.planner.cost import Copies, Group
 from sglang_dwdp.planner.dep import Exchange
@@ -83,7 +85,7 @@ class Scenario:
         """GPUs in all."""
         return self.group_size * self.groups
 
-    @property
+    @cached_property
     def group(self) -> Group:
         """The sharing of experts within one group."""
         return Group(self.group_size, self.local_experts, self.copies, self.depth, self.ring_over_steps)
@@ -145,5 +147,5 @@ def load_scenarios(path: str) -> list[Scenario]:
 def _named(path: str, name: str, settings: Mapping[str, Any]) -> Scenario:
     try:
         return scenario_from_mapping(settings, name)
-    except PlannerError as error:
+    except DwdpError as error:
         raise PlannerError(f"{path}, scenario {name}: {error}") from None

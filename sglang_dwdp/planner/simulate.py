@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sglang_dwdp.planner.cost import dwdp, replica
 from sglang_dwdp.planner.dep import dep_forward
 from sglang_dwdp.planner.scenario import Scenario
-from sglang_dwdp.planner.workload import Batch, batch_of
+from sglang_dwdp.planner.workload import Batch, Prompt, take
 
 
 @dataclass
@@ -55,44 +55,20 @@ class Result:
         return float(np.percentile(self.ttft, q))
 
 
-@dataclass
-class _Request:
-    length: int
-    arrival: float = 0.0
-    done: int = 0
-    finished: float = -1.0
-
-
 class _Rank:
     """One GPU's queue; ``step`` lists the ranks that run their forwards together, this one included."""
 
     def __init__(self) -> None:
-        self.queue: deque[_Request] = deque()
-        self.backlog = 0  # tokens
+        self.queue: deque[Prompt] = deque()
+        self.backlog = 0.0  # tokens
         self.busy = False
         self.step: Sequence[_Rank] = (self,)
 
-    def form(self, s: Scenario) -> tuple[Batch, list[_Request]]:
-        """Take a forward's worth from the queue, first come, first served."""
-        room = s.token_budget
-        pieces: list[tuple[int, int]] = []
-        finished: list[_Request] = []
-        while self.queue and room > 0:
-            request = self.queue[0]
-            rest = request.length - request.done
-            if not s.chunked and pieces and rest > room:
-                break
-            take = min(rest, room) if s.chunked else rest
-            pieces.append((take, request.done))
-            request.done += take
-            room -= take
-            self.backlog -= take
-            if request.done < request.length:
-                break
-            finished.append(self.queue.popleft())
-            if s.max_prefill_tokens and sum(new for new, _ in pieces) >= s.max_prefill_tokens:
-                break
-        return batch_of(pieces, s.model.window), finished
+    def form(self, s: Scenario) -> tuple[Batch, list[Prompt]]:
+        """Take a forward's worth from the queue."""
+        batch, finished = take(self.queue, s.token_budget, s.chunked, s.model.window, s.max_prefill_tokens)
+        self.backlog -= batch.tokens
+        return batch, finished
 
 
 class _Simulation:
@@ -102,7 +78,7 @@ class _Simulation:
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.order = count()
         rng = np.random.default_rng(s.seed)
-        self.requests = [_Request(int(n)) for n in s.lengths.sample(s.requests, rng)]
+        self.requests = [Prompt(int(n)) for n in s.lengths.sample(s.requests, rng)]
         self.waiting = iter(self.requests)
         self.ranks = [_Rank() for _ in range(s.ranks)]
         if s.mode == "dep":
@@ -133,7 +109,7 @@ class _Simulation:
         else:
             self.deliver(request)
 
-    def deliver(self, request: _Request) -> None:
+    def deliver(self, request: Prompt) -> None:
         if self.scenario.router == "least_tokens":
             rank = min(self.ranks, key=lambda r: r.backlog)
         else:
@@ -169,7 +145,7 @@ class _Simulation:
         result.pulled += estimate.fetch_bytes
         return estimate.seconds
 
-    def finish(self, ranks: Sequence[_Rank], requests: Sequence[_Request]) -> None:
+    def finish(self, ranks: Sequence[_Rank], requests: Sequence[Prompt]) -> None:
         ranks[0].busy = False
         for request in requests:
             request.finished = self.now

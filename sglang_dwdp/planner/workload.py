@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Literal
@@ -13,7 +14,6 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from sglang_dwdp.planner.checks import STRICT, Count, checked
-from sglang_dwdp.planner.errors import PlannerError
 
 Kind = Literal["fixed", "uniform", "normal", "lognormal"]
 FEWEST_PROMPTS = 4  # that typical forwards of one rank come from
@@ -95,31 +95,46 @@ def batch_of(pieces: Iterable[tuple[int, int]], window: int = 0) -> Batch:
     )
 
 
-def pack(lengths: Sequence[int], budget: int, chunked: bool, window: int = 0) -> list[Batch]:
-    """Pack prompts first come, first served, into forwards of at most ``budget`` tokens.
+@dataclass
+class Prompt:
+    """A prompt on its way: tokens, and simulated seconds."""
+
+    length: int
+    done: int = 0
+    arrival: float = 0.0
+    finished: float = 0.0
+
+
+def take(
+    queue: deque[Prompt], budget: int, chunked: bool, window: int = 0, max_prefill: int = 0
+) -> tuple[Batch, list[Prompt]]:
+    """A forward of at most ``budget`` tokens from a queue, first come, first served: (its batch, prompts it completes).
 
     Args:
         chunked: a prompt that does not fit is cut (SGLang's chunked prefill); otherwise it waits
             for the next forward, and one longer than the budget has a forward of its own.
+        max_prefill: no further prompt joins a forward of so many tokens; 0 for no such limit.
     """
-    if budget < 1:
-        raise PlannerError(f"the token budget of a forward must be at least 1, not {budget}")
-    batches: list[Batch] = []
-    current: list[tuple[int, int]] = []
-    room = budget
-    for length in lengths:
-        done = 0
-        while done < length:
-            rest = length - done
-            if current and room < (1 if chunked else rest):
-                batches.append(batch_of(current, window))
-                current, room = [], budget
-            take = min(rest, room) if chunked else rest
-            current.append((take, done))
-            room -= take
-            done += take
-    if current:
-        batches.append(batch_of(current, window))
+    room, pieces, finished = budget, [], []
+    while queue and room > 0 and not (max_prefill and budget - room >= max_prefill):
+        prompt = queue[0]
+        rest = prompt.length - prompt.done
+        if not chunked and pieces and rest > room:
+            break
+        new = min(rest, room) if chunked else rest
+        pieces.append((new, prompt.done))
+        prompt.done += new
+        room -= new
+        if prompt.done == prompt.length:
+            finished.append(queue.popleft())
+    return batch_of(pieces, window), finished
+
+
+def pack(lengths: Iterable[int], budget: int, chunked: bool, window: int = 0) -> list[Batch]:
+    """All forwards of a queue; see ``take``."""
+    queue, batches = deque(map(Prompt, lengths)), []
+    while queue:
+        batches.append(take(queue, budget, chunked, window)[0])
     return batches
 
 
