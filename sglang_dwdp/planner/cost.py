@@ -86,8 +86,8 @@ class Group:
     Attributes:
         size: ranks.
         local_experts: experts that each rank stores; 0 for the smallest equal share.
-        copies: ``serial`` whole-peer pulls in random order, or ``sliced``: slices of all peers in
-            turn, which keeps every source evenly loaded.
+        copies: ``serial`` whole-peer pulls in random order, or ``sliced``: slices of all peers in turn, which keeps
+            every source evenly loaded.
         depth: layers that are fetched ahead.
         ring_over_steps: the fetch of the next forward's first layers starts in this one.
     """
@@ -122,8 +122,8 @@ def in_tree_group(size: int) -> Group:
 def forward_parts(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch, experts: int | None = None) -> Parts:
     """The kernels of one forward; ``experts`` of each layer share the batch's routed copies.
 
-    Under DEP a rank computes the copies of E/N experts for all ranks' tokens: as many copies as
-    its own tokens send out, over fewer experts.
+    Under DEP a rank computes the copies of E/N experts for all ranks' tokens: as many copies as its own tokens send
+    out, over fewer experts.
     """
     count = model.experts if experts is None else experts
     tokens = batch.tokens
@@ -154,10 +154,9 @@ def pull_bandwidth(gpu: Gpu, group: Group) -> float:
 def serial_slowdown(group_size: int, uncontended: float, window: float) -> float:
     """How much longer serial whole-peer pulls take because sources are shared.
 
-    A pull that meets X others runs at 1/(1+X) of the rate, and E[X] = f (N-2)/(N-1) when peers
-    copy for a fraction f of the time. f itself is (slowed time / period), hence the fixed point
-    t = t0 (1 + q t / T) with q = (N-2)/(N-1), T the period that hides the copies; once t reaches
-    T the copies never stop and t = t0 (1 + q).
+    A pull that meets X others runs at 1/(1+X) of the rate, and E[X] = f (N-2)/(N-1) when peers copy for a fraction f of
+    the time. f itself is (slowed time / period), hence the fixed point t = t0 (1 + q t / T) with q = (N-2)/(N-1), T the
+    period that hides the copies; once t reaches T the copies never stop and t = t0 (1 + q).
 
     Args:
         uncontended: seconds t0 that the copies of one period take alone.
@@ -185,15 +184,13 @@ def dwdp(
 ) -> Estimate:
     """One DWDP forward: max(compute, fetch) per layer, plus what cannot be hidden.
 
-    With compute C (interference included) and copies of F seconds over the MoE layers, the copy
-    engines run ahead by ``depth`` layers at most, so dense layers hide at most ``depth`` fetches:
-    T = max(C, F + max(0, D - depth f)), D the dense layers' time and f one layer's fetch. With one
-    slot a copy starts when the experts of the layer before are done and hides under what precedes
-    the next ones only: T = E + (n - 1) max(b, f) + max(b + D, f), E the experts' products, b the
-    rest of one of n MoE layers. Without the ring over steps the first fetch starts with the forward
-    and is hidden by D and one attention block only. Interference costs ``copy_interference`` seconds
-    of compute per second of copying at full rate: power and HBM bandwidth go to each byte copied
-    (paper, appendix A).
+    With compute C (interference included) and copies of F seconds over the MoE layers, the copy engines run ahead by
+    ``depth`` layers at most, so dense layers hide at most ``depth`` fetches: T = max(C, F + max(0, D - depth f)), D the
+    dense layers' time and f one layer's fetch. With one slot a copy starts when the experts of the layer before are
+    done and hides under what precedes the next ones only: T = E + (n - 1) max(b, f) + max(b + D, f), E the experts'
+    products, b the rest of one of n MoE layers. Without the ring over steps the first fetch starts with the forward and
+    is hidden by D and one attention block only. Interference costs ``copy_interference`` seconds of compute per second
+    of copying at full rate: power and HBM bandwidth go to each byte copied (paper, appendix A).
     """
     base = forward_parts(model, gpu, precision, batch)
     total_bytes = layer_fetch_bytes(model, precision, group) * model.moe_layers

@@ -1,7 +1,7 @@
 """Time of one forward under DEP: dp-attention with expert parallelism.
 
-Attention runs on each rank's own tokens, tokens travel to the ranks that own their experts and
-back, and all ranks meet in every layer. All times are seconds per forward of one rank.
+Attention runs on each rank's own tokens, tokens travel to the ranks that own their experts and back, and all ranks meet
+in every layer. All times are seconds per forward of one rank.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Exchange = Literal["all-to-all", "all-gather", "all-copies"]
 def exchange_bytes(model: ModelShape, precision: Precision, tokens: float, ranks: int, exchange: str) -> float:
     """Bytes that a rank sends per MoE layer under DEP, dispatch and combine together.
 
-    ``all-to-all``: one copy per remote rank that owns one of the token's experts, (N-1)(1 -
-    (1-1/N)^k) of them. ``all-copies``: one per routed copy, k (N-1)/N. ``all-gather``: every token
-    to every rank, and partial sums back (SGLang's dp-attention without an all-to-all backend).
-    Dispatch carries ``dispatch_bytes`` per element, combine 2 (bf16).
+    ``all-to-all``: one copy per remote rank that owns one of the token's experts, (N-1)(1 - (1-1/N)^k) of them.
+    ``all-copies``: one per routed copy, k (N-1)/N. ``all-gather``: every token to every rank, and partial sums back
+    (SGLang's dp-attention without an all-to-all backend). Dispatch carries ``dispatch_bytes`` per element, combine 2
+    (bf16).
 
     Raises:
         PlannerError: for another exchange.
@@ -86,10 +86,9 @@ def expected_maximum(ranks: int) -> float:
 def expert_wait(model: ModelShape, gpu: Gpu, ranks: int, grouped: float) -> float:
     """Wait for the rank with the hottest experts: (max/mean - 1) of the grouped products.
 
-    One expert's load varies by v = skew sqrt(E/k - 1): if the same k experts got every token, it
-    would vary by sqrt(E/k - 1), the most that top-k routing permits. A rank's load sums E/N of
-    them, so it varies by v sqrt(N/E), and the hottest of N lies ``expected_maximum`` deviations
-    above the mean.
+    One expert's load varies by v = skew sqrt(E/k - 1): if the same k experts got every token, it would vary by sqrt(E/k
+    - 1), the most that top-k routing permits. A rank's load sums E/N of them, so it varies by v sqrt(N/E), and the
+    hottest of N lies ``expected_maximum`` deviations above the mean.
     """
     variation = gpu.expert_skew * sqrt(model.experts / model.top_k - 1)
     return grouped * variation * sqrt(ranks / model.experts) * expected_maximum(ranks)
@@ -98,8 +97,8 @@ def expert_wait(model: ModelShape, gpu: Gpu, ranks: int, grouped: float) -> floa
 def length_wait(base: Parts, mean: Batch, rounds: Sequence[Sequence[Batch]]) -> float:
     """Wait for the rank with the most attention and dense work, over typical rounds.
 
-    Dense and small kernels scale with tokens, attention with pairs; the experts' products are
-    shared by all ranks and do not wait for lengths.
+    Dense and small kernels scale with tokens, attention with pairs; the experts' products are shared by all ranks and
+    do not wait for lengths.
     """
 
     def own(batch: Batch) -> float:

@@ -16,10 +16,9 @@ class WeightFormat:
     Attributes:
         name: what users call it.
         bytes_per_param: bytes of storage per parameter, block scales included.
-        compute: the matrix-unit format (``bf16``, ``fp8`` or ``fp4``) that a GPU with such
-            units multiplies it in.
-        weight_only: activations stay in 16 bits, so the product runs at the bf16 rate wherever
-            the GPU has no unit for ``compute``.
+        compute: the matrix-unit format (``bf16``, ``fp8`` or ``fp4``) that a GPU with such units multiplies it in.
+        weight_only: activations stay in 16 bits, so the product runs at the bf16 rate wherever the GPU has no unit for
+            ``compute``.
         names: parts of the names that checkpoints give it.
     """
 

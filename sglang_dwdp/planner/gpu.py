@@ -1,7 +1,7 @@
 """What the cost model wants to know of a GPU: peaks, links, and which fraction kernels reach.
 
-Peaks are dense (no structured sparsity). ``link_bandwidth`` counts one direction. ``gpus.yaml`` has the known GPUs;
-a ``--gpu-file`` replaces any of these figures by measured ones.
+Peaks are dense (no structured sparsity). ``link_bandwidth`` counts one direction. ``gpus.yaml`` has the known GPUs; a
+``--gpu-file`` replaces any of these figures by measured ones.
 """
 
 from __future__ import annotations
@@ -32,12 +32,11 @@ class Efficiency:
         weight_read: fraction of HBM bandwidth reached by a product bound by reading weights.
         collective: fraction of link bandwidth reached by all-to-all, all-gather, reduce-scatter.
         tile_rows: rows that a grouped product is padded to; half of it is lost per expert.
-        half_depth: inner dimension at which a grouped product reaches half of its rate (pipeline
-            fill).
+        half_depth: inner dimension at which a grouped product reaches half of its rate (pipeline fill).
         gemm_cap: fraction of the matrix peak that long large products sustain within the power limit.
         gemm_latency: seconds that every product costs whatever its size.
-        overlap_power: p in (compute^p + memory^p)^(1/p), how well a product's weight reads hide
-            under its arithmetic; infinite for the plain maximum.
+        overlap_power: p in (compute^p + memory^p)^(1/p), how well a product's weight reads hide under its arithmetic;
+            infinite for the plain maximum.
     """
 
     grouped_gemm: Fraction
@@ -65,13 +64,12 @@ class Gpu:
         link_bandwidth: bytes/s to all peers together, one direction, data sheet.
         copy_bandwidth: bytes/s that copy engines pull from several peers together.
         pair_bandwidth: bytes/s that they pull from one peer.
-        switched: peers share each GPU's port through a switch (a busy source slows its
-            readers); otherwise every pair has its own wire.
+        switched: peers share each GPU's port through a switch (a busy source slows its readers); otherwise every pair
+            has its own wire.
         copy_interference: seconds of compute lost per second of copying under it.
-        expert_skew: how much experts' loads vary, as a fraction of the most that top-k routing
-            permits (0: evenly loaded, as EPLB strives for); under DEP it explains the wait for the
-            slowest rank that sequence lengths do not. A property of model and traffic more than of
-            the GPU; it stands here because Table 1 is its one source.
+        expert_skew: how much experts' loads vary, as a fraction of the most that top-k routing permits (0: evenly
+            loaded, as EPLB strives for); under DEP it explains the wait for the slowest rank that sequence lengths do
+            not. A property of model and traffic more than of the GPU; it stands here because Table 1 is its one source.
         kernel_gap: seconds between dependent kernels.
         max_group: GPUs that the links join.
         gathered_rows: after an all-gather SGLang's expert kernels write and sum rows of other ranks' experts too

@@ -50,8 +50,8 @@ def get_gpu(name: str) -> Gpu:
 def gpu_of_device(device_name: str) -> Gpu | None:
     """The GPU that a driver calls ``device_name`` ("NVIDIA H100 80GB HBM3"), None where it is not known.
 
-    Boards with another link (H100 PCIe, H100 NVL), parts of a GPU (MIG), and chips that merely have
-    a known one's letters in their name (GH200) are other GPUs.
+    Boards with another link (H100 PCIe, H100 NVL), parts of a GPU (MIG), and chips that merely have a known one's
+    letters in their name (GH200) are other GPUs.
     """
     words = set(device_name.upper().replace("-", " ").split())
     if words & {"PCIE", "NVL", "MIG"}:
@@ -70,10 +70,11 @@ def with_file(gpu: Gpu, path: str) -> Gpu:
     """
     data = read_mapping(Path(path), "GPU file", yaml=True)
     base = asdict(gpu)
+    sources = dict(gpu.sources)
+    for key in data.keys() - {"name", "sources"}:
+        sources[key] = f"{path}; what it does not say: {sources.get(key)}" if isinstance(data[key], dict) else path
     for part in ("efficiency", "peak_flops"):
         if not isinstance(data.get(part, {}), dict):
             raise PlannerError(f"GPU file {path}: {part} must be a mapping")
         data[part] = base[part] | data.get(part, {})
-    said = dict.fromkeys(data.keys() - {"efficiency", "peak_flops", "name", "sources"}, path)
-    sources = base["sources"] | said | dict(data.get("sources") or {})
-    return _gpu(base | data | {"sources": sources}, f"GPU file {path}")
+    return _gpu(base | data | {"sources": sources | dict(data.get("sources") or {})}, f"GPU file {path}")

@@ -1,7 +1,6 @@
 """Time of the kernels of one layer on one GPU: the roofline with efficiencies.
 
-Every function returns seconds. FLOP counts are 2 per multiply-add; bytes are those that have to
-cross HBM once.
+Every function returns seconds. FLOP counts are 2 per multiply-add; bytes are those that have to cross HBM once.
 """
 
 from __future__ import annotations
@@ -48,9 +47,8 @@ def dense_gemm(gpu: Gpu, fmt: WeightFormat, rows: float, params: float) -> float
 def grouped_product(gpu: Gpu, fmt: WeightFormat, rows: float, experts: int, depth: int, width: int) -> float:
     """``rows`` rows spread evenly over ``experts`` matrices of [depth, width].
 
-    Rows are padded to the tile, which costs half a tile per expert that has any:
-    F = 2 depth width (rows + tile/2 active), at peak min(eff depth/(depth + half_depth), cap);
-    bytes are the active experts' weights.
+    Rows are padded to the tile, which costs half a tile per expert that has any: F = 2 depth width (rows + tile/2
+    active), at peak min(eff depth/(depth + half_depth), cap); bytes are the active experts' weights.
     """
     active = distinct_experts(experts, rows)
     if active == 0:
@@ -87,9 +85,8 @@ def dense_gemms(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float
 def elementwise_elements(model: ModelShape, moe: bool) -> float:
     """Elements per token that the small kernels of one layer read and write.
 
-    Two fused norms (8 hidden), query, key and value in and out of the rotary embedding and cache
-    write (2 each), the routed copies' permutation and weighted sum (2 hidden per copy + hidden),
-    the activation (3 intermediate per copy).
+    Two fused norms (8 hidden), query, key and value in and out of the rotary embedding and cache write (2 each), the
+    routed copies' permutation and weighted sum (2 hidden per copy + hidden), the activation (3 intermediate per copy).
     """
     if model.mla is None:
         qkv = model.heads * model.qk_dim + model.kv_heads * (model.qk_dim + model.v_dim)

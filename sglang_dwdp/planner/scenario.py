@@ -36,14 +36,14 @@ class Scenario:
         mode: ``dwdp``, ``dep`` (ranks of a group in step) or ``replica``.
         group_size, groups: ranks per group and number of groups behind the router.
         token_budget: tokens per forward and rank (``--chunked-prefill-size``).
-        max_prefill_tokens: no further prompt joins a forward that has so many tokens
-            (``--max-prefill-tokens``, by default 16,384 in SGLang); 0 for no such limit.
+        max_prefill_tokens: no further prompt joins a forward that has so many tokens (``--max-prefill-tokens``, by
+            default 16,384 in SGLang); 0 for no such limit.
         chunked: cut prompts that do not fit (else they wait for the next forward).
         requests: number of requests.
         rate: Poisson arrivals per second; 0 for closed loop or all at once.
         concurrency: closed loop: so many requests in the system at any time; 0 for none.
-        frontend: seconds that each request spends, one after another, between its client and a
-            rank's queue (HTTP, tokenizer); what is not there yet cannot join a forward.
+        frontend: seconds that each request spends, one after another, between its client and a rank's queue (HTTP,
+            tokenizer); what is not there yet cannot join a forward.
         seed: of all draws.
     """
 

@@ -26,9 +26,8 @@ class Lengths:
     """A distribution of prompt lengths in tokens.
 
     Attributes:
-        kind: ``fixed``; ``uniform`` over [ratio * length, length] (the "ratio" of the DWDP paper
-            and of InferenceX); ``normal`` with mean ``length`` and deviation ``std``;
-            ``lognormal`` likewise.
+        kind: ``fixed``; ``uniform`` over [ratio * length, length] (the "ratio" of the DWDP paper and of InferenceX);
+            ``normal`` with mean ``length`` and deviation ``std``; ``lognormal`` likewise.
         limit: longest prompt that is accepted; longer draws are cut to it. 0: no limit.
     """
 
@@ -111,8 +110,8 @@ def take(
     """A forward of at most ``budget`` tokens from a queue, first come, first served: (its batch, prompts it completes).
 
     Args:
-        chunked: a prompt that does not fit is cut (SGLang's chunked prefill); otherwise it waits
-            for the next forward, and one longer than the budget has a forward of its own.
+        chunked: a prompt that does not fit is cut (SGLang's chunked prefill); otherwise it waits for the next forward,
+            and one longer than the budget has a forward of its own.
         max_prefill: no further prompt joins a forward of so many tokens; 0 for no such limit.
     """
     room, pieces, finished = budget, [], []
