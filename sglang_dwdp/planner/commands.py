@@ -33,43 +33,29 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="write a figure (.png, .pdf or .svg)")
 
 
+# option, default, help
+_COUNTS = (
+    ("--num-gpus", 8, "GPUs of the node (default 8)"),
+    ("--group-size", None, "ranks that share one set of experts (default: all GPUs)"),
+    ("--tokens-per-rank", 0, "of one forward (default: the smallest within 5 %% of the best rate)"),
+    ("--local-experts", None, "experts per rank (default: the fewest whose copies are hidden, equal shares at least)"),
+    ("--depth", 2, "layers fetched ahead (default 2)"),
+    ("--length", 8192, "longest prompt in tokens (default 8192)"),
+)
+
+
 def _add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     plan = subparsers.add_parser("plan", help="will DWDP pay for this model on these GPUs?")
     add = plan.add_argument
     add("model", help="path of a config.json or of its folder, or a built-in model; an unknown name lists them")
     add("--gpu", required=True, help="H100, H200, B200, GB200, MI355X, or a driver's name of one of them")
     add("--gpu-file", metavar="FILE", help="YAML or JSON: measured figures in place of the GPU's (docs/planner.md)")
-    add("--num-gpus", type=_count, default=8, metavar="N", help="GPUs of the node (default 8)")
-    add("--group-size", type=_count, metavar="N", help="ranks that share one set of experts (default: all GPUs)")
+    for option, default, text in _COUNTS:
+        add(option, type=_count, default=default, metavar="N", help=text)
+    add("--length-ratio", type=float, default=0.8, metavar="R", help="the shortest prompt's part of it (default 0.8)")
     add("--weight-format", help="of the experts (default: as shipped)")
-    add(
-        "--tokens-per-rank",
-        type=_count,
-        default=0,
-        metavar="N",
-        help="of one forward, if you have decided; else the smallest within 5 %% of the best rate is recommended",
-    )
-    add(
-        "--local-experts",
-        type=_count,
-        metavar="N",
-        help="experts per rank (default: the fewest whose copies are hidden, equal shares at least)",
-    )
-    add("--depth", type=_count, default=2, metavar="N", help="layers fetched ahead (default 2)")
-    add("--length", type=_count, default=8192, metavar="N", help="longest prompt in tokens (default 8192)")
-    add(
-        "--length-ratio",
-        type=float,
-        default=0.8,
-        metavar="R",
-        help="lengths are uniform from R times --length to --length; 1 for fixed lengths (default 0.8)",
-    )
-    add(
-        "--exchange",
-        choices=("all-gather", "all-to-all"),
-        default="all-gather",
-        help="DEP's exchange: SGLang's default all-gather, or an all-to-all backend",
-    )
+    exchanges = ("all-gather", "all-to-all")
+    add("--exchange", choices=exchanges, default=exchanges[0], help="DEP's: SGLang's default, or an all-to-all backend")
     add("--eplb", action="store_true", help="DEP balances its experts: no wait for hot ones")
     _add_output(plan)
     plan.set_defaults(run=_run_plan)
@@ -103,10 +89,9 @@ def _run_plan(args: argparse.Namespace) -> int:
     if args.num_gpus % size:
         raise PlannerError(f"--num-gpus {args.num_gpus} is not a multiple of --group-size {size}")
     lengths = Lengths("uniform", length=args.length, ratio=args.length_ratio)
+    precision = default_precision(get_format(args.weight_format or model.expert_format))
     plan = make_plan(
-        Case(
-            model, gpu, default_precision(get_format(args.weight_format or model.expert_format)), lengths, args.exchange
-        ),
+        Case(model, gpu, precision, lengths, args.exchange),
         Group(size, args.local_experts or 0, depth=args.depth),
         args.num_gpus,
         tokens=args.tokens_per_rank,

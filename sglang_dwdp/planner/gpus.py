@@ -26,18 +26,15 @@ def _read() -> dict[str, Gpu]:
 
 
 GPUS = _read()
-_ALIASES = {"h100-sxm": "h100", "h200-sxm": "h200", "gb200-nvl72": "gb200"}
 
 
 def get_gpu(name: str) -> Gpu:
-    """The GPU called ``name``, or as its driver calls it (case and a few aliases do not matter).
+    """The GPU called ``name``, or as its driver calls it; case does not matter.
 
     Raises:
         PlannerError: for an unknown name, with the known ones.
     """
-    key = name.lower().replace("_", "-").replace(" ", "-")
-    key = _ALIASES.get(key, key)
-    found = GPUS.get(key) or gpu_of_device(name)
+    found = gpu_of_device(name.replace("_", " "))
     if found is None:
         known = ", ".join(gpu.name for gpu in GPUS.values())
         raise PlannerError(

@@ -76,9 +76,9 @@ def attention(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch) -
 def dense_gemms(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:
     """All layers' projections, dense MLPs, shared experts and routers."""
     projections = dense_gemm(gpu, precision.projections, tokens, model.projection_params)
-    mlp = dense_gemm(gpu, precision.experts, tokens, model.dense_mlp_params)
-    shared = dense_gemm(gpu, precision.experts, tokens, model.shared_params)
-    router = dense_gemm(gpu, FORMATS["bf16"], tokens, model.router_params)
+    mlp = dense_gemm(gpu, precision.experts, tokens, 3 * model.hidden * model.dense_intermediate)
+    shared = dense_gemm(gpu, precision.experts, tokens, 3 * model.hidden * model.shared_intermediate)
+    router = dense_gemm(gpu, FORMATS["bf16"], tokens, model.hidden * model.experts)
     return model.layers * projections + model.dense_layers * mlp + model.moe_layers * (shared + router)
 
 

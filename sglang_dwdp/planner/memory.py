@@ -67,10 +67,9 @@ def memory(
     elif scheme != "replica":
         stored = group.stored(model)
         slots = group.depth * layer_fetch_bytes(model, precision, group)
-    mlp = model.moe_layers * model.shared_params + model.dense_layers * model.dense_mlp_params
     fixed = model.layers * model.projection_params * precision.projections.bytes_per_param
-    fixed += mlp * precision.experts.bytes_per_param
-    fixed += 2.0 * (model.moe_layers * model.router_params + 2 * model.vocab * model.hidden)
+    fixed += model.replicated_mlp_params * precision.experts.bytes_per_param
+    fixed += 2.0 * ((model.moe_layers * model.experts + 2 * model.vocab) * model.hidden)
     routed = model.top_k * (2 * model.hidden + 3 * model.moe_intermediate)
     active = tokens * (4 * model.hidden + routed) * precision.activation_bytes
     used = fixed + stored * one + slots + active + RUNTIME_BYTES

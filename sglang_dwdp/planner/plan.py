@@ -91,36 +91,23 @@ def _thousands(tokens: int) -> str:
     return f"{tokens / 1000:.1f}".rstrip("0").rstrip(".") + "k"
 
 
-def _remedies(case: Case, group: Group, *others: str) -> str:
-    """What can be done where memory is short: ``others``, then what would make room."""
-    found = list(others)
-    if group.size < case.gpu.max_group:
-        found.append("a larger group")
-    if case.precision.experts.bytes_per_param > 0.75:
-        found.append("FP8 or 4-bit experts" if case.precision.experts.bytes_per_param > 1.5 else "4-bit experts")
-    return " or ".join(filter(None, (", ".join(found), "GPUs with more memory")))
-
-
 def _against_dep(plan: Plan) -> str:
     """DEP needs less memory than DWDP, so it fits wherever anything does."""
     name, gain = f"DWDP{plan.group.size}", plan.chosen.speedup - 1
-    elsewhere = _remedies(plan.case, plan.group, "DEP")
     if not plan.memories["dwdp"].fits:
-        return f"{name} does not fit: use {elsewhere}"
+        return f"{name} does not fit: use DEP, a larger group, smaller weights or GPUs with more memory"
     if plan.group.local_experts:
         name += f" with {plan.group.local_experts} local experts"
-    at_chunk = f"{gain:+.0%} over DEP at {_thousands(plan.chunk)}"
     if plan.crossover is None:
         longest, best = _thousands(plan.points[-1].tokens), max(p.speedup for p in plan.points)
         return f"{name} does not pay at up to {longest} tokens per rank (at best {best:.2f}x of DEP): use DEP"
-    if plan.crossover <= plan.points[0].tokens:
-        return f"{name} pays at any prefill size ({at_chunk})"
+    at_chunk = f"{gain:+.0%} over DEP at {_thousands(plan.chunk)}"
     above = f"above {_thousands(plan.crossover)} tokens per rank"
     if gain >= 0:
         return f"{name} pays {above} ({at_chunk}); use DEP below"
-    if _leaves_room(plan.case, plan.group, plan.crossover):
-        return f"{name} pays {above}, not at {_thousands(plan.chunk)} ({at_chunk}): use DEP or larger chunks"
-    return f"{name} would pay {above}, but no more than {_thousands(plan.chunk)} fit ({at_chunk}): use {elsewhere}"
+    room = _leaves_room(plan.case, plan.group, plan.crossover)
+    larger = "larger chunks" if room else "make room for larger chunks: a larger group, smaller weights"
+    return f"{name} would pay {above}, not at {_thousands(plan.chunk)} ({at_chunk}): use DEP or {larger}"
 
 
 def _crossover(points: Sequence[Point], at: Callable[[int], Point]) -> int | None:
@@ -190,8 +177,8 @@ def make_plan(case: Case, group: Group, gpus: int = 0, *, tokens: int = 0, choos
     }
     if not any(m.fits for m in memories.values()):
         raise PlannerError(
-            f"{model.name} in {precision.experts.name} fits {group.size} x {gpu.name} under no scheme; "
-            f"use {_remedies(case, group)}"
+            f"{model.name} in {precision.experts.name} fits {group.size} x {gpu.name} under no scheme: take a larger "
+            "group, smaller weights or GPUs with more memory"
         )
     return Plan(
         case=case,

@@ -55,19 +55,10 @@ class ModelShape:
         return 3 * self.hidden * self.moe_intermediate
 
     @property
-    def shared_params(self) -> int:
-        """Parameters of one layer's shared experts."""
-        return 3 * self.hidden * self.shared_intermediate
-
-    @property
-    def dense_mlp_params(self) -> int:
-        """Parameters of the MLP of one dense layer."""
-        return 3 * self.hidden * self.dense_intermediate
-
-    @property
-    def router_params(self) -> int:
-        """Parameters of one router (kept in 16 bits)."""
-        return self.hidden * self.experts
+    def replicated_mlp_params(self) -> int:
+        """Parameters of all layers' shared experts and dense MLPs."""
+        width = self.moe_layers * self.shared_intermediate + self.dense_layers * self.dense_intermediate
+        return 3 * self.hidden * width
 
     @property
     def projection_params(self) -> int:

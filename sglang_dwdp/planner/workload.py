@@ -163,11 +163,5 @@ def typical_rounds(
 
 def mean_batch(rounds: Iterable[Iterable[Batch]]) -> Batch:
     """The average forward."""
-    flat = [batch for ranks in rounds for batch in ranks]
-    n = len(flat)
-    return Batch(
-        tokens=sum(b.tokens for b in flat) / n,
-        pairs=sum(b.pairs for b in flat) / n,
-        sequences=sum(b.sequences for b in flat) / n,
-        window_pairs=sum(b.window_pairs for b in flat) / n,
-    )
+    flat = [(b.tokens, b.pairs, b.sequences, b.window_pairs) for ranks in rounds for b in ranks]
+    return Batch(*(sum(values) / len(flat) for values in zip(*flat, strict=True)))
