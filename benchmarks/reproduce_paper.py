@@ -55,14 +55,7 @@ def main() -> int:
     if args.requests < 1:
         parser.error(f"--requests {args.requests}: at least one is needed")
     console = Console(width=120)
-    rows = [
-        *table_1(),
-        *table_2(),
-        *roofline(),
-        *ablation(args.requests),
-        *context_server(args.requests),
-        *mi355x(),
-    ]
+    rows = [*table_1(), *table_2(), *roofline(), *ablation(args.requests), *context_server(args.requests), *mi355x()]
     by_table: dict[str, list[Row]] = {}
     for row in rows:
         by_table.setdefault(row.table, []).append(row)

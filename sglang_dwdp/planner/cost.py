@@ -175,12 +175,7 @@ def serial_slowdown(group_size: int, uncontended: float, window: float) -> float
 
 
 def dwdp(
-    model: ModelShape,
-    gpu: Gpu,
-    precision: Precision,
-    batch: Batch,
-    group: Group,
-    scheme: str = "dwdp",
+    model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch, group: Group, scheme: str = "dwdp"
 ) -> Estimate:
     """One DWDP forward: max(compute, fetch) per layer, plus what cannot be hidden.
 
@@ -214,12 +209,7 @@ def dwdp(
         cold = max(0.0, per_layer - first)
     exposed = max(0.0, bound - compute) + cold
     parts = Parts(
-        base.attention,
-        base.grouped_gemm,
-        base.dense_gemm,
-        base.other,
-        interference=interference,
-        exposed_copy=exposed,
+        base.attention, base.grouped_gemm, base.dense_gemm, base.other, interference=interference, exposed_copy=exposed
     )
     return Estimate(scheme, batch.tokens, parts, compute, fetch, total_bytes)
 

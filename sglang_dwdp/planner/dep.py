@@ -110,11 +110,7 @@ def length_wait(base: Parts, mean: Batch, rounds: Sequence[Sequence[Batch]]) -> 
 
 
 def dep(
-    model: ModelShape,
-    gpu: Gpu,
-    precision: Precision,
-    rounds: Sequence[Sequence[Batch]],
-    exchange: str = "all-to-all",
+    model: ModelShape, gpu: Gpu, precision: Precision, rounds: Sequence[Sequence[Batch]], exchange: str = "all-to-all"
 ) -> Estimate:
     """One DEP forward, averaged over ``rounds`` (``[rounds][ranks]`` batches run in step).
 

@@ -45,14 +45,7 @@ class Memory:
         return self.kv_cache > 0
 
 
-def memory(
-    model: ModelShape,
-    gpu: Gpu,
-    precision: Precision,
-    scheme: str,
-    group: Group,
-    tokens: float,
-) -> Memory:
+def memory(model: ModelShape, gpu: Gpu, precision: Precision, scheme: str, group: Group, tokens: float) -> Memory:
     """Memory of one rank under ``dwdp``, ``in-tree dwdp``, ``dep`` or ``replica``.
 
     Every rank holds everything but the routed experts. DWDP adds ``depth`` slots of the remote experts of one layer.

@@ -88,13 +88,14 @@ class _Simulation:
         self.turn = count()
         self.frontend_free = 0.0
         self.result = Result(s, np.zeros(0), 0.0, sum(r.length for r in self.requests))
-        arrivals = np.cumsum(rng.exponential(1 / s.rate, s.requests)).tolist() if s.rate else ()
+        if s.rate:
+            arrivals = np.cumsum(rng.exponential(1 / s.rate, s.requests)).tolist()
+        else:
+            arrivals = [0.0] * (s.concurrency or s.requests)
         for time in arrivals:
             self.at(time, self.submit)
-        if not s.rate:
-            self.at(0.0, lambda: [self.submit() for _ in range(s.concurrency or s.requests)])
 
-    def at(self, time: float, action: Callable[[], object]) -> None:
+    def at(self, time: float, action: Callable[[], None]) -> None:
         heapq.heappush(self.events, (time, next(self.order), action))
 
     def submit(self) -> None:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,6 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 from sglang_dwdp.planner.checks import STRICT, Count, checked
 
-Kind = Literal["fixed", "uniform", "normal", "lognormal"]
 FEWEST_PROMPTS = 4  # that typical forwards of one rank come from
 LONGEST = 10_000_000  # tokens of a prompt; no model reads more
 
@@ -31,7 +30,7 @@ class Lengths:
         limit: longest prompt that is accepted; longer draws are cut to it. 0: no limit.
     """
 
-    kind: Kind = "fixed"
+    kind: Annotated[str, Field(pattern="^(fixed|uniform|normal|lognormal)$")] = "fixed"
     length: Annotated[int, Field(ge=1, le=LONGEST)] = 8192
     ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
     std: Annotated[float, Field(ge=0, le=LONGEST)] = 0.0
@@ -114,7 +113,9 @@ def take(
             and one longer than the budget has a forward of its own.
         max_prefill: no further prompt joins a forward of so many tokens; 0 for no such limit.
     """
-    room, pieces, finished = budget, [], []
+    room = budget
+    pieces: list[tuple[int, int]] = []
+    finished: list[Prompt] = []
     while queue and room > 0 and not (max_prefill and budget - room >= max_prefill):
         prompt = queue[0]
         rest = prompt.length - prompt.done

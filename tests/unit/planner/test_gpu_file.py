@@ -33,10 +33,7 @@ def test_what_a_file_says_replaces_what_is_known(tmp_path: Path, text: str) -> N
 
 
 def test_a_file_can_name_another_gpu(tmp_path: Path) -> None:
-    path = _file(
-        tmp_path,
-        "name: H20\nmemory: 96.0e+9\npeak_flops: {bf16: 148.0e+12}\nsources: {memory: its sheet}",
-    )
+    path = _file(tmp_path, "name: H20\nmemory: 96.0e+9\npeak_flops: {bf16: 148.0e+12}\nsources: {memory: its sheet}")
     found = with_file(get_gpu("H200"), path)
     assert found.name == "H20"
     assert found.peak_flops["bf16"] == 148e12

@@ -87,11 +87,7 @@ def test_a_dense_model_is_reported() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        (b"{", "not valid JSON"),
-        (b"[]", "must hold a mapping, not list"),
-        (b"\xf2\x00", "not valid JSON"),
-    ],
+    [(b"{", "not valid JSON"), (b"[]", "must hold a mapping, not list"), (b"\xf2\x00", "not valid JSON")],
 )
 def test_files_that_are_no_config_are_named(tmp_path: Path, text: bytes, message: str) -> None:
     (tmp_path / "config.json").write_bytes(text)

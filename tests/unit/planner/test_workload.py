@@ -8,14 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dwdp.planner.errors import PlannerError
-from sglang_dwdp.planner.workload import (
-    Lengths,
-    batch_of,
-    causal_pairs,
-    pack,
-    typical_rounds,
-    windowed_pairs,
-)
+from sglang_dwdp.planner.workload import Lengths, batch_of, causal_pairs, pack, typical_rounds, windowed_pairs
 
 LENGTHS = st.lists(st.integers(1, 5000), min_size=1, max_size=40)
 
@@ -86,7 +79,7 @@ def test_batch_of_counts_the_window() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "zipf"}, "kind: .* 'lognormal', not 'zipf'"),
+        ({"kind": "zipf"}, "kind: .*lognormal.*, not 'zipf'"),
         ({"length": 0}, "length: .* equal to 1"),
         ({"ratio": 1.5}, "ratio: .* equal to 1"),
         ({"std": -1.0}, "std: .* equal to 0"),
