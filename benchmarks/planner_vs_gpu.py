@@ -3,7 +3,7 @@
     python benchmarks/planner_vs_gpu.py [MODEL ...] [--gpu H100] [--json FILE] [--gpu-file FILE]
 
 bf16, PyTorch's kernels. ``--gpu-file`` gets the fractions of peak that the largest problems reached, for ``sglang-dwdp
-plan --gpu-file``; copies between GPUs are measured by ``multi_gpu.py``.
+plan --gpu-file``; copies between GPUs are measured by ``gpu_links.py``.
 """
 
 from __future__ import annotations

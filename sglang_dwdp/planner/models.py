@@ -8,13 +8,21 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from sglang_dwdp.planner.builtin_models import ALIASES, BUILTIN_CONFIGS
 from sglang_dwdp.planner.checks import one_line, read_mapping
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import format_of_config
 from sglang_dwdp.planner.shape import Mla, ModelShape
 from sglang_dwdp.support.models import EXPERT_COUNT_KEYS
 
+ALIASES = {
+    "deepseek-r1": "deepseek-v3",
+    "deepseek-r1-0528": "deepseek-v3",
+    "qwen3-235b": "qwen3-235b-a22b",
+    "qwen3-30b": "qwen3-30b-a3b",
+    "mixtral": "mixtral-8x7b",
+    "kimi-k2-instruct": "kimi-k2",
+}
+BUILTIN_CONFIGS = read_mapping(Path(__file__).with_name("models.yaml"), "built-in models", yaml=True)
 # No model's dimension comes near; beyond it a config is nonsense.
 LARGEST = 10**8
 Size = Annotated[int, Field(ge=1, le=LARGEST)]

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
-from sglang_dwdp.planner.builtin_models import ALIASES, BUILTIN_CONFIGS
 from sglang_dwdp.planner.cost import Group
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import FORMATS, default_precision
 from sglang_dwdp.planner.gpus import get_gpu
 from sglang_dwdp.planner.memory import memory
-from sglang_dwdp.planner.models import load_model, model_from_config
+from sglang_dwdp.planner.models import ALIASES, BUILTIN_CONFIGS, load_model, model_from_config
 
 
 @pytest.mark.parametrize(

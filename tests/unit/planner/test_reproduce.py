@@ -39,7 +39,7 @@ def test_the_recorded_figures_are_what_the_code_says() -> None:
     rows = [*paper.table_1(), *paper.roofline(), *paper.ablation(), *paper.context_server(), *paper.mi355x()]
     assert len(rows) == 11 + 8 + 8 + 22 + 21
     for row in rows:
-        assert RECORDED[row.table][row.case] == pytest.approx([row.theirs, row.ours], rel=1e-4), row
+        assert RECORDED[row.table][row.case] == pytest.approx([row.published, row.planned], rel=1e-4), row
     held = [row.holds for row in rows if row.holds is not None]
     assert (sum(held), len(held)) == (35, 39)  # with contention's 56 of 56: 91 of 95
 
@@ -52,9 +52,9 @@ def test_the_calibration_comes_back() -> None:
 def test_contention_computed_and_counted(size: int) -> None:
     exact, counted = paper.contention_probabilities(size), paper.counted_contention(size, 200_000)
     assert sum(exact) == pytest.approx(1)
-    for theirs, analytic, simulated in zip(paper.CONTENTION[size], exact, counted, strict=False):
-        assert 100 * analytic == pytest.approx(theirs, abs=0.01)
-        assert 100 * simulated == pytest.approx(theirs, abs=0.3)
+    for published, analytic, simulated in zip(paper.CONTENTION[size], exact, counted, strict=False):
+        assert 100 * analytic == pytest.approx(published, abs=0.01)
+        assert 100 * simulated == pytest.approx(published, abs=0.3)
 
 
 def test_the_documentation_quotes_the_figures() -> None:
@@ -67,18 +67,18 @@ def test_the_documentation_quotes_the_figures() -> None:
         assert f"{min(errors):+.1f} to {max(errors):+.1f} points" in text
     for row in rows:
         if row.holds is False:
-            assert f"| {row.theirs:g} | {row.ours:.3f} |" in text, row
+            assert f"| {row.published:g} | {row.planned:.3f} |" in text, row
 
 
 def test_slices_help_most_where_the_window_is_short() -> None:
-    rows = [row.ours for row in paper.ablation()]
+    rows = [row.planned for row in paper.ablation()]
     gains = [sliced - serial for serial, sliced in zip(rows[::2], rows[1::2], strict=True)]
     assert gains[0] == max(gains) > 0.02
     assert all(abs(gain) < 0.01 for gain in gains[1:])
 
 
 def test_a_row_knows_whether_it_holds() -> None:
-    assert paper.Row("t", "c", 1.0, 1.05, "points", 5).holds is True
-    assert paper.Row("t", "c", 1.0, 1.06, "points", 5).holds is False
-    assert paper.Row("t", "c", 2.0, 2.5, "percent", None).holds is None
-    assert paper.Row("t", "c", 2.0, 2.5, "percent", 25).error == 25
+    assert paper.Row("t", "c", 1.0, 1.05, "pt", 5).holds is True
+    assert paper.Row("t", "c", 1.0, 1.06, "pt", 5).holds is False
+    assert paper.Row("t", "c", 2.0, 2.5).holds is None
+    assert paper.Row("t", "c", 2.0, 2.5, "%", 25).error == 25
