@@ -78,20 +78,16 @@ def gathered_seconds(
     return model.moe_layers * moved / (gpu.hbm_bandwidth * gpu.efficiency.elementwise)
 
 
-def expected_maximum(ranks: int) -> float:
-    """Expected maximum of ``ranks`` standard normals (Blom's approximation of order statistics)."""
-    return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
-
-
 def expert_wait(model: ModelShape, gpu: Gpu, ranks: int, grouped: float) -> float:
     """Wait for the rank with the hottest experts: (max/mean - 1) of the grouped products.
 
     One expert's load varies by v = skew sqrt(E/k - 1): if the same k experts got every token, it would vary by sqrt(E/k
     - 1), the most that top-k routing permits. A rank's load sums E/N of them, so it varies by v sqrt(N/E), and the
-    hottest of N lies ``expected_maximum`` deviations above the mean.
+    hottest of N lies as many deviations above the mean as the largest of N normals (Blom's approximation).
     """
+    hottest = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
     variation = gpu.expert_skew * sqrt(model.experts / model.top_k - 1)
-    return grouped * variation * sqrt(ranks / model.experts) * expected_maximum(ranks)
+    return grouped * variation * sqrt(ranks / model.experts) * hottest
 
 
 def length_wait(base: Parts, mean: Batch, rounds: Sequence[Sequence[Batch]]) -> float:

@@ -72,8 +72,8 @@ class Gpu:
             not. A property of model and traffic more than of the GPU; it stands here because Table 1 is its one source.
         kernel_gap: seconds between dependent kernels.
         max_group: GPUs that the links join.
-        gathered_rows: after an all-gather SGLang's expert kernels write and sum rows of other ranks' experts too
-            (Triton); false where the kernels skip them (AMD's aiter).
+        gathered_rows: after an all-gather SGLang's default expert kernels write and sum rows of other ranks' experts
+            too (Triton).
         sources: where each figure comes from.
     """
 

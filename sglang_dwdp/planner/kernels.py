@@ -70,7 +70,8 @@ def grouped_gemm(model: ModelShape, gpu: Gpu, fmt: WeightFormat, rows: float, ex
 def attention(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch) -> float:
     """Causal attention of all layers: 2 (d_qk + d_v) heads FLOP per pair; windowed layers see fewer."""
     pairs = (model.layers - model.window_layers) * batch.pairs + model.window_layers * batch.window_pairs
-    return model.attention_flops(pairs) / (gpu.peak(FORMATS[precision.attention]) * gpu.efficiency.attention)
+    flops = 2.0 * pairs * model.heads * (model.qk_dim + model.v_dim)
+    return flops / (gpu.peak(FORMATS[precision.attention]) * gpu.efficiency.attention)
 
 
 def dense_gemms(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:

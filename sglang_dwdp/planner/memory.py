@@ -35,11 +35,6 @@ class Memory:
     kv_cache: float
 
     @property
-    def used(self) -> float:
-        """Everything but the KV cache."""
-        return self.attention + self.experts + self.slots + self.activations + self.runtime
-
-    @property
     def fits(self) -> bool:
         """Whether anything is left for the KV cache."""
         return self.kv_cache > 0

@@ -87,10 +87,6 @@ class Plan:
         )
 
 
-def _thousands(tokens: int) -> str:
-    return f"{tokens / 1000:.1f}".rstrip("0").rstrip(".") + "k"
-
-
 def _against_dep(plan: Plan) -> str:
     """DEP needs less memory than DWDP, so it fits wherever anything does."""
     name, gain = f"DWDP{plan.group.size}", plan.chosen.speedup - 1
@@ -99,15 +95,15 @@ def _against_dep(plan: Plan) -> str:
     if plan.group.local_experts:
         name += f" with {plan.group.local_experts} local experts"
     if plan.crossover is None:
-        longest, best = _thousands(plan.points[-1].tokens), max(p.speedup for p in plan.points)
-        return f"{name} does not pay at up to {longest} tokens per rank (at best {best:.2f}x of DEP): use DEP"
-    at_chunk = f"{gain:+.0%} over DEP at {_thousands(plan.chunk)}"
-    above = f"above {_thousands(plan.crossover)} tokens per rank"
+        longest, best = plan.points[-1].tokens, max(p.speedup for p in plan.points)
+        return f"{name} does not pay at up to {longest:,} tokens per rank (at best {best:.2f}x of DEP): use DEP"
+    at_chunk = f"{gain:+.0%} over DEP at {plan.chunk:,}"
+    above = f"above {plan.crossover:,} tokens per rank"
     if gain >= 0:
         return f"{name} pays {above} ({at_chunk}); use DEP below"
     room = _leaves_room(plan.case, plan.group, plan.crossover)
     larger = "larger chunks" if room else "make room for larger chunks: a larger group, smaller weights"
-    return f"{name} would pay {above}, not at {_thousands(plan.chunk)} ({at_chunk}): use DEP or {larger}"
+    return f"{name} would pay {above}, not at {plan.chunk:,} ({at_chunk}): use DEP or {larger}"
 
 
 def _crossover(points: Sequence[Point], at: Callable[[int], Point]) -> int | None:

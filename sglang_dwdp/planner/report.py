@@ -80,15 +80,10 @@ def plan_tables(plan: Plan) -> Stack:
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     """A plan as plain data; times in seconds, memory in bytes."""
-    schemes = {p.tokens: [e for e in (p.dwdp, p.dep, p.in_tree, p.replica) if e is not None] for p in plan.points}
-    points = [
-        {
-            "tokens": p.tokens,
-            "speedup_over_dep": p.speedup,
-            **{e.scheme: {"seconds": e.seconds, **asdict(e)} for e in schemes[p.tokens]},
-        }
-        for p in plan.points
-    ]
+    points: list[dict[str, Any]] = []
+    for p in plan.points:
+        schemes = {e.scheme: {"seconds": e.seconds, **asdict(e)} for e in (p.dwdp, p.dep, p.in_tree, p.replica) if e}
+        points.append({"tokens": p.tokens, "speedup_over_dep": p.speedup, **schemes})
     return {
         "model": plan.case.model.name,
         "gpu": plan.case.gpu.name,
@@ -112,8 +107,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 def result_json(result: Result) -> dict[str, Any]:
     """A simulation's outcome as plain data; times in seconds."""
-    s = result.scenario
-    ranks = s.ranks
+    s, ranks = result.scenario, result.scenario.ranks
     return {
         "scenario": s.name,
         "mode": s.mode,

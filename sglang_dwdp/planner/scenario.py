@@ -107,10 +107,9 @@ def scenario_from_mapping(data: Mapping[str, Any], name: str = "scenario") -> Sc
     scenario = Scenario(**(settings | {"lengths": Lengths(**data["lengths"])}))
     needed = memory(model, gpu, precision, scenario.mode, scenario.group, scenario.token_budget)
     if not needed.fits:
-        raise PlannerError(
-            f"{model.name} in {precision.experts.name} does not fit: {needed.used / 1e9:.0f} GB of weights, "
-            f"activations and workspaces, {gpu.memory / 1e9:.0f} GB on {gpu.name}"
-        )
+        wanted, there = (gpu.memory - needed.kv_cache) / 1e9, gpu.memory / 1e9
+        what = f"{model.name} in {precision.experts.name} needs {wanted:.0f} GB for weights and activations"
+        raise PlannerError(f"{what} and does not fit the {there:.0f} GB of {gpu.name}")
     return scenario
 
 

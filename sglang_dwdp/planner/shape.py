@@ -74,7 +74,3 @@ class ModelShape:
         down = self.hidden * (self.mla.kv_rank + self.mla.rope_dim)
         up = self.mla.kv_rank * self.heads * (nope + self.v_dim)
         return query + down + up + out
-
-    def attention_flops(self, pairs: float) -> float:
-        """FLOP of one layer's attention over ``pairs`` (query, key) pairs: 2 (d_qk + d_v) per head."""
-        return 2.0 * pairs * self.heads * (self.qk_dim + self.v_dim)

@@ -59,13 +59,11 @@ class Batch:
     Attributes:
         tokens: new tokens.
         pairs: (query, key) pairs of full causal attention, over all sequences.
-        sequences: number of sequences.
         window_pairs: pairs under the sliding window, where the model has one.
     """
 
     tokens: float
     pairs: float
-    sequences: float = 1.0
     window_pairs: float = 0.0
 
 
@@ -88,7 +86,6 @@ def batch_of(pieces: Iterable[tuple[int, int]], window: int = 0) -> Batch:
     return Batch(
         tokens=float(sum(new for new, _ in items)),
         pairs=sum(causal_pairs(new, prefix) for new, prefix in items),
-        sequences=float(len(items)),
         window_pairs=sum(windowed_pairs(new, prefix, window) for new, prefix in items),
     )
 
@@ -164,5 +161,5 @@ def typical_rounds(
 
 def mean_batch(rounds: Iterable[Iterable[Batch]]) -> Batch:
     """The average forward."""
-    flat = [(b.tokens, b.pairs, b.sequences, b.window_pairs) for ranks in rounds for b in ranks]
+    flat = [(b.tokens, b.pairs, b.window_pairs) for ranks in rounds for b in ranks]
     return Batch(*(sum(values) / len(flat) for values in zip(*flat, strict=True)))

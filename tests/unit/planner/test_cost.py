@@ -84,8 +84,8 @@ def test_dep_with_uneven_ranks_is_no_faster_than_with_even_ones(
     model: ModelShape, gpu: Gpu, ranks: int, items: list[int]
 ) -> None:
     even = _batch(items, model.window)
-    double = Batch(2 * even.tokens, 2 * even.pairs, 1, 2 * even.window_pairs)
-    nothing = Batch(0.0, 0.0, 0)
+    double = Batch(2 * even.tokens, 2 * even.pairs, 2 * even.window_pairs)
+    nothing = Batch(0.0, 0.0)
     level = dep(model, gpu, BF16, [[even] * (2 * (ranks // 2))])
     uneven = dep(model, gpu, BF16, [[double, nothing] * (ranks // 2)])
     assert uneven.tokens == pytest.approx(level.tokens)
@@ -252,7 +252,7 @@ def test_a_dep_forward_of_equal_batches_is_the_closed_forms() -> None:
     estimate = dep(model, gpu, BF16, [[batch] * 2], "all-gather")
     seconds, _ = dep_forward(model, gpu, BF16, [batch] * 2, "all-gather")
     assert seconds == pytest.approx(estimate.seconds)
-    slower, waited = dep_forward(model, gpu, BF16, [batch, Batch(0.0, 0.0, 0)], "all-gather")
+    slower, waited = dep_forward(model, gpu, BF16, [batch, Batch(0.0, 0.0)], "all-gather")
     assert slower > estimate.seconds / 2
     assert waited > 0
 

@@ -119,7 +119,7 @@ def test_a_chunk_below_the_crossover_is_told_so() -> None:
     plan = make_plan(_case("qwen3-30b-a3b", "H100", "bf16"), Group(4), tokens=3000)
     assert plan.chosen.tokens == plan.chunk == 3000
     assert [p.tokens for p in plan.points] == sorted(p.tokens for p in plan.points)
-    assert "not at 3k (-" in plan.verdict
+    assert "not at 3,000 (-" in plan.verdict
     assert "larger chunks" in plan.verdict
     assert not plan.pays
 

@@ -53,7 +53,7 @@ def test_formats_can_be_set_one_by_one() -> None:
         ({"lengths": {"length": 10.5}}, "length: .* integer"),
         ({"group_size": 16}, "links 8 GPUs"),
         ({"groups": 10**9}, "at most 65,536"),
-        ({"mode": "replica"}, "does not fit: 10[0-9] GB of weights"),
+        ({"mode": "replica"}, "needs 10[0-9] GB for weights and activations and does not fit the 80 GB"),
         ({"local_experts": -2, "mode": "dep"}, "local_experts: "),
         ({"attention_format": "int1"}, "bf16, fp8"),
         ({"weight_format": "int1"}, "unknown weight format"),
