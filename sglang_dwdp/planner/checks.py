@@ -75,6 +75,5 @@ def optional(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
-        raise PlannerError(
-            f"{module.partition('.')[0]} is not installed; run: pip install sglang-dwdp[planner]"
-        ) from None
+        name = module.partition(".")[0]
+        raise PlannerError(f"{name} is not installed; run: pip install sglang-dwdp[planner]") from None

@@ -215,6 +215,6 @@ def dwdp(
 
 
 def replica(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch) -> Estimate:
-    """One forward of a whole model on one GPU."""
+    """One forward of all layers and experts on one GPU."""
     base = forward_parts(model, gpu, precision, batch)
     return Estimate("replica", batch.tokens, base, base.total)

@@ -20,12 +20,8 @@ def _gpu(data: dict[str, Any], what: str) -> Gpu:
         raise PlannerError(f"{what}: {error}") from None
 
 
-def _read() -> dict[str, Gpu]:
-    found = read_mapping(Path(__file__).with_name("gpus.yaml"), "built-in GPUs", yaml=True)
-    return {name.lower(): _gpu(data, name) for name, data in found.items()}
-
-
-GPUS = _read()
+_KNOWN = read_mapping(Path(__file__).with_name("gpus.yaml"), "built-in GPUs", yaml=True)
+GPUS: dict[str, Gpu] = {name: _gpu(data, name) for name, data in _KNOWN.items()}
 
 
 def get_gpu(name: str) -> Gpu:

@@ -10,8 +10,8 @@ from sglang_dwdp.planner.gpu import Gpu
 from sglang_dwdp.planner.shape import ModelShape
 from sglang_dwdp.planner.workload import Batch
 
-# Dependent kernels of a decoder layer outside the big products: norms, rotary embedding, cache
-# write, router, top-k, permutation, activation, finalisation, quantisation.
+# Dependent kernels of a decoder layer outside the big products: norms, rotary embedding, cache write, router, top-k,
+# permutation, activation, finalisation, quantisation.
 KERNELS_PER_LAYER = 20
 
 
@@ -24,11 +24,8 @@ def distinct_experts(experts: int, rows: float) -> float:
 
 def overlapped(gpu: Gpu, compute: float, memory: float) -> float:
     """Seconds of a kernel that computes and reads at once: (c^p + m^p)^(1/p), p the overlap power."""
-    power = gpu.efficiency.overlap_power
-    larger, smaller = max(compute, memory), min(compute, memory)
-    if power == float("inf") or larger == 0:
-        return larger
-    return larger * float((1 + (smaller / larger) ** power) ** (1 / power))
+    power, larger = gpu.efficiency.overlap_power, max(compute, memory)
+    return larger * float((1 + (min(compute, memory) / larger) ** power) ** (1 / power)) if larger else 0.0
 
 
 def dense_gemm(gpu: Gpu, fmt: WeightFormat, rows: float, params: float) -> float:

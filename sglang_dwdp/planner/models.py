@@ -90,7 +90,7 @@ def model_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
         raise PlannerError(
             f"the config of {name}: {one_line(error)}; is it the config.json of a mixture-of-experts language model?"
         ) from None
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:  # of what is nested more deeply
         raise PlannerError(f"the config of {name} cannot be understood: {error}") from None
 
 

@@ -26,7 +26,7 @@ def test_plan_prints_tables_and_a_verdict(capsys: pytest.CaptureFixture[str]) ->
 def test_a_plan_for_several_groups_names_their_size(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*PLAN, "--group-size", "2"]) == 0
     out = capsys.readouterr().out
-    line = next(line for line in out.splitlines() if line.startswith("Set: "))  # whole, to be copied
+    line = next(line for line in out.splitlines() if line.startswith("Set: "))  # unbroken, to be copied
     assert "--enable-dwdp --tp-size 4 --dwdp-group-size 2 --chunked-prefill-size" in line
     assert "--dwdp-local-experts 64 --dwdp-depth 2" in line
 

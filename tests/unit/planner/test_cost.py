@@ -158,9 +158,9 @@ def test_in_tree_style_is_never_faster() -> None:
     precision = default_precision(FORMATS["mxfp4"])
     for tokens in (512, 2048, 4096, 8192, 32768):
         batch = _batch([tokens], model.window)
-        ours = dwdp(model, gpu, precision, batch, Group(4)).seconds
-        theirs = dwdp(model, gpu, precision, batch, in_tree_group(4)).seconds
-        assert ours <= theirs * (1 + 1e-9)
+        sliced = dwdp(model, gpu, precision, batch, Group(4)).seconds
+        in_tree = dwdp(model, gpu, precision, batch, in_tree_group(4)).seconds
+        assert sliced <= in_tree * (1 + 1e-9)
 
 
 def test_hot_experts_cost_more_the_fewer_experts_a_rank_has() -> None:
@@ -207,12 +207,12 @@ def test_attention_of_windowed_layers_is_cheaper() -> None:
         ({"size": 4, "depth": 0}, "depth: .* equal to 1"),
     ],
 )
-def test_bad_groups_are_refused(settings_: dict[str, Any], message: str) -> None:
+def test_bad_groups_are_rejected(settings_: dict[str, Any], message: str) -> None:
     with pytest.raises(PlannerError, match=message):
         Group(**settings_)
 
 
-def test_too_few_local_experts_are_refused() -> None:
+def test_too_few_local_experts_are_rejected() -> None:
     with pytest.raises(PlannerError, match="stores 64 to 256"):
         Group(4, local_experts=32).stored(load_model("deepseek-r1"))
 

@@ -130,8 +130,8 @@ def test_dense_layers_by_the_names_in_use(change: dict[str, Any], dense: int) ->
 
 
 def test_a_file_of_another_name_names_the_model(tmp_path: Path) -> None:
-    (tmp_path / "mine.json").write_text(json.dumps(BUILTIN_CONFIGS["mixtral-8x7b"]))
-    assert load_model(str(tmp_path / "mine.json")).name == "mine"
+    (tmp_path / "other.json").write_text(json.dumps(BUILTIN_CONFIGS["mixtral-8x7b"]))
+    assert load_model(str(tmp_path / "other.json")).name == "other"
 
 
 @pytest.mark.parametrize(

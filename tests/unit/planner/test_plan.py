@@ -67,7 +67,7 @@ def test_the_flags_say_everything_that_was_planned_with() -> None:
     more = make_plan(case, Group(4, local_experts=80, depth=3), gpus=8)
     assert {"--tp-size 8", "--dwdp-group-size 4", "--dwdp-local-experts 80", "--dwdp-depth 3"} <= set(more.flags)
     assert more.memories["dwdp"].experts > plain.memories["dwdp"].experts
-    # SGLang's own DWDP stores equal shares whatever is asked of ours
+    # SGLang's own DWDP stores equal shares whatever the plugin is asked for
     assert more.memories["in-tree dwdp"].experts == plain.memories["in-tree dwdp"].experts
     small = _plan("qwen3-30b-a3b", "H100", 2, "bf16")
     assert any("--max-prefill-tokens" in flag for flag in small.flags) == (small.chunk > 16384)
@@ -81,7 +81,7 @@ def test_a_slow_link_gets_a_no() -> None:
     assert not any(p.hidden for p in plan.points if p.tokens <= 16384)
 
 
-def test_groups_beyond_the_link_domain_are_refused() -> None:
+def test_groups_beyond_the_link_domain_are_rejected() -> None:
     with pytest.raises(PlannerError, match="--group-size 8"):
         _plan("deepseek-r1", "H200", 16, "fp8")
     with pytest.raises(PlannerError, match="at least 2"):

@@ -59,7 +59,7 @@ def test_formats_can_be_set_one_by_one() -> None:
         ({"weight_format": "int1"}, "unknown weight format"),
     ],
 )
-def test_bad_settings_are_reported(change: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_rejected(change: dict[str, Any], message: str) -> None:
     with pytest.raises(PlannerError, match=message):
         scenario_from_mapping({**GOOD, **change})
 
@@ -82,7 +82,7 @@ def test_missing_keys_are_named() -> None:
         ("scenarios: {first: {mode: dep}}", "scenario first: missing: model"),
     ],
 )
-def test_bad_files_are_reported(tmp_path: Path, text: str, message: str) -> None:
+def test_bad_files_are_rejected(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "s.yaml"
     path.write_text(text)
     with pytest.raises(PlannerError, match=message) as caught:

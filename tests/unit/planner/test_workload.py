@@ -90,6 +90,6 @@ def test_batch_of_counts_the_window() -> None:
         ({"mean": 1}, "mean: "),
     ],
 )
-def test_bad_lengths_are_reported(settings: dict[str, Any], message: str) -> None:
+def test_bad_lengths_are_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(PlannerError, match=message):
         Lengths(**settings)
