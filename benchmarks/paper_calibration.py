@@ -7,7 +7,7 @@ TB/s.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from sglang_dwdp.planner import kernels
 from sglang_dwdp.planner.cost import Group, Parts, forward_parts, layer_fetch_bytes
@@ -64,18 +64,8 @@ def table_1_length_wait(base: Parts) -> float:
     return length_wait(base, mean_batch(rounds), rounds)
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What Table 1 says about GB200, in the units of ``Gpu`` and ``Efficiency``."""
-
-    efficiency: Efficiency
-    copy_bandwidth: float
-    copy_interference: float
-    expert_skew: float
-
-
-def calibrate() -> Calibration:
-    """Solve each constant from the one figure of Table 1 that it stands for."""
+def calibrate() -> Gpu:
+    """GB200 with each constant solved from the one figure of Table 1 that it stands for."""
 
     def parts(gpu: Gpu, batch: Batch, share: int = 1) -> Parts:
         return forward_parts(MODEL, gpu, PRECISION, batch, experts=MODEL.experts // share)
@@ -102,8 +92,8 @@ def calibrate() -> Calibration:
     alone = TABLE_1_COPY / (1 + (2 / 3) * TABLE_1_COPY / TABLE_1_DWDP_TOTAL)
     own = parts(fitted, batch)
     slower = sum(getattr(TABLE_1_DWDP, part) - getattr(own, part) for part in PARTS)
-    return Calibration(
-        efficiency=efficiency,
+    return replace(
+        fitted,
         copy_bandwidth=layer_fetch_bytes(MODEL, PRECISION, Group(4)) * MODEL.moe_layers / alone,
         copy_interference=slower / alone,
         expert_skew=by_experts / fully_skewed,
