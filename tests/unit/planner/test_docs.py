@@ -1,4 +1,4 @@
-"""What docs/disaggregation.md says that the simulator gives is what it gives."""
+"""What docs/usage.md says that the simulator gives is what it gives."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ NAMES |= {"DWDP4 on 12, 8K tokens per forward": "DWDP4 on 12, 8K chunks"}
 
 def table() -> dict[str, list[str]]:
     """The rows of the table of prefill GPUs, by scenario."""
-    text = (ROOT / "docs" / "disaggregation.md").read_text()
+    text = (ROOT / "docs" / "usage.md").read_text()
     lines = text.split("| prefill GPUs |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {NAMES.get(name, name): cells for name, *cells in rows}
 
 
-def test_the_table_of_disaggregation(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_prefill_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     scenario = ROOT / "benchmarks" / "scenarios" / "rate_matching.yaml"
     assert cli.main(["simulate", "--scenario", str(scenario), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -72,8 +72,16 @@ def test_backends_without_a_test_of_a_layer_are_validated_by_models() -> None:
 def test_a_model_has_a_row_with_a_cell_for_each_backend() -> None:
     case = next(case for case in ALL if case.backend == "deep_gemm" and case.ranks == (3,))
     text = page({f"{GPU_MODELS}test_parity[{case.name}-3]": "2026-01-01"})
-    row = f"| {FAMILIES[case.family]} | {WEIGHTS[case.weights]} | unvalidated | 3 ranks, 2026-01-01 | "
+    row = f"| {FAMILIES[case.family]} | {WEIGHTS[case.weights]} | unvalidated | 3 (2026-01-01) | "
     assert sum(line.startswith(row) for line in text.splitlines()) == 1
+
+
+def test_models_on_cpus_are_grouped_by_outcome() -> None:
+    record = {"tests/e2e/test_parity.py::test_qwen2_moe_x": "2026-01-01"}
+    record |= {"tests/e2e/test_models.py::test_mixtral_is_refused": "2026-01-02"}
+    text = page(record)
+    assert "\n- validated 2026-01-01: Qwen2-MoE\n" in text
+    assert "\n- unsupported 2026-01-02: Mixtral (" in text
 
 
 def test_every_model_on_gpus_has_a_name() -> None:
@@ -84,8 +92,9 @@ def test_every_model_on_gpus_has_a_name() -> None:
 def test_nothing_is_called_validated_without_a_result() -> None:
     text = page({})
     assert "validated 2" not in text
-    assert " ranks, 2" not in text
-    assert "| Qwen3-MoE | unvalidated |" in text
+    assert "(20" not in text
+    assert "| Qwen3-MoE | bf16 | unvalidated | unvalidated | unvalidated |" in text
+    assert "\n- unvalidated: Qwen3-MoE, Qwen2-MoE, " in text
     assert "| it makes its tables of pointers" in text
 
 
