@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
-from sglang_dwdp.support.conflicts import CONFLICTS, Conflict
+from sglang_dwdp.support.conflicts import CONFLICTS
 from tests.fixtures.conflict_table import rows
 from tests.fixtures.support_table import (
     BY_MODELS,
@@ -99,7 +100,8 @@ def test_nothing_is_called_validated_without_a_result() -> None:
 
 
 def test_every_conflict_has_a_row() -> None:
-    conflict = Conflict(lambda args: True, "--a-b {args.a_b} is not --kt-*, e.g. a|b", "Drop --a-b.")
+    reason = "--a-b {args.a_b} is not --kt-*, e.g. a|b"
+    conflict = dataclasses.replace(CONFLICTS[0], reason=reason, way_out="Drop --a-b.")
     assert rows([conflict]) == [r"| `--a-b` … is not `--kt-*`, e.g. a\|b | Drop `--a-b`. |"]
     table = page({}).split("| unsupported, and why |")[1].split("\n\n")[0].splitlines()[2:]
     assert table == rows(CONFLICTS)
