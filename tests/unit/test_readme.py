@@ -93,3 +93,16 @@ def test_rooms_and_modules_of_the_architecture_exist() -> None:
         assert folder.is_dir(), room
         for module in re.findall(r"`(\w+\.(?:py|md))`", text):
             assert (folder / module).exists(), f"{room}/{module}"
+
+
+def test_quoted_messages_are_those_of_the_code() -> None:
+    text = "\n".join(
+        path.read_text() for room in ("sglang_dwdp", "srt_patches") for path in (ROOT / room).rglob("*.py")
+    )
+    text = re.sub(r'"\s*\n\s*f?"', "", text)  # strings that go on in the next line
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^(?:\| |- \*\*)`(?!sglang\.|unrecognized)([^`]+)`", page, re.MULTILINE)
+    assert len(quoted) > 5
+    for message in quoted:
+        for part in filter(None, (part.strip() for part in message.split("…"))):
+            assert part.replace("300 s", "").replace("0.5.23", "").strip() in text, message
