@@ -10,7 +10,7 @@ import pytest
 
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.srt_patches import weights
-from sglang_dwdp.srt_patches.resolve import attach
+from sglang_dwdp.srt_patches.arguments import attach
 
 
 def manager(config: DwdpConfig | None) -> SimpleNamespace:
