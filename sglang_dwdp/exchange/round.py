@@ -103,7 +103,7 @@ class Round:
     def enter(self, rank: int, bucket: int) -> Round:
         """`rank` is about to run `bucket` rows. Whatever round it was in is over for it.
 
-        Unchanged once joint rounds have ended: the rank runs alone.
+        Once joint rounds have ended it does not enter: it runs alone.
 
         Raises:
             ValueError: The rank has entered already, or `bucket` is negative.
@@ -111,7 +111,7 @@ class Round:
         if self.seats[rank].phase is Phase.ENTERED or bucket < 0:
             raise ValueError(f"rank {rank} cannot enter {self} with {bucket} rows")
         if self.ended:
-            return self
+            return self.publish(rank, 0)
         entered = self._with(rank, Seat(Phase.ENTERED, bucket))
         buckets = tuple(seat.bucket for seat in entered.seats)
         if not any(buckets) or any(seat.phase is not Phase.ENTERED for seat in entered.seats):

@@ -46,6 +46,7 @@ class World:
         rank = self.ranks[index]
         state = self.round.enter(index, bucket)
         if state.ended:
+            assert state.joint_of(index) is None
             return self.change(index, replace(rank, attempts=rank.attempts - 1), state)
         return self.change(index, replace(rank, attempts=rank.attempts - 1, since=self.round.last.number), state)
 
@@ -196,6 +197,9 @@ def test_a_departure_sets_waiting_ranks_free_for_good() -> None:
     assert state.ended
     assert [seat.phase for seat in state.seats] == [Phase.AWAY, Phase.AWAY, Phase.GONE]
     assert state.enter(0, 1) == state
+    joint = Round.start(2).enter(0, 1).enter(1, 1).depart(1)
+    assert joint.joint_of(0)
+    assert joint.enter(0, 1).joint_of(0) is None  # the round of before is over
     assert state.publish(2, 5).seats[2].phase is Phase.GONE
     assert not state.wants_help(1)
 
