@@ -24,7 +24,8 @@ from sglang_dwdp.exchange.round import Joint, Phase, Round
 from tests.unit.exchange.processes import HASTY, PATIENT, answer, open_meeting, ranks
 
 ROUNDS = 10_000
-SECONDS = 8.0  # a slow machine makes fewer rounds in the time
+LASTING = StepTimes(alone=((1, 5000.0),), joint=((1, 0.0),))
+SECONDS = 6.0  # a slow machine makes fewer rounds in the time
 
 
 @pytest.fixture
@@ -228,7 +229,7 @@ def test_a_rank_stopped_while_it_waits_hears_of_the_round_later() -> None:
 
 
 def _many(pipe: Connection, path: str, rank: int, size: int, seed: int) -> Any:
-    meeting = open_meeting(path, rank, size, HASTY)
+    meeting = open_meeting(path, rank, size, LASTING)
     pipe.send("there")
     pipe.recv()
     rng = random.Random(seed)
