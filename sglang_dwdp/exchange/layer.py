@@ -13,20 +13,24 @@ Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 the weighted sum over those of its experts whose id is not -1, zero if there are none."""
 
 
-def keep_shard(ids: torch.Tensor, shard: range, *, local: bool) -> torch.Tensor:
-    """Mask the experts of other ranks with -1, as expert parallelism does in SGLang.
+def shard_table(num_experts: int, shard: range, device: torch.device | str, *, local: bool) -> torch.Tensor:
+    """What masks the experts of other ranks with -1, as expert parallelism does in SGLang.
 
     Args:
-        ids: int32, any shape, of all experts of the model, or -1.
+        num_experts: Of the layer.
         shard: The experts that this rank stores (`Placement.shard`).
+        device: Of the ids.
         local: Count the kept ones from the shard's start, for kernels that are given only the shard's slice of the
             weights; otherwise they keep their ids.
 
     Returns:
-        int32, of the shape of `ids`.
+        int32 `[num_experts + 1]`. Indexing it with ids, in one kernel, masks them: its last element is -1, so that
+        the id -1 stays.
     """
-    kept = ids - shard.start if local else ids
-    return torch.where((ids >= shard.start) & (ids < shard.stop), kept, -1)
+    table = torch.full((num_experts + 1,), -1, dtype=torch.int32, device=device)
+    first = 0 if local else shard.start
+    table[shard.start : shard.stop] = torch.arange(first, first + len(shard), dtype=torch.int32, device=device)
+    return table
 
 
 def run_joint(
@@ -37,9 +41,7 @@ def run_joint(
     ids: torch.Tensor,
     weights: torch.Tensor,
     experts: Experts,
-    shard: range,
-    *,
-    local: bool = True,
+    table: torch.Tensor,
 ) -> torch.Tensor:
     """One MoE layer of a joint forward; all ranks of the group call this for the same layer.
 
@@ -51,8 +53,7 @@ def run_joint(
         ids: `[n, top_k]`, int32, of all experts of the model; -1 in rows of padding.
         weights: `[n, top_k]`, float32.
         experts: Computes partial sums with the experts that this rank stores.
-        shard: Those experts.
-        local: Whether `experts` wants ids counted from the shard's start.
+        table: `shard_table` of those experts.
 
     Returns:
         `[n, hidden_size]`.
@@ -61,5 +62,4 @@ def run_joint(
         DwdpRuntimeError: A peer took no part; see `Inbox.dispatch`.
     """
     received = inbox.dispatch(layer_id, bucket, rows, ids, weights)
-    partial = experts(received.rows, keep_shard(received.ids, shard, local=local), received.weights)
-    return inbox.combine(partial)
+    return inbox.combine(experts(received.rows, table[received.ids], received.weights))

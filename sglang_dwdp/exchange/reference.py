@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sglang_dwdp.exchange.layer import Experts, keep_shard
+from sglang_dwdp.exchange.layer import Experts
 
 
 def joint_layer(
@@ -35,9 +35,10 @@ def joint_layer(
     for own_rows, own_ids, own_weights in zip(rows, ids, weights, strict=True):
         total = torch.zeros_like(own_rows, dtype=torch.float32)
         for compute, shard in zip(experts, shards, strict=True):
-            local = keep_shard(own_ids, shard, local=True)
+            inside = (own_ids >= shard.start) & (own_ids < shard.stop)
+            local = torch.where(inside, own_ids - shard.start, -1)
             for row in range(len(own_rows)):
-                if (local[row] >= 0).any():
+                if inside[row].any():
                     one = slice(row, row + 1)
                     partial = compute(own_rows[one], local[one], own_weights[one])
                     total[one] += partial.to(own_rows.dtype).float()

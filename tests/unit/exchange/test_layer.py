@@ -23,7 +23,7 @@ from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.exchange import host_inbox
 from sglang_dwdp.exchange.host_inbox import HostInbox, share_inbox
 from sglang_dwdp.exchange.inbox import RowShape
-from sglang_dwdp.exchange.layer import keep_shard, run_joint
+from sglang_dwdp.exchange.layer import run_joint, shard_table
 from sglang_dwdp.exchange.reference import joint_layer
 from sglang_dwdp.experts.placement import Placement, balanced
 from tests.unit.exchange.moe import Weights, random_rows
@@ -61,12 +61,12 @@ def run(
 
     def one(rank: int) -> list[torch.Tensor]:
         shard = placement.shard(rank)
-        compute = WEIGHTS.shard(shard).experts()
+        compute, table = WEIGHTS.shard(shard).experts(), shard_table(EXPERTS, shard, "cpu", local=True)
         results = []
         for layer, counts in enumerate(layers):
             rows, ids, weights = (each[rank] for each in random_rows(counts, HIDDEN, TOP_K, EXPERTS, layer))
             time.sleep(pause(rank, layer))
-            results.append(run_joint(made[rank], layer, max(counts), rows, ids, weights, compute, shard))
+            results.append(run_joint(made[rank], layer, max(counts), rows, ids, weights, compute, table))
         return results
 
     with ThreadPoolExecutor(size) as pool:
@@ -109,7 +109,7 @@ def test_the_error_is_that_of_rounding_partial_sums() -> None:
         partial = [
             WEIGHTS.shard(shard)
             .to(torch.float64)
-            .experts()(rows[0].double(), keep_shard(ids[0], shard, local=True), weights[0])
+            .experts()(rows[0].double(), shard_table(EXPERTS, shard, "cpu", local=True)[ids[0]], weights[0])
             for shard in shards
         ]
         bound = 2**-8 * (exact.abs() + sum(part.abs() for part in partial)) + 1e-5
@@ -118,8 +118,8 @@ def test_the_error_is_that_of_rounding_partial_sums() -> None:
 
 def test_ids_are_counted_as_the_kernel_wants_them() -> None:
     ids = torch.tensor([[-1, 0, 2], [3, 4, 6]], dtype=torch.int32)
-    assert keep_shard(ids, range(2, 4), local=True).tolist() == [[-1, -1, 0], [1, -1, -1]]
-    assert keep_shard(ids, range(2, 4), local=False).tolist() == [[-1, -1, 2], [3, -1, -1]]
+    for local, expected in ((True, [[-1, -1, 0], [1, -1, -1]]), (False, [[-1, -1, 2], [3, -1, -1]])):
+        assert shard_table(7, range(2, 4), "cpu", local=local)[ids].tolist() == expected
 
 
 def test_a_peer_that_sends_nothing_is_named() -> None:
@@ -188,12 +188,12 @@ def _layers(pipe: Connection, path: str, rank: int, memory: str, counts: list[li
     inbox = HostInbox(fd, rank, 2, SHAPE, 20, lambda: [])
     os.close(fd)
     shard = balanced(EXPERTS, 2).shard(rank)
-    compute = WEIGHTS.shard(shard).experts()
+    compute, table = WEIGHTS.shard(shard).experts(), shard_table(EXPERTS, shard, "cpu", local=True)
     results = []
     for layer, here in enumerate(counts):
         rows, ids, weights = (each[rank] for each in random_rows(here, HIDDEN, TOP_K, EXPERTS, layer))
         results.append(
-            run_joint(inbox, layer, max(here), rows, ids, weights, compute, shard).view(torch.int16).tolist()
+            run_joint(inbox, layer, max(here), rows, ids, weights, compute, table).view(torch.int16).tolist()
         )
     return results
 
