@@ -155,16 +155,7 @@ class FlashInferInbox:
         return result
 
     def wait(self, done: Any, limit_s: float) -> None:
-        """Wait for a joint forward; call this before its result is asked for.
-
-        Args:
-            done: A `torch.cuda.Event`, recorded after the forward.
-            limit_s: Seconds after which peers that have sent nothing are given up.
-
-        Raises:
-            DwdpRuntimeError: A peer ended or did not come. The forward's result is void, and this inbox must not be
-                used any more.
-        """
+        """See `Inbox.wait`."""
         start = look = time.monotonic()
         while not done.query():
             now = time.monotonic()
