@@ -19,7 +19,7 @@ Set-up, by all ranks together, over a connected handshake:
     joint = JointForwards(meeting, inbox, max_bucket, limit_s)
 
 Capture, for each bucket after its direct graph, on all ranks in one order: `with joint.capturing(bucket): …`. In a MoE
-layer, where `joint.bucket is not None`, the forward is joint: call `joint.layer(…)` in place of the layer's own experts,
+layer, `joint.bucket is not None` says that the forward is joint: call `joint.layer(…)` in place of its own experts,
 whatever is being captured or run.
 
 A step:
