@@ -26,9 +26,11 @@ A step:
 
     round = joint.begin(bucket, alone_us)    # before the graph is chosen
     replay(direct graph of bucket, or joint graph of round.bucket)
-    joint.end(done)                          # done: an event recorded after the replay
+    wait = joint.end(done)                   # done: an event recorded after the replay
+    …
+    wait()                                   # before the result is asked for, perhaps when the next step is launched
 
-A rank with nothing to run calls `joint.begin(0, 0)` whenever its scheduler comes by; if that gives a round, it replays
-the joint graph of `round.bucket` with rows of padding only, whose ids are -1. On an error of `begin`, `layer` or `end`
+A rank with nothing to run calls `joint.begin(0)` whenever its scheduler comes by; if that gives a round, it replays
+the joint graph of `round.bucket` with rows of padding only, whose ids are -1. On an error of `begin`, `layer` or `wait`
 joint forwards have ended for the group: `begin` gives None from then on, on every rank.
 """

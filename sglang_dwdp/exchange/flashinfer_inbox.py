@@ -117,6 +117,7 @@ class FlashInferInbox:
         self.rank, self.size, self.shape = handshake.rank, handshake.size, shape
         self._layer_ids = list(layer_ids)
         self._lost = lost
+        self._void = False
         device = torch.cuda.current_device()
         params = MoEEpCommParams(
             num_experts=num_experts,
@@ -161,7 +162,8 @@ class FlashInferInbox:
             now = time.monotonic()
             if now > look:
                 lost = self._lost()
-                if lost or now > start + limit_s:
+                if lost or self._void or now > start + limit_s:
+                    self._void = True  # forwards that were launched meanwhile need not wait as long again
                     raise self._give_up(done, f"ranks {lost} ended" if lost else f"nothing came within {limit_s:g} s")
                 look = now + _LOOK_S
             if now > start + _SPIN_S:

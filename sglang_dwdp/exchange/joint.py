@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,9 +36,14 @@ class JointForwards:
         self._inbox = inbox
         self._max_bucket = max_bucket
         self._limit_s = limit_s
+        self._large = False  # the forward under way is too large to be joint
+        self._busy: Any = None  # event after the last such one, until a small one begins
 
-    def begin(self, bucket: int, alone_us: float) -> Joint | None:
+    def begin(self, bucket: int, alone_us: float = 0) -> Joint | None:
         """A forward is about to run.
+
+        A small one after a large one first waits until the GPU has run that: the host is ahead of it, and peers would
+        wait in their kernels.
 
         Args:
             bucket: Its rows, as the CUDA graph takes them. 0 in an idle rank, which then looks whether peers wait.
@@ -51,10 +56,16 @@ class JointForwards:
             DwdpRuntimeError: A peer is stopped while it holds the page.
         """
         joint = None
-        if bucket > self._max_bucket:
+        self._large = bucket > self._max_bucket
+        if self._large:
             self._meeting.go_away(alone_us)
+        elif bucket:
+            if self._busy is not None:
+                self._busy.synchronize()
+                self._busy = None
+            joint = self._meeting.meet(bucket)
         else:
-            joint = self._meeting.meet(bucket) if bucket else self._meeting.help()
+            joint = self._meeting.help()
         self.bucket = joint.bucket if joint else None
         return joint
 
@@ -88,22 +99,29 @@ class JointForwards:
             self._meeting.end()
             raise
 
-    def end(self, done: Any = None) -> None:
-        """The forward that `begin` announced is over, or has been launched.
+    def end(self, done: Any = None) -> Callable[[], None]:
+        """The forward that `begin` announced has been launched; returns at once.
 
         Args:
-            done: On a GPU, an event recorded after a joint forward: wait for it.
+            done: On a GPU, a `torch.cuda.Event` recorded after the forward.
 
-        Raises:
-            DwdpRuntimeError: A peer took no part. Joint forwards have ended, on all ranks.
+        Returns:
+            What to call before the result is asked for. After a joint forward on a GPU it waits for that, and raises
+            DwdpRuntimeError if a peer took no part; joint forwards have then ended, on all ranks.
         """
         joint, self.bucket = self.bucket is not None, None
-        if joint and done is not None:
-            try:
-                self._inbox.wait(done, self._limit_s)
-            except DwdpRuntimeError:
-                self._meeting.end()
-                raise
+        if self._large:
+            self._busy = done
+
+        def wait() -> None:
+            if joint and done is not None:
+                try:
+                    self._inbox.wait(done, self._limit_s)
+                except DwdpRuntimeError:
+                    self._meeting.end()
+                    raise
+
+        return wait
 
     def report(self) -> dict[str, int | bool]:
         """Plain numbers for /server_info."""

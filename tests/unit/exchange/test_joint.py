@@ -27,7 +27,8 @@ from tests.unit.exchange.moe import Weights
 HIDDEN, TOP_K, EXPERTS, LAYERS = 8, 2, 6, 3
 SHAPE = RowShape(max_bucket=4, hidden_size=HIDDEN, top_k=TOP_K, dtype=torch.bfloat16)
 WEIGHTS = Weights.random(EXPERTS, HIDDEN, 4)
-TIMES = StepTimes(alone=((1, 20_000.0),), joint=((1, 0.0),))
+# Patient, for a busy machine; tests/unit/exchange/test_policy.py has the rest.
+TIMES = StepTimes(alone=((1, 1e6),), joint=((1, 0.0),))
 
 
 class Engine:
@@ -52,7 +53,7 @@ class Engine:
                 rows = rows + WEIGHTS.experts()(rows, ids, weights)
             else:
                 rows = rows + self.forwards.layer(layer, rows, ids, weights, self.shard, self.table)
-        self.forwards.end()
+        self.forwards.end()()
         self.joint += joint is not None
         return rows
 
@@ -150,3 +151,46 @@ def test_graphs_are_captured_without_a_round() -> None:
 
     with engines(2) as made:
         assert on_all(made, work) == [4, 4]
+
+
+class Event:
+    """A GPU's event that happens when it is waited for."""
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
+
+    def synchronize(self) -> None:
+        self.log.append(self.name)
+
+
+def test_a_small_forward_enters_when_the_gpu_has_run_the_large_one_before_it() -> None:
+    log: list[str] = []
+    with engines(2) as (engine, peer):
+        engine.forwards.begin(99, alone_us=1e6)
+        engine.forwards.end(Event(log, "large"))
+        peer.forwards.close()
+        for _ in range(2):
+            engine.forwards.begin(1)
+            engine.forwards.end(Event(log, "small"))
+        assert log == ["large"]
+
+
+def test_a_failed_wait_ends_joint_forwards() -> None:
+    def work(rank: int, engine: Engine) -> Any:
+        engine.forwards.begin(1)
+        wait = engine.forwards.end(object())
+        if rank == 0:
+            engine.forwards._inbox.wait = fail
+            with pytest.raises(DwdpRuntimeError, match="gone"):
+                wait()
+            return None
+        wait()
+        return time.monotonic()
+
+    def fail(done: Any, limit_s: float) -> None:
+        raise DwdpRuntimeError("gone")
+
+    with engines(2) as made:
+        on_all(made, work)
+        assert [engine.forwards.begin(1) for engine in made] == [None, None]
+        assert [engine.forwards.report()["joint_rounds_ended"] for engine in made] == [True, True]
