@@ -36,14 +36,13 @@ class JointForwards:
         self._inbox = inbox
         self._max_bucket = max_bucket
         self._limit_s = limit_s
-        self._large = False  # the forward under way is too large to be joint
-        self._busy: Any = None  # event after the last such one, until a small one begins
+        self._alone: Any = None  # event after the last forward, if that was not joint
 
     def begin(self, bucket: int, alone_us: float = 0) -> Joint | None:
         """A forward is about to run.
 
-        A small one after a large one first waits until the GPU has run that: the host is ahead of it, and peers would
-        wait in their kernels.
+        A small one first waits until the GPU has run the one before, unless that was joint too: the host is ahead of
+        the GPU, and peers that are joined with this rank would wait in their kernels.
 
         Args:
             bucket: Its rows, as the CUDA graph takes them. 0 in an idle rank, which then looks whether peers wait.
@@ -56,15 +55,13 @@ class JointForwards:
             DwdpRuntimeError: A peer is stopped while it holds the page.
         """
         joint = None
-        self._large = bucket > self._max_bucket
-        if self._large:
+        if bucket > self._max_bucket:
             self._meeting.go_away(alone_us)
         elif bucket:
-            if self._busy is not None:
-                self._busy.synchronize()
-                self._busy = None
+            if self._alone is not None:
+                self._alone.synchronize()
             joint = self._meeting.meet(bucket)
-        else:
+        elif self._alone is None or self._alone.query():
             joint = self._meeting.help()
         self.bucket = joint.bucket if joint else None
         return joint
@@ -110,8 +107,7 @@ class JointForwards:
             DwdpRuntimeError if a peer took no part; joint forwards have then ended, on all ranks.
         """
         joint, self.bucket = self.bucket is not None, None
-        if self._large:
-            self._busy = done
+        self._alone = None if joint else done
 
         def wait() -> None:
             if joint and done is not None:

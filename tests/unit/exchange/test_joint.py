@@ -162,17 +162,36 @@ class Event:
     def synchronize(self) -> None:
         self.log.append(self.name)
 
+    def query(self) -> bool:
+        return self.name in self.log
 
-def test_a_small_forward_enters_when_the_gpu_has_run_the_large_one_before_it() -> None:
+
+def test_a_rank_enters_when_its_gpu_is_free() -> None:
+    """But after a joint forward at once: its peers are as far as it is."""
     log: list[str] = []
-    with engines(2) as (engine, peer):
-        engine.forwards.begin(99, alone_us=1e6)
+
+    def joint(rank: int, engine: Engine) -> None:
+        assert engine.forwards.begin(1) is not None
+        engine.forwards.end(Event(log, "joint"))
+
+    with engines(2) as made:
+        engine, peer = made
+        engine.forwards.begin(99, alone_us=1000)
         engine.forwards.end(Event(log, "large"))
+        waiting = peer.forwards._meeting.page
+        waiting.change(lambda state: state.enter(1, 1))
+        assert engine.forwards.begin(0) is None  # not idle yet
+        assert log == []
+        waiting.change(lambda state: state.withdraw(1))
+        on_all(made, joint)
+        assert log == ["large"]
+        on_all(made, joint)
+        assert log == ["large"]
         peer.forwards.close()
         for _ in range(2):
-            engine.forwards.begin(1)
-            engine.forwards.end(Event(log, "small"))
-        assert log == ["large"]
+            assert engine.forwards.begin(1) is None
+            engine.forwards.end(Event(log, "alone"))
+        assert log == ["large", "alone"]
 
 
 def test_a_failed_wait_ends_joint_forwards() -> None:
