@@ -1,0 +1,110 @@
+"""When a small forward should wait for peers: pure functions of what was measured and what peers published.
+
+A rank waits only where that is sooner than running alone: where the last missing peer is expected, and the joint
+forward done, before a forward alone would be. So it waits at most for what a joint forward saves, and where peers keep
+what they published it never loses by waiting. A peer that is overdue may come at any moment or not for long; it is
+worth the same limit (which at most doubles the time of that forward, as in the ski-rental problem), but after a wait
+for it in vain no other is begun before `PATIENCE` times as long has passed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sglang_dwdp.exchange.round import Phase, Round
+
+PATIENCE = 16  # so waits in vain cost at most 1/16 of the time
+
+Points = Sequence[tuple[int, float]]
+
+
+def interpolate(points: Points, rows: int) -> float:
+    """The time of `rows`, between measured points: linear, level below the first, proportional above the last.
+
+    Args:
+        points: (rows, microseconds), rows rising.
+        rows: At least 0.
+
+    Returns:
+        Microseconds.
+    """
+    index = bisect_left(points, (rows, float("-inf")))
+    if index == 0:
+        return points[0][1]
+    if index == len(points):
+        last, time = points[-1]
+        return time * rows / last
+    (low, before), (high, after) = points[index - 1], points[index]
+    return before + (after - before) * (rows - low) / (high - low)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """How long a small forward takes.
+
+    Attributes:
+        alone: (rows, microseconds) of a forward that reads peers' experts in place, rows rising.
+        joint: The same for a joint forward, by the largest bucket.
+    """
+
+    alone: Points
+    joint: Points
+
+    def alone_us(self, rows: int) -> float:
+        """Microseconds of a forward of `rows` rows alone."""
+        return interpolate(self.alone, rows)
+
+    def joint_us(self, bucket: int) -> float:
+        """Microseconds of a joint forward whose largest bucket is `bucket`."""
+        return interpolate(self.joint, bucket)
+
+
+def deadline_us(
+    state: Round, rank: int, bucket: int, start_us: int, times: StepTimes, patient_from_us: Sequence[int]
+) -> int:
+    """Until when a rank that is there since `start_us` should wait for its peers.
+
+    Args:
+        state: The round as it is now, with or without this rank in it.
+        rank: This rank.
+        bucket: Rows that it has.
+        start_us: When it came.
+        times: How long forwards take.
+        patient_from_us: For each rank, before which time it is not waited for if it is overdue.
+
+    Returns:
+        Microseconds of the clock of `start_us`; `start_us` itself if it should not wait.
+    """
+    peers = [(peer, seat) for peer, seat in enumerate(state.seats) if peer != rank]
+    largest = max(bucket, *(seat.bucket for _, seat in peers if seat.phase is Phase.ENTERED), 0)
+    saving = times.alone_us(bucket) - times.joint_us(largest)
+    missing = [(peer, seat.back_us) for peer, seat in peers if seat.phase is not Phase.ENTERED]
+    if saving <= 0 or any(back - start_us >= saving for _, back in missing):
+        return start_us
+    if any(back <= start_us < patient_from_us[peer] for peer, back in missing):
+        return start_us
+    return start_us + int(saving)
+
+
+def after_waiting(
+    state: Round, rank: int, start_us: int, now_us: int, patient_from_us: Sequence[int]
+) -> tuple[int, ...]:
+    """The new `patient_from_us` of a rank that has waited in vain since `start_us`.
+
+    Args:
+        state: As the rank left it.
+        rank: This rank.
+        start_us: When it came.
+        now_us: When it left.
+        patient_from_us: As before.
+
+    Returns:
+        For each rank, when a wait for it may begin though it is overdue.
+    """
+    again = now_us + PATIENCE * (now_us - start_us)
+    return tuple(
+        again if peer != rank and seat.phase is not Phase.ENTERED and seat.back_us <= now_us else before
+        for peer, (seat, before) in enumerate(zip(state.seats, patient_from_us, strict=True))
+    )
