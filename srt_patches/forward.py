@@ -23,6 +23,7 @@ from sglang_dwdp.runtime import DwdpRuntime
 from sglang_dwdp.srt_patches import flashinfer_fp8
 from sglang_dwdp.srt_patches.experts import collect, rank_in_group
 from sglang_dwdp.srt_patches.hooks import Hook
+from sglang_dwdp.srt_patches.loading import check_loaded
 from sglang_dwdp.srt_patches.planned import why_direct_limit
 from sglang_dwdp.srt_patches.resolve import config_of
 
@@ -55,6 +56,7 @@ def set_up(runner: Any) -> None:
         return
     config = config_of(runner.server_args)
     assert config is not None
+    check_loaded(runner.model)
     layers = collect(runner.model, runner.device)
     parallel = get_parallel()
     index = torch.cuda.current_device() if runner.device == "cuda" else 0

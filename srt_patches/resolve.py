@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,12 +22,12 @@ from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.experts.budget import refuse_local_experts
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.srt_patches import moe_backend
-from sglang_dwdp.srt_patches.final_check import refuse_changes
+from sglang_dwdp.srt_patches.final_check import check_resolved, declared_by
 from sglang_dwdp.srt_patches.graphs import graphs_off
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.planned import with_direct_limit
 from sglang_dwdp.support import models
-from sglang_dwdp.support.conflicts import refuse_conflicts
+from sglang_dwdp.support.conflicts import check_conflicts, check_environment
 from sglang_dwdp.support.release import refuse_other_release
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,8 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
     view = resolving_view(server_args)
     with _one_line(server_args):
         refuse_other_release()
-        refuse_conflicts(view)
+        check_environment(os.environ)
+        check_conflicts(view)
         group_size = _group_size(config, view)
         _refuse_model(config, server_args, view, group_size)
         _refuse_device(config, view)
@@ -218,11 +220,11 @@ def resolve_load_balance(server_args: Any, previous: Callable[[Any], None]) -> N
 
 
 def resolve_last(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """The resolution step `handle_elastic_ep`, which comes after all that settle parallelism and MoE exchanges."""
+    """The resolution step `validate_deepep_v2_dispatch_token_budget`, the last one of all."""
     previous(server_args)
     if config_of(server_args) is not None:
         with _one_line(server_args):
-            refuse_changes(resolving_view(server_args))
+            check_resolved(resolving_view(server_args), declared_by(server_args, _SOURCE))
 
 
 def resolve_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -265,7 +267,7 @@ def register_resolution() -> None:
     register_resolution_hook("handle_dwdp")(resolve_dwdp)
     register_resolution_hook("handle_data_parallelism")(resolve_data_parallelism)
     register_resolution_hook("handle_load_balance_method")(resolve_load_balance)
-    register_resolution_hook("handle_elastic_ep")(resolve_last)
+    register_resolution_hook("validate_deepep_v2_dispatch_token_budget")(resolve_last)
     register_resolution_hook("handle_cpu_backends")(resolve_cpu_backends)
     register_resolution_hook("handle_gpu_memory_settings")(resolve_memory)
 

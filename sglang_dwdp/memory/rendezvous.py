@@ -179,7 +179,7 @@ def _receive_peers(
     awaited = set(range(rank + 1, size))
     visitors: set[socket.socket] = set()  # those that have proven nothing yet
     with contextlib.ExitStack() as leaving, selectors.DefaultSelector() as selector:
-        leaving.callback(lambda: [connection.close() for connection in visitors])
+        leaving.callback(_close_all, visitors)
         selector.register(listener, selectors.EVENT_READ)
         while awaited:
             ready = selector.select(max(deadline - time.monotonic(), 0))
@@ -207,3 +207,8 @@ def _receive_peers(
                     visitors.remove(visitor.connection)
                     awaited.remove(visitor.rank)
                     peers[visitor.rank] = visitor.connection
+
+
+def _close_all(connections: set[socket.socket]) -> None:
+    for connection in connections:
+        connection.close()

@@ -16,13 +16,14 @@ from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.srt_patches import experts
 from sglang_dwdp.srt_patches.checks import (
-    refuse_own_forward,
-    refuse_same_number,
-    refuse_sharded,
-    refuse_unknown_state,
+    check_constructed,
+    check_expert_state,
+    check_layer_numbers,
+    check_not_sharded,
+    check_own_forward,
     way_of_layer,
 )
-from sglang_dwdp.srt_patches.experts import collect, load, load_fused, rebuild_state
+from sglang_dwdp.srt_patches.experts import load, load_fused, rebuild_state
 from sglang_dwdp.support.backends import Status
 
 
@@ -57,9 +58,9 @@ def test_ways_that_are_refused(method: object, backend: MoeRunnerBackend | None,
 
 
 def test_layers_that_could_not_be_told_apart_are_refused() -> None:
-    refuse_same_number([SimpleNamespace(layer_id=number) for number in (0, 1, 2)])
+    check_layer_numbers([SimpleNamespace(layer_id=number) for number in (0, 1, 2)])
     with pytest.raises(DwdpConfigError, match="2 FusedMoE layers of this model have the number 1"):
-        refuse_same_number([SimpleNamespace(layer_id=number) for number in (0, 1, 1)])
+        check_layer_numbers([SimpleNamespace(layer_id=number) for number in (0, 1, 1)])
 
 
 @pytest.mark.parametrize("scales", [{"block_quant": False}, {"use_mxfp8": True}, {"is_fp4_expert": True}])
@@ -104,10 +105,10 @@ def test_per_expert_state_that_is_known_is_rebuilt_for_all_experts() -> None:
 @pytest.mark.parametrize("owner", ["layer", "method"])
 def test_per_expert_state_that_is_not_known_is_refused(owner: str) -> None:
     moe = layer(UnquantizedFusedMoEMethod(), MoeRunnerBackend.TRITON, _cutlass_swiglu_params=(torch.ones(4),))
-    refuse_unknown_state(moe)
+    check_expert_state(moe)
     vars(moe if owner == "layer" else moe.quant_method)["table"] = (torch.ones(4),)
     with pytest.raises(DwdpConfigError, match=r"\.table holds something for each of the 4 experts"):
-        refuse_unknown_state(moe)
+        check_expert_state(moe)
 
 
 def test_a_layer_with_a_forward_of_its_own_is_refused() -> None:
@@ -115,11 +116,11 @@ def test_a_layer_with_a_forward_of_its_own_is_refused() -> None:
         def run_moe_core(self, dispatch_output: Any) -> Any:
             return dispatch_output
 
-    refuse_own_forward(object.__new__(FusedMoE))
+    check_own_forward(object.__new__(FusedMoE))
     moe = object.__new__(Own)
     moe.__dict__["layer_id"] = 3
     with pytest.raises(DwdpConfigError, match=r"layer 3: Own replaces FusedMoE\.run_moe_core"):
-        refuse_own_forward(moe)
+        check_own_forward(moe)
 
 
 def test_a_tensor_of_all_experts_is_loaded_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,12 +147,12 @@ def test_a_model_that_is_sharded_in_spite_of_data_parallelism() -> None:
     torch.nn.Module.__init__(embedding)
     model = torch.nn.Sequential(embedding)
     embedding.tp_size = 1
-    refuse_sharded(model)
+    check_not_sharded(model)
     embedding.tp_size = 2
     with pytest.raises(DwdpConfigError, match=r"SGLang shards 0 of Sequential over 2 ranks"):
-        refuse_sharded(model)
+        check_not_sharded(model)
 
 
 def test_a_model_without_moe_layers() -> None:
     with pytest.raises(DwdpConfigError, match="Linear has no FusedMoE layer"):
-        collect(torch.nn.Linear(2, 2), "cpu")
+        check_constructed(torch.nn.Linear(2, 2))
