@@ -38,7 +38,7 @@ def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_
 
 def _install(role: str, config: DwdpConfig, device: str | None) -> None:
     if role == "scheduler":
-        from sglang_dwdp.srt_patches import audit, experts, forward, linear, loading, reports, steps, weights
+        from sglang_dwdp.srt_patches import collectives, experts, forward, linear, loading, reports, steps, weights
 
         if device == "cuda":
             from sglang_dwdp.kernels_build import load
@@ -51,9 +51,9 @@ def _install(role: str, config: DwdpConfig, device: str | None) -> None:
         experts.install_shard_count()
         install((*linear.HOOKS, *steps.HOOKS, *experts.HOOKS, *loading.HOOKS, *forward.HOOKS))
         install((*reports.SCHEDULER_HOOKS, *weights.SCHEDULER_HOOKS))
+        collectives.guard_collectives(device)
         if config.audit:
             install(experts.AUDIT_HOOKS)
-            audit.count_collectives()
     elif role == "dp_controller":
         from sglang_dwdp.srt_patches import controller, reports
 
