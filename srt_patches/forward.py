@@ -26,6 +26,7 @@ from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.loading import check_loaded
 from sglang_dwdp.srt_patches.planned import why_direct_limit
 from sglang_dwdp.srt_patches.resolve import config_of
+from sglang_dwdp.srt_patches.weights import declare_fixed
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def set_up(runner: Any) -> None:
     group = parallel.tp_rank // parallel.dwdp_size
     runtime.setup(layers, f"{_common_name(parallel.tp_group)}.{group}")
     set_global_dwdp_manager(Manager(runtime))
+    declare_fixed(runner.model)
     if config.view == "auto" and config.has_direct:
         why = why_direct_limit(runner.server_args)
         logger.info("DWDP reads experts in place in forwards of up to %d tokens (%s).", config.direct_limit, why)

@@ -217,6 +217,13 @@ CONFLICTS: tuple[Conflict, ...] = (
         "Drop --weight-cache-mode and --startup-weight-load-mode overlap.",
     ),
     Conflict(
+        ("remote_instance_weight_loader_start_seed_via_transfer_engine",),
+        _is_set,
+        "--remote-instance-weight-loader-start-seed-via-transfer-engine hands out weights, of which a layer's may be "
+        "those of a slot",
+        "Drop it: other servers can read the checkpoint.",
+    ),
+    Conflict(
         ("checkpoint_engine_wait_weights_before_ready",),
         _is_set,
         "--checkpoint-engine-wait-weights-before-ready waits for weights, which cannot change under DWDP",

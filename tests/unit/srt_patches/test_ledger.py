@@ -14,8 +14,10 @@ from sglang_dwdp.srt_patches import (
     install,
     linear,
     loading,
+    recorder,
     reports,
     resolve,
+    sessions,
     steps,
     weights,
 )
@@ -37,6 +39,10 @@ HOOKS = (
     *reports.CONTROLLER_HOOKS,
     *weights.SCHEDULER_HOOKS,
     *weights.TOKENIZER_HOOKS,
+    *sessions.CONTROLLER_HOOKS,
+    *sessions.SCHEDULER_HOOKS,
+    *recorder.SCHEDULER_HOOKS,
+    *recorder.TOKENIZER_HOOKS,
 )
 
 

@@ -44,7 +44,7 @@ print("RESULT " + json.dumps({
     "graphs": {phase: resolved["cuda_graph_config"][phase].get("backend") for phase in ("decode", "prefill")},
     "environment": sorted(k for k in os.environ if before.get(k) != os.environ[k]),
     "devices": devices,
-    "hooked": hasattr(tm.TokenizerManager.begin_weight_update, "__wrapped__"),
+    "hooked": hasattr(tm.TokenizerManager.get_weights_by_name, "__wrapped__"),
 }))
 """
 

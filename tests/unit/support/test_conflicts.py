@@ -32,6 +32,7 @@ CASES = [
     ({"load_format": "bitsandbytes"}, "--load-format bitsandbytes"),
     ({"load_format": "a format that comes later"}, "--load-format a format that comes later"),
     ({"expert_distribution_recorder_mode": "stat"}, "--expert-distribution-recorder-mode"),
+    ({"remote_instance_weight_loader_start_seed_via_transfer_engine": True}, "hands out weights"),
     ({"enable_torch_compile": True}, "--enable-torch-compile"),
     ({"quantization": "fp8"}, "--quantization fp8: the CPU engine"),
     ({"use_ray": True}, "--use-ray: its scheduler actors"),
