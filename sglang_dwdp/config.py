@@ -16,6 +16,7 @@ ENABLE = "enable_dwdp"
 PREFIX = "dwdp_"
 KIB = 1024
 MIB = 1024 * KIB
+DAY_S = 86_400
 UNPLANNED_DIRECT_MAX_TOKENS = 256  # --dwdp-direct-max-tokens where the planner cannot choose it
 
 
@@ -116,8 +117,8 @@ class DwdpConfig:
                 "--dwdp-local-experts and --dwdp-memory-gib need memory that can be mapped: "
                 "leave them out with --dwdp-transport cuda-ipc."
             )
-        if not _is_above_0(self.timeout_s):
-            self._refuse("timeout_s", "must be a number of seconds above 0")
+        if not _is_above_0(self.timeout_s) or self.timeout_s > DAY_S:
+            self._refuse("timeout_s", f"must be a number of seconds above 0 and of at most {DAY_S}")
         if not isinstance(self.audit, bool):
             self._refuse("audit", "must be true or false")
 

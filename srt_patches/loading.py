@@ -21,7 +21,7 @@ from sglang_dwdp.errors import DwdpSetupError
 from sglang_dwdp.srt_patches.checks import check_constructed
 from sglang_dwdp.srt_patches.experts import placement_of, rank_in_group
 from sglang_dwdp.srt_patches.hooks import Hook
-from sglang_dwdp.support.unwritten import MarkUninitialized, has_marks, mark
+from sglang_dwdp.support.unwritten import has_marks, mark, mark_uninitialized
 
 _ALL_EXPERTS = -1
 _ARRIVALS = "_dwdp_arrivals"  # of a FusedMoE layer
@@ -44,7 +44,7 @@ def construct(
         check_constructed(model)
         setattr(model, _IS_LOADED, True)
         return model
-    with MarkUninitialized():
+    with mark_uninitialized():
         model = original(model_config, load_config, quant_config)
     check_constructed(model)
     for name, parameter in model.named_parameters():
@@ -52,7 +52,8 @@ def construct(
         # keep it: scales, for instance, that many checkpoints leave out.
         if name.endswith((".weight", ".bias")):
             mark(parameter)
-    vars(model)["load_weights"] = functools.partial(load_and_check, model.load_weights, model)
+    load_weights: Any = model.load_weights
+    vars(model)["load_weights"] = functools.partial(load_and_check, load_weights, model)
     return model
 
 

@@ -1,5 +1,7 @@
-"""SGLang's recorder of the distribution of experts is off under DWDP (it sums over ranks), and asked for records it would
-end the server: requests for them are answered with an error."""
+"""Requests for records of the distribution of experts are answered with an error.
+
+SGLang's recorder sums over ranks, so it is off under DWDP, and being asked for records without one ends a server.
+"""
 
 from __future__ import annotations
 

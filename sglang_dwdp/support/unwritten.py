@@ -8,6 +8,7 @@ weights are loaded was never written, whatever the loader did.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -39,9 +40,13 @@ def mark(tensor: torch.Tensor) -> None:
     data[1::2].fill_(_HIGH)
 
 
-class MarkUninitialized(TorchDispatchMode):
+def mark_uninitialized() -> AbstractContextManager[Any]:
     """A context in which memory without a value, as `torch.empty` gives it, has marks."""
+    mode: AbstractContextManager[Any] = _MarkingMode()  # type: ignore[no-untyped-call]
+    return mode
 
+
+class _MarkingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self,
         func: Any,
@@ -86,4 +91,4 @@ def _signed(value: int, size: int) -> int:
 
 
 def _any(data: torch.Tensor, step: int, is_marked: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-    return any(bool(is_marked(part).any()) for part in data.split(step))
+    return any(bool(is_marked(part).any()) for part in torch.split(data, step))

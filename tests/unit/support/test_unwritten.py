@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from sglang_dwdp.support import unwritten
-from sglang_dwdp.support.unwritten import MarkUninitialized, has_marks, mark
+from sglang_dwdp.support.unwritten import has_marks, mark, mark_uninitialized
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8, torch.int8, torch.int32]
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    with MarkUninitialized():
+    with mark_uninitialized():
         return torch.nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
 
@@ -53,7 +53,7 @@ def test_random_bytes_and_nan_are_values() -> None:
 
 
 def test_values_of_constructors_are_kept() -> None:
-    with MarkUninitialized():
+    with mark_uninitialized():
         made = [torch.ones(64), torch.zeros(64), torch.full((64,), 2.0), torch.nn.Linear(64, 64).weight]
         made += [torch.empty(64).fill_(1.0), torch.empty_like(made[0]).copy_(made[0]), torch.randn(64)]
     assert not any(map(has_marks, made))
@@ -63,7 +63,7 @@ def test_values_of_constructors_are_kept() -> None:
 
 
 def test_other_ways_to_get_memory_are_marked_too() -> None:
-    with MarkUninitialized():
+    with mark_uninitialized():
         like = torch.ones(64)
         made = [torch.empty_like(like), like.new_empty(64), torch.empty_strided((8, 8), (8, 1))]
     assert all(map(has_marks, made))
