@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.support.backends import Way, check
@@ -29,12 +31,18 @@ def check_constructed(model: torch.nn.Module) -> None:
             "Serve it without --enable-dwdp."
         )
     check_not_sharded(model)
+    check_heads(model, get_parallel().tp_size)
     check_layer_numbers(layers)
     on_gpu = any(parameter.is_cuda for parameter in layers[0].parameters())
     for layer in layers:
         check_own_forward(layer)
         if on_gpu:
             way_of_layer(layer)
+        elif type(layer.quant_method).__name__ != "UnquantizedFusedMoEMethod":
+            raise DwdpConfigError(
+                f"layer {layer.layer_id}: the CPU engine has no kernels for the experts of "
+                f"{type(layer.quant_method).__name__} that need no AMX. Use a plain checkpoint, or GPUs."
+            )
         if layer.num_fused_shared_experts:
             raise DwdpConfigError(
                 f"layer {layer.layer_id} fuses shared experts into the routed ones. "
@@ -55,6 +63,27 @@ def check_not_sharded(model: torch.nn.Module) -> None:
                 f"SGLang shards {name} of {type(model).__name__} over {module.tp_size} ranks: it has no attention data "
                 "parallelism for this model, which DWDP builds on. Serve it without --enable-dwdp."
             )
+
+
+def check_heads(model: torch.nn.Module, ranks: int) -> None:
+    """Check that every rank has all attention heads.
+
+    Args:
+        model: A constructed model, with the checkpoint's config.
+        ranks: Ranks that a model would divide heads among.
+
+    Raises:
+        DwdpConfigError: SGLang's code of this model divides them, so a rank would compute a part of each token.
+    """
+    config = getattr(model, "config", None)
+    heads = getattr(getattr(config, "text_config", config), "num_attention_heads", None)
+    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    # Models may have layers with fewer heads than the config says; all of them with just this part are divided ones.
+    if heads and ranks > 1 and layers and all(layer.tp_q_head_num * ranks == heads for layer in layers):
+        raise DwdpConfigError(
+            f"SGLang divides the {heads} attention heads of {type(model).__name__} among {ranks} ranks: it has no "
+            "attention data parallelism for this model, which DWDP builds on. Serve it without --enable-dwdp."
+        )
 
 
 def check_layer_numbers(layers: Sequence[Any]) -> None:

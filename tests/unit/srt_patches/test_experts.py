@@ -10,14 +10,16 @@ import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 from sglang.srt.layers.moe.utils import MoeRunnerBackend
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.experts.placement import balanced
-from sglang_dwdp.srt_patches import experts
+from sglang_dwdp.srt_patches import checks, experts
 from sglang_dwdp.srt_patches.checks import (
     check_constructed,
     check_expert_state,
+    check_heads,
     check_layer_numbers,
     check_not_sharded,
     check_own_forward,
@@ -156,3 +158,32 @@ def test_a_model_that_is_sharded_in_spite_of_data_parallelism() -> None:
 def test_a_model_without_moe_layers() -> None:
     with pytest.raises(DwdpConfigError, match="Linear has no FusedMoE layer"):
         check_constructed(torch.nn.Linear(2, 2))
+
+
+def test_a_model_whose_attention_is_divided_in_spite_of_data_parallelism() -> None:
+    def attention(heads: int) -> RadixAttention:
+        return RadixAttention(heads, 8, 1.0, num_kv_heads=1, layer_id=0)
+
+    model = torch.nn.Sequential(attention(4), attention(4))
+    model.config = SimpleNamespace(num_attention_heads=8)  # type: ignore[assignment]
+    with pytest.raises(DwdpConfigError, match="divides the 8 attention heads of Sequential among 2 ranks"):
+        check_heads(model, 2)
+    check_heads(model, 4)
+    check_heads(torch.nn.Sequential(attention(8), attention(4)), 2)  # nothing is known of it
+    mixed = torch.nn.Sequential(attention(8), attention(4))
+    mixed.config = SimpleNamespace(text_config=SimpleNamespace(num_attention_heads=8))  # type: ignore[assignment]
+    check_heads(mixed, 2)
+
+
+def quantized(method: object) -> FusedMoE:
+    moe = object.__new__(FusedMoE)
+    torch.nn.Module.__init__(moe)
+    vars(moe).update(layer_id=3, quant_method=method, runner_backend=None, num_fused_shared_experts=0)
+    return moe
+
+
+def test_quantized_experts_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "get_parallel", lambda: SimpleNamespace(tp_size=2))
+    check_constructed(torch.nn.Sequential(quantized(UnquantizedFusedMoEMethod())))
+    with pytest.raises(DwdpConfigError, match="layer 3: the CPU engine has no kernels for the experts of Fp8MoEMethod"):
+        check_constructed(torch.nn.Sequential(quantized(Fp8MoEMethod())))
