@@ -17,6 +17,7 @@ PREFERENCES = frozenset(
     {
         "attention_backend",
         "chunked_prefill_size",
+        "disable_custom_all_reduce",
         "load_balance_method",
         "max_total_tokens",
         "moe_runner_backend",  # each layer's is checked when the model is there

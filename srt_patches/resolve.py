@@ -132,7 +132,8 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         declare_resolution(server_args, _SOURCE, moe_runner_backend=backend)
     if view.device == "cpu":
         # An idle rank would spin on a core, and on a CPU the busy ranks compute with those.
-        declare_resolution(server_args, _SOURCE, sleep_on_idle=True)
+        # And custom all-reduce, which is for GPUs, would be tried and warned of.
+        declare_resolution(server_args, _SOURCE, sleep_on_idle=True, disable_custom_all_reduce=True)
     if view.device == "cpu" or not config.has_direct:
         # A graph holds addresses, and what a slot holds changes from layer to layer.
         declare_resolution(server_args, _SOURCE, disable_cuda_graph=True, **graphs_off(view, ("decode", "prefill")))
