@@ -16,6 +16,7 @@ ENABLE = "enable_dwdp"
 PREFIX = "dwdp_"
 KIB = 1024
 MIB = 1024 * KIB
+DAY_S = 86_400
 # --dwdp-direct-max-tokens where the model's config does not say how many experts a token chooses: about what
 # `experts.direct_limit` gives for 8 of 128, at the low end of what models have. A limit that is too low costs little,
 # since staged forwards hide their copies under compute.
@@ -148,8 +149,8 @@ class DwdpConfig:
                 "--dwdp-local-experts and --dwdp-memory-gib need mapped memory: "
                 f"leave them out with --dwdp-transport {self.transport}."
             )
-        if not _is_positive(self.timeout_s):
-            self._reject("timeout_s", "must be a number of seconds above 0")
+        if not _is_positive(self.timeout_s) or self.timeout_s > DAY_S:
+            self._reject("timeout_s", f"must be a number of seconds above 0 and of at most {DAY_S}")
         if not isinstance(self.audit, bool):
             self._reject("audit", "must be true or false")
 

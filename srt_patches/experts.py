@@ -15,13 +15,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.experts.placement import Placement, balanced
-from sglang_dwdp.srt_patches.checks import (
-    backend_of_layer,
-    refuse_own_forward,
-    refuse_same_number,
-    refuse_sharded,
-    refuse_unknown_state,
-)
+from sglang_dwdp.srt_patches.checks import backend_of_layer, check_expert_state
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.support.backends import MoeBackend, is_validated
 from sglang_dwdp.support.gpu import gpu_generation
@@ -193,27 +187,15 @@ def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:
     """The MoE layers of a model on `device`, in the order in which it runs them.
 
     Raises:
-        DwdpConfigError: there is none, or one that cannot be shared.
+        DwdpConfigError: one that cannot be shared, which could not be seen before the weights were loaded (see
+            `checks.check_constructed`).
     """
     found = [module for module in model.modules() if isinstance(module, FusedMoE)]
-    if not found:
-        raise DwdpConfigError(
-            f"{type(model).__name__} has no FusedMoE layer, so there are no experts to share. "
-            "Serve it without --enable-dwdp."
-        )
-    refuse_sharded(model)
-    refuse_same_number(found)
     backends = Counter[MoeBackend]()
     for layer in found:
-        refuse_own_forward(layer)
         if device == "cuda":
             backends[backend_of_layer(layer)] += 1
-            refuse_unknown_state(layer)
-        if layer.num_fused_shared_experts:
-            raise DwdpConfigError(
-                f"layer {layer.layer_id} fuses shared experts into the routed ones. "
-                "Add --disable-shared-experts-fusion."
-            )
+            check_expert_state(layer)
         missing = [name for name in _WEIGHTS if not isinstance(getattr(layer, name, None), torch.Tensor)]
         if missing:
             raise DwdpConfigError(

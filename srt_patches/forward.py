@@ -24,6 +24,8 @@ from sglang_dwdp.srt_patches import flashinfer_fp8
 from sglang_dwdp.srt_patches.attached import config_of
 from sglang_dwdp.srt_patches.experts import collect, rank_in_group
 from sglang_dwdp.srt_patches.hooks import Hook
+from sglang_dwdp.srt_patches.loading import check_loaded
+from sglang_dwdp.srt_patches.weights import declare_fixed
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ def set_up(runner: Any) -> None:
         return
     config = config_of(runner.server_args)
     assert config is not None
+    check_loaded(runner.model)
     layers = collect(runner.model, runner.device)
     parallel = get_parallel()
     index = torch.cuda.current_device() if runner.device == "cuda" else 0
@@ -62,6 +65,7 @@ def set_up(runner: Any) -> None:
     group = parallel.tp_rank // parallel.dwdp_size
     runtime.setup(layers, f"{_common_name(parallel.tp_group)}.{group}")
     set_global_dwdp_manager(Manager(runtime))
+    declare_fixed(runner.model)
     views = config.views(maps=memory.maps)
     if views.direct and views.staged:
         logger.info("DWDP reads experts in place in forwards of up to %d tokens.", views.max_tokens)

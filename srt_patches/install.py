@@ -38,7 +38,18 @@ def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_
 
 def _install(role: str, config: DwdpConfig, device: str | None) -> None:
     if role == "scheduler":
-        from sglang_dwdp.srt_patches import audit, experts, forward, linear, reports, steps, weights
+        from sglang_dwdp.srt_patches import (
+            collectives,
+            experts,
+            forward,
+            linear,
+            loading,
+            recorder,
+            reports,
+            sessions,
+            steps,
+            weights,
+        )
 
         if device == "cuda":
             from sglang_dwdp.srt_patches import flashinfer_fp8, prefill_graphs
@@ -49,21 +60,22 @@ def _install(role: str, config: DwdpConfig, device: str | None) -> None:
             install((*flashinfer_fp8.HOOKS, *prefill_graphs.HOOKS))
 
         experts.install_shard_count()
-        install((*linear.HOOKS, *steps.HOOKS, *experts.HOOKS, *forward.HOOKS))
+        install((*linear.HOOKS, *steps.HOOKS, *experts.HOOKS, *loading.HOOKS, *forward.HOOKS))
         install((*reports.SCHEDULER_HOOKS, *weights.SCHEDULER_HOOKS))
+        install((*sessions.SCHEDULER_HOOKS, *recorder.SCHEDULER_HOOKS))
+        collectives.guard_collectives(device)
         if config.audit:
             install(experts.AUDIT_HOOKS)
-            audit.count_collectives()
     elif role == "dp_controller":
-        from sglang_dwdp.srt_patches import controller, reports
+        from sglang_dwdp.srt_patches import controller, reports, sessions
 
-        install((*controller.HOOKS, *reports.CONTROLLER_HOOKS))
+        install((*controller.HOOKS, *reports.CONTROLLER_HOOKS, *sessions.CONTROLLER_HOOKS))
     elif role == "tokenizer":
         from sglang_dwdp import cleanup
-        from sglang_dwdp.srt_patches import weights
+        from sglang_dwdp.srt_patches import recorder, weights
 
         cleanup.watch()
-        install(weights.TOKENIZER_HOOKS)
+        install((*weights.TOKENIZER_HOOKS, *recorder.TOKENIZER_HOOKS))
 
 
 HOOKS = (Hook("sglang.srt.runtime_context.publish", HookType.AFTER, install_for_role),)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +20,11 @@ from sglang_dwdp.experts.placement import balanced, check_local_experts
 from sglang_dwdp.srt_patches import moe_backend
 from sglang_dwdp.srt_patches.arguments import errors_in_one_line
 from sglang_dwdp.srt_patches.attached import attach_config, config_of
-from sglang_dwdp.srt_patches.final_check import refuse_changes
+from sglang_dwdp.srt_patches.final_check import check_resolved, declared_by
 from sglang_dwdp.srt_patches.graphs import check_graph_backends, graph_arguments
 from sglang_dwdp.srt_patches.resolved import RESOLVED
 from sglang_dwdp.support import models
-from sglang_dwdp.support.conflicts import refuse_conflicts
+from sglang_dwdp.support.conflicts import check_conflicts, check_environment
 from sglang_dwdp.support.release import check_release
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
     view = resolving_view(server_args)
     with errors_in_one_line(server_args):
         check_release()
-        refuse_conflicts(view)
+        check_environment(os.environ)
+        check_conflicts(view)
         group_size = _group_size(config, view)
         model = model_config_of(server_args)
         num_experts = _check_model(config, model, view.model_path, group_size)
@@ -58,7 +60,8 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         declare_resolution(server_args, _SOURCE, moe_runner_backend=backend)
     if view.device == "cpu":
         # An idle rank would spin on a core, and on a CPU the busy ranks compute with those.
-        declare_resolution(server_args, _SOURCE, sleep_on_idle=True)
+        # And custom all-reduce, which is for GPUs, would be tried and warned of.
+        declare_resolution(server_args, _SOURCE, sleep_on_idle=True, disable_custom_all_reduce=True)
     declare_resolution(server_args, _SOURCE, **graph_arguments(view, has_direct=config.views().direct))
 
 
@@ -146,11 +149,11 @@ def resolve_load_balance(server_args: Any, previous: Callable[[Any], None]) -> N
 
 
 def resolve_last(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """The resolution step `handle_elastic_ep`, which comes after all that resolve parallelism and MoE exchanges."""
+    """The resolution step `validate_deepep_v2_dispatch_token_budget`, the last one of all."""
     previous(server_args)
     if config_of(server_args) is not None:
         with errors_in_one_line(server_args):
-            refuse_changes(resolving_view(server_args))
+            check_resolved(resolving_view(server_args), declared_by(server_args, _SOURCE))
 
 
 def resolve_cpu_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -179,6 +182,6 @@ def register_resolution() -> None:
     register_resolution_hook("handle_dwdp")(resolve_dwdp)
     register_resolution_hook("handle_data_parallelism")(resolve_data_parallelism)
     register_resolution_hook("handle_load_balance_method")(resolve_load_balance)
-    register_resolution_hook("handle_elastic_ep")(resolve_last)
+    register_resolution_hook("validate_deepep_v2_dispatch_token_budget")(resolve_last)
     register_resolution_hook("handle_cpu_backends")(resolve_cpu_backends)
     register_resolution_hook("handle_gpu_memory_settings")(resolve_memory)

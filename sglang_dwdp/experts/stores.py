@@ -70,6 +70,7 @@ class MappedStore:
     def __init__(self, memory: Memory, rank: int, slots: SlotMemory, owned: ExitStack) -> None:
         self._memory, self._rank, self._slots, self._owned = memory, rank, slots, owned
         self._views: list[View] = []
+        self._local: list[tuple[View, int, int]] = []  # staged view, offset and bytes of what is no slot
         self._replicas: list[tuple[View, View, Sequence[Span]]] = []  # owners' view, own view, what is fetched
 
     def _view(self, spec: TensorSpec, placed: Sequence[tuple[int, Block]]) -> View:
@@ -115,7 +116,11 @@ class MappedStore:
         )
 
     def _staged(self, spec: TensorSpec, local: Sequence[tuple[int, Block]], slot: int | None) -> View | None:
-        return None if slot is None else self._view(spec, [*local, *self._slots.blocks(slot, spec)])
+        if slot is None:
+            return None
+        view = self._view(spec, [*local, *self._slots.blocks(slot, spec)])
+        self._local += [(view, offset, block.nbytes) for offset, block in local]
+        return view
 
     def replicate(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int) -> Callable[[], torch.Tensor]:
         view = self._written(spec, parts, shard, first)
@@ -137,6 +142,8 @@ class MappedStore:
             owners.close()
         for view in self._views:
             view.protect()
+        for staged, offset, nbytes in self._local:
+            staged.protect_span(offset, nbytes)
 
 
 class UnmappedStore:

@@ -57,6 +57,10 @@ class View:
         """Make the whole view read-only in this process."""
         self._pages.protect(0, self._pages.nbytes)
 
+    def protect_span(self, offset: int, nbytes: int) -> None:
+        """Make what one block holds of the view read-only in this process."""
+        self._pages.protect(offset, nbytes)
+
     def close(self) -> None:
         """Unmap. The tensors must not be used any more. Idempotent."""
         empty = torch.empty(0, dtype=torch.uint8)

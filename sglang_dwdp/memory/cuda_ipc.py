@@ -24,10 +24,15 @@ _CHUNK = 2 << 20
 
 
 class IpcBlock:
-    """A device allocation of this process (`own`) or a peer's."""
+    """A device allocation of this process (`own`) or a peer's.
+
+    One that was handed out is never freed: a peer may still copy from it, and freeing before all of them have closed
+    it is undefined. Its memory goes with the process.
+    """
 
     def __init__(self, address: int, nbytes: int, device: int, *, own: bool) -> None:
         self.nbytes = nbytes
+        self.is_exported = False
         self._address: int | None = address
         self._device = device
         self._own = own
@@ -45,7 +50,8 @@ class IpcBlock:
         if self._address is not None:
             torch.cuda.synchronize(self._device)  # nothing may read what is given back
             address, self._address = self._address, None
-            call(driver.cuMemFree if self._own else driver.cuIpcCloseMemHandle, address)
+            if not self.is_exported:
+                call(driver.cuMemFree if self._own else driver.cuIpcCloseMemHandle, address)
 
 
 class CudaIpcMemory:
@@ -80,6 +86,7 @@ class CudaIpcMemory:
 
     def export(self, block: Block) -> Handle:
         assert isinstance(block, IpcBlock)
+        block.is_exported = True
         return ctypes.string_at(int(call(driver.cuIpcGetMemHandle, block.address).getPtr()), HANDLE_BYTES)
 
     def import_handle(self, handle: Handle, nbytes: int) -> IpcBlock:

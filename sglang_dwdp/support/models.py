@@ -39,7 +39,15 @@ _SUMS = (
     "SGLang's code for it sums routed and shared experts over all ranks in every MoE layer, even if each rank runs all "
     "experts, so a rank's forward would wait for the others, or mix their requests into its own"
 )
-UNSUPPORTED: Mapping[str, str] = {"KimiK3ForConditionalGeneration": _SUMS, "KimiK3LinearForCausalLM": _SUMS}
+_GATHERS = (
+    "SGLang's code for it gathers token ids and hidden states of all ranks in a forward, so a rank's forward would "
+    "wait for the others, or take in their requests"
+)
+UNSUPPORTED: Mapping[str, str] = {
+    "DeepseekV4ForCausalLM": _GATHERS,
+    "KimiK3ForConditionalGeneration": _SUMS,
+    "KimiK3LinearForCausalLM": _SUMS,
+}
 
 
 def expert_count(text_config: Any) -> int | None:

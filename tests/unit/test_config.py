@@ -64,6 +64,7 @@ def test_an_option_without_enable_dwdp_is_an_error() -> None:
         ({"direct_max_tokens": -1}, "--dwdp-direct-max-tokens must be"),
         ({"timeout_s": 0}, "--dwdp-timeout-s must be a number of seconds above 0"),
         ({"timeout_s": "5"}, "--dwdp-timeout-s must be"),
+        ({"timeout_s": 1e9}, "and of at most 86400"),
         ({"audit": "yes"}, "--dwdp-audit must be true or false"),
         ({"group_size": 1}, "--dwdp-group-size must be a whole number of at least 2"),
         ({"local_experts": 0}, "--dwdp-local-experts must be a whole number of at least 1"),

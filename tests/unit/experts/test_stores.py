@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from sglang_dwdp.experts.layout import Span
 from sglang_dwdp.experts.views import View
 from sglang_dwdp.memory.handshake import Exchange
 from sglang_dwdp.memory.host import HostMemory
+from sglang_dwdp.runtime import DwdpRuntime
 from tests.fixtures.ranks import checkpoint, equal, forward, run_ranks
 
 # Experts of no whole number of pages, so that neighbours share some; small tensors that span several pages too.
@@ -70,3 +73,36 @@ def test_peers_are_told_of_writes_that_are_finished(monkeypatch: pytest.MonkeyPa
     for word in told:
         done += 1 if word == "finished" else -1
         assert done >= 0
+
+
+def permissions(address: int) -> str:
+    """Of the page at an address of this process, as Linux says them ("r--s")."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        pages, how, *_ = line.split()
+        start, end = (int(part, 16) for part in pages.split("-"))
+        if start <= address < end:
+            return how
+    raise AssertionError(f"nothing is mapped at {address:#x}")
+
+
+@pytest.mark.parametrize("local_experts", [None, 6])
+def test_only_slots_can_be_written(local_experts: int | None) -> None:
+    """A stray write through a staged view would change what peers read."""
+    full = checkpoint(3, 9, TAILS)
+    config = DwdpConfig(timeout_s=20, view="staged", local_experts=local_experts, replicate_below_kib=0)
+
+    def step(runtime: DwdpRuntime, _layers: object) -> bool:
+        assert runtime._shared is not None
+        for shared in runtime._shared.layers:
+            shard = shared.layer.placement.shard(runtime.rank)
+            remote = [expert for expert in range(9) if expert not in shard]
+            own = [shard[len(shard) // 2]]
+            for name, tensor in shared.staged.items():
+                middle = tensor[0].numel() // 2
+                addresses = {expert: tensor[expert].reshape(-1)[middle:].data_ptr() for expert in [*own, *remote]}
+                assert permissions(addresses[own[0]]) == "r--s", name
+                assert "rw-s" in {permissions(addresses[expert]) for expert in remote}, name
+                assert permissions(shared.direct[name][remote[0]].reshape(-1)[middle:].data_ptr()) == "r--s"
+        return True
+
+    assert run_ranks(2, full, step, config) == [True, True]

@@ -14,8 +14,11 @@ from sglang_dwdp.srt_patches import (
     forward,
     install,
     linear,
+    loading,
     prefill_graphs,
+    recorder,
     reports,
+    sessions,
     steps,
     weights,
 )
@@ -31,12 +34,17 @@ HOOKS = (
     *linear.HOOKS,
     *experts.HOOKS,
     *experts.AUDIT_HOOKS,
+    *loading.HOOKS,
     *forward.HOOKS,
     *prefill_graphs.HOOKS,
     *reports.SCHEDULER_HOOKS,
     *reports.CONTROLLER_HOOKS,
     *weights.SCHEDULER_HOOKS,
     *weights.TOKENIZER_HOOKS,
+    *sessions.CONTROLLER_HOOKS,
+    *sessions.SCHEDULER_HOOKS,
+    *recorder.SCHEDULER_HOOKS,
+    *recorder.TOKENIZER_HOOKS,
 )
 
 

@@ -44,7 +44,7 @@ print("RESULT " + json.dumps({
     "graphs": {phase: resolved["cuda_graph_config"][phase].get("backend") for phase in ("decode", "prefill")},
     "environment": sorted(k for k in os.environ if before.get(k) != os.environ[k]),
     "devices": devices,
-    "hooked": hasattr(tm.TokenizerManager.begin_weight_update, "__wrapped__"),
+    "hooked": hasattr(tm.TokenizerManager.get_weights_by_name, "__wrapped__"),
 }))
 """
 
@@ -160,6 +160,54 @@ def test_every_conflict_is_refused_with_sglangs_own_arguments(model: str) -> Non
         if not answer.startswith("DwdpConfigError: --enable-dwdp cannot be used here") or reason not in answer
     ]
     assert wrong == []
+
+
+# What later steps, which SGLang has or will have, would make of arguments that were fine when DWDP decided.
+LATER = """
+import json, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+from sglang_dwdp.support.conflicts import unknown_names
+from sglang_dwdp.srt_patches.resolve import engine_server_args
+model, changes = json.loads(sys.argv[1])
+later = {}
+
+@register_resolution_hook("handle_other_validations")
+def change(server_args, previous):
+    previous(server_args)
+    declare_resolution(server_args, "a later step", **later)
+
+out = []
+for later in changes:
+    server_args = engine_server_args(model_path=model, device="cpu", tp_size=4, enable_dwdp=True, dwdp_group_size=2)
+    try:
+        server_args.resolve_once()
+        out.append("accepted")
+    except Exception as error:
+        out.append(f"{type(error).__name__}: {error}")
+print("RESULT " + json.dumps([out, unknown_names(server_args), unknown_names(resolving_view(server_args))]))
+"""
+
+
+def test_what_later_steps_decide_otherwise_is_an_error(model: str) -> None:
+    cases = [
+        ({}, "accepted"),
+        ({"load_format": "remote"}, "--load-format remote"),
+        ({"enable_two_batch_overlap": True}, "two-batch"),
+        ({"attn_dp_size": 2}, "attn_dp_size 2 in place of 4"),
+        ({"dwdp_size": 4}, "dwdp_size 4 in place of 2"),
+        ({"disable_cuda_graph": False}, "disable_cuda_graph False in place of True"),
+        ({"chunked_prefill_size": 7}, "accepted"),
+    ]
+    done = run(LATER, json.dumps([model, [changes for changes, _ in cases]]))
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stderr[-3000:]
+    answers, unknown, unknown_to_view = json.loads(lines[0].removeprefix("RESULT "))
+    for (changes, reason), answer in zip(cases, answers, strict=True):
+        assert reason in answer, changes
+    assert unknown == unknown_to_view == []  # SGLang has every argument that the table of conflicts looks at
 
 
 def test_models_and_devices_that_are_refused(model: str, tmp_path: Path) -> None:
