@@ -12,7 +12,7 @@ from fastapi import HTTPException
 
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.srt_patches import recorder, sessions
-from sglang_dwdp.srt_patches.resolve import attach
+from sglang_dwdp.srt_patches.arguments import attach
 from sglang_dwdp.srt_patches.sessions import open_session, rank_of_session, route_turn
 
 CONTROLLER = SimpleNamespace(workers=[None] * 3)
