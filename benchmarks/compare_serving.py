@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
 
+from benchmarks.machine import machine
 from benchmarks.serving.compare import Deadline, compare, write_json
 from benchmarks.serving.errors import ScenarioError
 from benchmarks.serving.figures import same_tokens
-from benchmarks.serving.machine import machine
 from benchmarks.serving.models import prepare
 from benchmarks.serving.ports import check_free
 from benchmarks.serving.progress import Display

@@ -71,7 +71,7 @@ class Run:
         import torch
         from rich.console import Console
 
-        from benchmarks.serving.machine import machine
+        from benchmarks.machine import machine
 
         self.args = args
         self.end = time.monotonic() + args.time_limit

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving.machine import machine
+from benchmarks.machine import machine
 from benchmarks.serving.scenario import Point, Scenario, Variant
 
 Record = dict[str, Any]
