@@ -105,7 +105,6 @@ def setting_of(args: argparse.Namespace, variants: list[Variant], devices: int) 
         parity=args.tokens,
         mem_fraction=args.mem_fraction or None,
         several=min(args.at_a_time, len(variants)) > 1,
-        made=not args.model,
     )
 
 
@@ -151,7 +150,16 @@ def main() -> int:
         options = engine_options(variant, setting)
         folder = args.out / variant.name
         folder.mkdir(exist_ok=True)
-        variables = environment(variant, setting, folder, os.environ)
+        variables = environment(
+            variant.kind,
+            ranks=setting.ranks,
+            devices=devices,
+            several=setting.several,
+            made=not args.model,
+            folder=folder,
+            base=os.environ,
+        )
+        variables |= variant.environment
         return EngineProcess(variant.name, options, variables, folder, index=index, routed=variant.routed)
 
     about: dict[str, Any] = {"machine": machine(), "ranks": setting.ranks, "devices": devices}

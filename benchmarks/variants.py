@@ -21,6 +21,8 @@ from sglang_dwdp.demo.server import fewer_models
 KINDS = ("dwdp", "dwdp-mixed", "dwdp-exchange", "in-tree", "dep", "dep-gatherv", "replicas", "tp")
 DEFAULT = ("dwdp", "in-tree", "dep", "replicas", "tp")
 ON_CPU = ("dwdp", "dwdp-mixed", "dwdp-exchange", "replicas")
+WAITING = ("dep", "dep-gatherv", "tp")  # their ranks wait for each other in every forward
+DIVIDED = ("in-tree", "dep", "dep-gatherv")  # SGLang divides their chunk and running requests by the ranks
 # SGLang's chunk on GPUs of 60 to 160 GB (arg_groups/memory_hook.py), which it divides by the ranks of attention data
 # parallelism.
 CHUNK = 8192
@@ -73,7 +75,6 @@ class Setting:
         mem_fraction: SGLang's `mem_fraction_static`, of what the GPU has free when an engine starts; None for SGLang's
             default, which leaves no room for further engines.
         several: Whether other engines run at the same time.
-        made: Whether the checkpoint is one of `benchmarks.checkpoints`.
     """
 
     ranks: int
@@ -87,7 +88,6 @@ class Setting:
     parity: bool = False
     mem_fraction: float | None = 0.97
     several: bool = False
-    made: bool = True
 
     @property
     def longest(self) -> int:
@@ -158,7 +158,7 @@ def engine_options(variant: Variant, setting: Setting) -> dict[str, Any]:
         raise ValueError(f"{ranks} ranks need {ranks} GPUs, there are {setting.devices}")
     # With tensor parallelism the ranks' requests share one batch and one cache.
     together = ranks if kind == "tp" else 1
-    divided = ranks if kind in ("in-tree", "dep", "dep-gatherv") else 1
+    divided = ranks if kind in DIVIDED else 1
     options: dict[str, Any] = {
         "model_path": setting.model,
         "skip_tokenizer_init": True,
@@ -185,11 +185,13 @@ def engine_options(variant: Variant, setting: Setting) -> dict[str, Any]:
         if decodes:
             sizes.add(graph_size(DECODE_PROMPT))
         options["cuda_graph_bs_prefill"] = sorted(sizes)
+        if setting.devices == 1 and ranks > 1:
+            options["disable_custom_all_reduce"] = True  # it takes a GPU for each rank
         if setting.mem_fraction is not None:
             options["mem_fraction_static"] = setting.mem_fraction
         # Engines that wait leave the cores to the one that is measured. Ranks that wait for each other would sleep
         # through a peer's request.
-        if setting.several and kind not in ("dep", "dep-gatherv", "tp"):
+        if setting.several and kind not in WAITING:
             options["sleep_on_idle"] = True
     else:
         options |= cpu_engine.default_flags() | {"dtype": "float32", "skip_server_warmup": True}
@@ -199,31 +201,36 @@ def engine_options(variant: Variant, setting: Setting) -> dict[str, Any]:
     return options | kind_options(kind, ranks) | dict(variant.options)
 
 
-def environment(variant: Variant, setting: Setting, folder: Path, base: Mapping[str, str]) -> dict[str, str]:
-    """All variables of the variant's processes.
+def environment(
+    kind: str, *, ranks: int, devices: int, several: bool, made: bool, folder: Path, base: Mapping[str, str]
+) -> dict[str, str]:
+    """All variables of the processes of an engine or a server.
 
     Args:
-        variant: Whose.
-        setting: Where.
+        kind: One of `KINDS`.
+        ranks: Of the engine.
+        devices: As `Setting`'s.
+        several: As `Setting`'s.
+        made: Whether the checkpoint is one of `benchmarks.checkpoints`, so that few models need to be imported.
         folder: Where a plugin for ranks that share a GPU is written.
         base: The variables that others are added to.
     """
     added = {"HF_HUB_OFFLINE": "1"}
-    if setting.made:
+    if made:
         added |= fewer_models()
-    if setting.several or setting.devices == 1:
+    if several or devices == 1:
         # Engines that load at the same time make GPUs look unevenly used, which SGLang takes for an error.
         added["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
-    if variant.kind == "dep-gatherv":
+    if kind == "dep-gatherv":
         added["SGLANG_DP_USE_GATHERV"] = "1"
     result = {**base, **QUIET, **added}
-    if not setting.devices:
-        result |= cpu_engine.environment(setting.ranks, result)
-    elif setting.devices == 1 and setting.ranks > 1:
+    if not devices:
+        result |= cpu_engine.environment(ranks, result)
+    elif devices == 1 and ranks > 1:
         folder = folder / "one_gpu"
         folder.mkdir(exist_ok=True)
         result |= one_gpu_environment(folder, result)
-    return result | dict(variant.environment)
+    return result
 
 
 def parse_variants(names: Iterable[str], overrides: Iterable[Sequence[str]]) -> list[Variant]:

@@ -102,10 +102,12 @@ def test_bad_words(names: list[str], settings: list[list[str]], message: str) ->
 
 
 def test_variables(tmp_path: Path) -> None:
-    gatherv = Variant("dep-gatherv", "dep-gatherv", environment={"MINE": "1"})
-    found = environment(gatherv, setting("prefill:8"), tmp_path, {"PATH": "/bin"})
-    assert found["SGLANG_DP_USE_GATHERV"] == found["MINE"] == "1"
-    assert found["PATH"] == "/bin"
-    assert "SGLANG_DP_USE_GATHERV" not in environment(Variant("dep", "dep"), setting("prefill:8"), tmp_path, {})
-    shared = environment(gatherv, setting("prefill:8", devices=1), tmp_path, {})
-    assert str(tmp_path / "one_gpu") in shared["PYTHONPATH"]
+    def of(kind: str, devices: int) -> dict[str, str]:
+        base = {"PATH": "/bin"}
+        return environment(kind, ranks=2, devices=devices, several=True, made=False, folder=tmp_path, base=base)
+
+    assert of("dep-gatherv", 2)["SGLANG_DP_USE_GATHERV"] == "1"
+    assert of("dep-gatherv", 2)["PATH"] == "/bin"
+    assert "SGLANG_DP_USE_GATHERV" not in of("dep", 2)
+    assert str(tmp_path / "one_gpu") in of("dwdp", 1)["PYTHONPATH"]
+    assert "SGLANG_USE_CPU_ENGINE" in of("dwdp", 0)
