@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.multi.bench import Bench
+from benchmarks.links.device import Device
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.experts.layer import specs_of
 from sglang_dwdp.experts.layout import TensorLayout, copy_order, tensor_layout
@@ -16,7 +16,7 @@ from sglang_dwdp.experts.share import SharedExperts, share_experts
 from sglang_dwdp.memory.base import CopyList
 from sglang_dwdp.memory.handshake import Exchange
 
-WHOLE = 1 << 50  # a slice size that cuts nothing
+UNCUT = 1 << 50  # a slice size that cuts nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,23 +71,24 @@ class SharedLayer:
     """A layer shared among the ranks of `exchange`, and a resident copy of all its experts to compare with.
 
     Raises:
-        DwdpSetupError: see `share_experts`.
+        DwdpSetupError: See `share_experts`.
     """
 
-    def __init__(self, bench: Bench, exchange: Exchange, shape: Shape) -> None:
+    def __init__(self, device: Device, exchange: Exchange, shape: Shape) -> None:
         self.rank = exchange.rank
+        self._memory = device.memory
         self.placement = balanced(shape.experts, exchange.size)
-        self.full = full_experts(shape, bench.device)
+        self.full = full_experts(shape, device.device)
         mine = self.placement.shard(self.rank)
         layer = PlainLayer(
             self.placement, {name: full[mine.start : mine.stop].clone() for name, full in self.full.items()}
         )
-        specs = specs_of(layer, self.rank, bench.memory.page_bytes)
+        specs = specs_of(layer, self.rank, device.memory.page_bytes)
         self.layouts: dict[str, TensorLayout] = {
-            spec.name: tensor_layout(self.placement, spec.layout.expert_bytes, bench.memory.page_bytes)
+            spec.name: tensor_layout(self.placement, spec.layout.expert_bytes, device.memory.page_bytes)
             for spec in specs
         }
-        self._shared: SharedExperts = share_experts(DwdpConfig(view="auto"), bench.memory, exchange, [layer])
+        self._shared: SharedExperts = share_experts(DwdpConfig(view="auto"), device.memory, exchange, [layer])
         self.direct, self.staged = self._shared.layers[0].direct, self._shared.layers[0].staged
 
     def plan(self, slice_bytes: int, source: int | None = None) -> CopyList:
@@ -106,8 +107,13 @@ class SharedLayer:
         """Whether the direct view has, bit by bit, the experts of all owners."""
         return all(torch.equal(self.direct[name], full) for name, full in self.full.items())
 
-    def staged_is_right(self) -> bool:
-        """Whether the staged view has; after a fill of a whole plan."""
+    def staged_after(self, copies: CopyList, fill: Callable[[], None]) -> bool:
+        """Whether `fill`, which runs all of a plan's copies, brings every byte to a poisoned slot."""
+        for to, _ in copies:
+            to.fill_(0xA5)
+        self._memory.finish_writes()
+        fill()
+        self._memory.finish_writes()
         return all(torch.equal(self.staged[name], full) for name, full in self.full.items())
 
     def close(self) -> None:
