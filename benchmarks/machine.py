@@ -1,4 +1,4 @@
-"""What the figures of a comparison were measured with."""
+"""What figures were measured with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 @functools.cache
 def machine() -> dict[str, Any]:
-    """What the figures were measured with."""
+    """Python, cores, processor, GPUs with their driver, and versions of the packages that matter."""
     found: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count(), "processor": _processor()}
     for package in ("sglang", "sglang-dwdp", "torch"):
         try:

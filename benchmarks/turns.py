@@ -18,15 +18,6 @@ from benchmarks.variants import Setting, Variant
 
 Result = dict[str, Any]
 GRACE_S = 20.0  # what is under way at the end of the time may take so much longer
-COUNTERS = (
-    "staged_forwards",
-    "direct_forwards",
-    "late_fills",
-    "exposed_copy_s",
-    "bytes_copied",
-    "forward_tokens",
-    "exchange_forwards",
-)
 
 
 class Engine(Protocol):
@@ -180,7 +171,7 @@ class Turns:
         for name in dwdp:
             after = self._counters(name)
             if after and before.get(name):
-                row["counters"][name] = [difference(*pair) for pair in zip(after, before[name], strict=True)]
+                row["counters"][name] = [counted(*pair) for pair in zip(after, before[name], strict=True)]
         rates = {name: [round(rate) for rate in found] for name, found in row["rates"].items()}
         self._say(f"{case.name}: " + ", ".join(f"{name} {found}" for name, found in rates.items()))
         self._save(self.result)
@@ -197,12 +188,11 @@ class Turns:
             self._note(f"{name}, {case.name}: {error}")
             return None
 
-    def _counters(self, name: str) -> list[dict[str, float]]:
-        """Of each rank of a DWDP engine; none where it has failed."""
+    def _counters(self, name: str) -> list[dict[str, Any]]:
+        """Reports of the ranks of a DWDP engine, in their order; none where it has failed."""
         states = self._ask(name, REPORT) if name in self._engines else None
         # SGLang lists the ranks in the order of their answers.
-        reports = sorted((state["dwdp"] for state in states or ()), key=lambda report: int(report["rank"]))
-        return [{key: report[key] for key in COUNTERS if report.get(key) is not None} for report in reports]
+        return sorted((state["dwdp"] for state in states or ()), key=lambda report: int(report["rank"]))
 
     def _parity(self) -> None:
         prompts = parity_prompts(self._setting.parity_longest)
@@ -226,6 +216,10 @@ class Turns:
         self._save(self.result)
 
 
-def difference(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-    """What counters counted between two reports."""
-    return {key: value - before.get(key, 0) for key, value in after.items()}
+def counted(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, float]:
+    """What a rank's counters counted between two reports of DWDP; a setting that is a number counts 0."""
+    return {
+        key: value - before.get(key, 0)
+        for key, value in after.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and key != "rank"
+    }

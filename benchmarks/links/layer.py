@@ -33,7 +33,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class PlainLayer:
-    """The layer as the set-up sees it."""
+    """One rank's share of the layer, as the set-up sees it: an `ExpertLayer`."""
 
     layer_id = 0
 

@@ -15,7 +15,7 @@ from benchmarks.processes import Process, RunError, reason
 from benchmarks.serving.load import checked_prompts, dataset_options, write_bursty
 from benchmarks.serving.scenario import Load, Scenario
 from benchmarks.serving.servers import Deployment, start
-from benchmarks.turns import COUNTERS, difference
+from benchmarks.turns import counted
 
 Result = dict[str, Any]
 CHECKED_TOKENS = 16
@@ -137,10 +137,7 @@ class Comparison:
                 f"the benchmark ended with exit code {client.exit_code()}: {reason(client.log)} ({client.log})"
             )
         figures = condensed(json.loads(out.read_text().splitlines()[-1]))
-        counters = [
-            difference({key: after[key] for key in COUNTERS if key in after}, earlier)
-            for after, earlier in zip(deployment.reports(), before, strict=False)
-        ]
+        counters = [counted(after, earlier) for after, earlier in zip(deployment.reports(), before, strict=False)]
         self.result["runs"].append({"load": label, "variant": name, "benchmark": figures, "dwdp": counters})
         rate, ttft = figures["total_throughput"], figures["median_ttft_ms"]
         self._say(f"{name}, {label}: {rate:,.0f} tok/s in and out, TTFT {ttft:.0f} ms")
