@@ -23,7 +23,7 @@ from benchmarks.processes import FAILED, Process, RunError, reason, with_reposit
 # hand out.
 FIRST_PORT, PORTS = 11000, 500
 ANSWER_S = 300.0  # longest time for one request; the first may compile kernels
-_POLL_S = 0.5
+_POLL_S, _LAST_WORDS_S = 0.5, 10.0
 
 Prompts = list[list[int]]
 Timeline = list[tuple[float, int]]
@@ -192,6 +192,7 @@ class EngineProcess:
                 if self.connection.poll(max(0.0, min(_POLL_S, left))):
                     return self.connection.recv()
             except (EOFError, OSError):
+                self.process.wait(_LAST_WORDS_S)  # what it has to say may come after its end of the pipe is closed
                 raise RunError(f"{self.name} ended: {reason(self.log)}") from None
             if FAILED in self.log.read_text(errors="replace"):  # SGLang then takes a minute to end
                 raise RunError(f"a scheduler of {self.name} failed: {reason(self.log)}")

@@ -73,6 +73,11 @@ class Process:
         """None while it runs."""
         return self._process.poll()
 
+    def wait(self, timeout_s: float) -> None:
+        """Return when it has ended, or after a while."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_s)
+
     def pids(self) -> set[int]:
         """The program's process and its descendants."""
         with contextlib.suppress(psutil.Error):
@@ -132,9 +137,7 @@ class Process:
         """
         if timeout_s > 0:
             self.ask_to_stop()
-        if self.exit_code() is None and timeout_s > 0:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout_s)
+            self.wait(timeout_s)
         self._process.kill()
         self._process.wait()
         for pid in psutil.pids():  # SGLang gives its children process groups of their own

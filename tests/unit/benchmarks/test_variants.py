@@ -10,6 +10,7 @@ import pytest
 from benchmarks import variants
 from benchmarks.cases import parse_case
 from benchmarks.variants import KINDS, Setting, Variant, engine_options, environment, parse_variants
+from sglang_dwdp.config import option_names
 
 # Whatever departs from SGLang's defaults for how a forward runs would make the comparison another one.
 FORBIDDEN = {
@@ -111,3 +112,10 @@ def test_variables(tmp_path: Path) -> None:
     assert "SGLANG_DP_USE_GATHERV" not in of("dep", 2)
     assert str(tmp_path / "one_gpu") in of("dwdp", 1)["PYTHONPATH"]
     assert "SGLANG_USE_CPU_ENGINE" in of("dwdp", 0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dwdp-exchange"])
+def test_sglang_has_all_keywords(kind: str) -> None:
+    server_args = pytest.importorskip("sglang.srt.server_args").ServerArgs
+    known = {*server_args.__dataclass_fields__, *option_names()}
+    assert set(options(kind, "prefill:16384:20", "decode:32")) <= known
