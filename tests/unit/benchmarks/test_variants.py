@@ -117,5 +117,5 @@ def test_variables(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dwdp-exchange"])
 def test_sglang_has_all_keywords(kind: str) -> None:
     server_args = pytest.importorskip("sglang.srt.server_args").ServerArgs
-    known = {*server_args.__dataclass_fields__, *option_names()}
+    known = {*server_args.__struct_fields__, *option_names()}
     assert set(options(kind, "prefill:16384:20", "decode:32")) <= known
