@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from benchmarks.processes import FAILED, Process, RunError, reason, with_repository
+from benchmarks.processes import Process, RunError, reason, with_repository
 
 # Engines that start at the same time draw the same ports, so each has a range of its own, below those that systems
 # hand out.
@@ -194,8 +194,7 @@ class EngineProcess:
             except (EOFError, OSError):
                 self.process.wait(_LAST_WORDS_S)  # what it has to say may come after its end of the pipe is closed
                 raise RunError(f"{self.name} ended: {reason(self.log)}") from None
-            if FAILED in self.log.read_text(errors="replace"):  # SGLang then takes a minute to end
-                raise RunError(f"a scheduler of {self.name} failed: {reason(self.log)}")
+            self.process.check_alive()
             if left <= 0:
                 raise RunError(f"{self.name} {what} within {timeout_s:.0f} s: {reason(self.log)}")
 

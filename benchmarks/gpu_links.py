@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.links import copies, reads
-from benchmarks.links.device import Device, Gpu, Host, gathered
+from benchmarks.links.device import Device, gathered
 from benchmarks.links.layer import Shape, SharedLayer
 from benchmarks.machine import machine
 from benchmarks.processes import Process, RunError, with_repository
@@ -123,7 +123,7 @@ def main() -> int:
     if args.rank is not None:
         exchange = Exchange(args.group, args.rank, args.ranks, EXCHANGE_S)
         try:
-            device: Device = Host() if args.cpu else Gpu(args.rank % count)
+            device = Device(None if args.cpu else args.rank % count)
             work(device, exchange, SMALL if args.cpu else Shape(), args.out)
         except Exception as error:
             exchange.fail(f"rank {args.rank}: {error!r}")

@@ -7,14 +7,13 @@ import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 
 @functools.cache
 def machine() -> dict[str, Any]:
-    """Python, cores, processor, GPUs with their driver, and versions of the packages that matter."""
-    found: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count(), "processor": _processor()}
+    """Python, cores, GPUs with their driver, and versions of the packages that matter."""
+    found: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count()}
     for package in ("sglang", "sglang-dwdp", "torch"):
         try:
             found[package] = version(package)
@@ -27,11 +26,3 @@ def machine() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         found["gpus"] = []
     return found
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -14,8 +14,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,16 +122,14 @@ def kernels_of(shape: Shape, weight_format: str, experts: Experts) -> dict[str, 
     return made
 
 
-@contextmanager
-def tuning(kernel: str, tokens: Sequence[int]) -> Iterator[None]:
+def tuning(kernel: str, tokens: Sequence[int]) -> AbstractContextManager[object]:
     """FlashInfer's first call in it tunes for all these numbers of tokens."""
     if kernel != "FlashInfer":
-        yield
-        return
+        return nullcontext()
     from flashinfer.autotuner import autotune
 
-    with autotune(True, tuning_buckets=tuple(sorted(tokens))):
-        yield
+    tuner: AbstractContextManager[object] = autotune(True, tuning_buckets=tuple(sorted(tokens)))
+    return tuner
 
 
 def turns_ms(runs: Sequence[Callable[[], object]]) -> list[float]:
@@ -170,25 +168,18 @@ def measure(
             torch.cuda.empty_cache()
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line for each kernel, a column for each number of tokens, "view ms (over resident)"."""
-    sizes = sorted({row["tokens"] for row in rows})
-    lines = ["| model | experts | kernel | " + " | ".join(f"{size} tokens" for size in sizes) + " |"]
-    lines.append("|---" * (3 + len(sizes)) + "|")
-    for key in dict.fromkeys((row["model"], row["format"], row["kernel"]) for row in rows):
-        cells = {row["tokens"]: row for row in rows if (row["model"], row["format"], row["kernel"]) == key}
-        lines.append(f"| {' | '.join(key)} | " + " | ".join(_cell(cells.get(size)) for size in sizes) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None or "error" in row:
-        return "–" if row is None else str(row["error"]).split("\n")[0][:60].replace("|", "/")
-    return f"{row['view_ms']:.3f} ({100 * (row['view_ms'] / row['resident_ms'] - 1):+.1f} %)"
+def line(row: dict[str, Any]) -> str:
+    """A row of a Markdown table."""
+    if "error" in row:
+        figures = [row["error"].split("\n")[0][:80].replace("|", "/")]
+    else:
+        over = row["view_ms"] / row["resident_ms"] - 1
+        figures = [f"{row['resident_ms']:.3f} ms", f"{row['view_ms']:.3f} ms on a view", f"{over:+.1%}"]
+    return "| " + " | ".join([row["model"], row["format"], row["kernel"], str(row["tokens"]), *figures]) + " |\n"
 
 
 def main() -> None:
-    """Measure, write JSON, print the table."""
+    """Measure, write JSON, print a line for each figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shapes", nargs="+", choices=LAYERS, default=list(LAYERS))
@@ -203,12 +194,11 @@ def main() -> None:
     def add(row: dict[str, Any]) -> None:
         rows.append(row)
         args.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-        sys.stdout.write(f"{row}\n")
+        sys.stdout.write(line(row))
 
     with published():
         for name in args.shapes:
             measure(*LAYERS[name], args.tokens, end, add)
-    sys.stdout.write(table(rows))
 
 
 if __name__ == "__main__":

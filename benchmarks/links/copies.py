@@ -43,7 +43,7 @@ def measure(device: Device, exchange: Exchange, layer: SharedLayer, save: Callab
         read at once `under_product`: the time of a matrix product beside the copies over its time alone.
         `staged_is_right`. `reference`: one large copy for each pair, where ranks have GPUs of their own.
     """
-    engine = device.copy_engine()
+    engine = device.memory.copy_engine(60.0)
     released, filled = engine.event(), engine.event()
     result: dict[str, Any] = {"rows": [], "staged_is_right": []}
     matrix = torch.ones(8192 if device.device != "cpu" else 64, 8192, device=device.device, dtype=torch.bfloat16)

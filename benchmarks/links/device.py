@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import time
+import timeit
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from sglang_dwdp.memory.base import CopyEngine, Memory
+from sglang_dwdp.memory.base import Memory
 from sglang_dwdp.memory.handshake import Exchange
 
 REP_MS = 200  # how long a measurement takes, so that those of several ranks lie beside each other
 
 
-class Device(Protocol):
-    """A rank's device.
+class Device:
+    """The GPU `index`, or the host.
 
     Attributes:
         device: As torch names it.
@@ -24,55 +24,25 @@ class Device(Protocol):
         memory: Its kind of shared memory.
     """
 
-    device: str
-    name: str
-    memory: Memory
+    def __init__(self, index: int | None) -> None:
+        self.memory: Memory
+        if index is None:
+            from sglang_dwdp.memory.host import HostMemory
 
-    def copy_engine(self) -> CopyEngine:
-        """A copy engine as a server has it."""
-
-    def seconds(self, call: Callable[[], Any]) -> float:
-        """The median seconds of a call."""
-
-
-class Gpu:
-    """The GPU `index`."""
-
-    def __init__(self, index: int) -> None:
+            self.memory, self.device, self.name = HostMemory(), "cpu", "CPU"
+            return
         from sglang_dwdp.memory.cuda import CudaMemory
 
         torch.cuda.set_device(index)
-        self.memory: Memory = CudaMemory(index)
-        self.device = f"cuda:{index}"
-        self.name = torch.cuda.get_device_name(index)
-
-    def copy_engine(self) -> CopyEngine:
-        return self.memory.copy_engine(60.0)
+        self.memory, self.device, self.name = CudaMemory(index), f"cuda:{index}", torch.cuda.get_device_name(index)
 
     def seconds(self, call: Callable[[], Any]) -> float:
+        """The median seconds of a call; on the host of one, which means nothing but that the code runs."""
+        if self.device == "cpu":
+            return timeit.timeit(call, number=1)
         from triton.testing import do_bench
 
         return float(do_bench(call, rep=REP_MS, return_mode="median")) / 1e3
-
-
-class Host:
-    """The host. Its figures mean nothing but that the code runs."""
-
-    device = "cpu"
-    name = "CPU"
-
-    def __init__(self) -> None:
-        from sglang_dwdp.memory.host import HostMemory
-
-        self.memory: Memory = HostMemory()
-
-    def copy_engine(self) -> CopyEngine:
-        return self.memory.copy_engine(60.0)
-
-    def seconds(self, call: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
 
 
 def gathered(exchange: Exchange, value: Any) -> list[Any]:

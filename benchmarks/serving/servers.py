@@ -126,7 +126,6 @@ class Deployment:
         """
         for url, process in self._processes.items():
             wait_healthy(process, url, timeout_s)
-            process.watch_workers()
         return time.monotonic() - min(process.started for process in self._processes.values())
 
     def check_alive(self) -> None:

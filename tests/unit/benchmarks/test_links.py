@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu_links import SMALL, table, work
 from benchmarks.links import copies, reads
-from benchmarks.links.device import Host
+from benchmarks.links.device import Device
 from benchmarks.links.layer import SharedLayer
 from sglang_dwdp.memory.handshake import Exchange
 
@@ -35,7 +35,7 @@ def on_ranks(call: Callable[[Exchange], Any]) -> list[Any]:
 
 
 def test_all_ranks_measure_the_same_rows(tmp_path: Path) -> None:
-    results = on_ranks(lambda exchange: work(Host(), exchange, SMALL, tmp_path / "out.json"))
+    results = on_ranks(lambda exchange: work(Device(None), exchange, SMALL, tmp_path / "out.json"))
     for result in results:
         assert result["direct_is_right"]
         assert result["copies"]["staged_is_right"]
@@ -54,7 +54,7 @@ def test_all_ranks_measure_the_same_rows(tmp_path: Path) -> None:
 
 def test_a_copy_that_is_left_out_is_noticed() -> None:
     def run(exchange: Exchange) -> tuple[bool, bool]:
-        layer = SharedLayer(Host(), exchange, SMALL)
+        layer = SharedLayer(Device(None), exchange, SMALL)
         plan = layer.plan(1 << 20)
 
         def fill(skipped: int) -> None:
