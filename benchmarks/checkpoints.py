@@ -29,39 +29,34 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-dwdp" / "checkpoints"
 
 
-def make(settings: Mapping[str, Any], cache: Path | None = None) -> str:
+def make(settings: Mapping[str, Any]) -> str:
     """The folder of a random checkpoint. Whoever asks for the same one meanwhile waits until it is made.
 
     Args:
         settings: `family`, `dtype` (a name of torch's), and the other arguments of `make_checkpoint`.
-        cache: Where checkpoints are kept; the user's cache by default.
 
     Raises:
         ValueError: No checkpoint can have these settings.
     """
-    key = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:16]
-    folder = (cache or cache_folder()) / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not (folder / "config.json").is_file():
-            _make(dict(settings), folder)
-    return str(folder)
-
-
-def _make(settings: dict[str, Any], folder: Path) -> None:
     import torch
 
     from sglang_dwdp.demo.checkpoint import make_checkpoint
 
-    dtype = getattr(torch, settings.pop("dtype", "bfloat16"))
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-    try:
-        make_checkpoint(partial, settings.pop("family", "qwen3_moe"), dtype=dtype, **settings)
+    key = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_folder() / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if (folder / "config.json").is_file():
+            return str(folder)
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
+        shape = {"family": "qwen3_moe", "dtype": "bfloat16", **settings}
+        try:
+            make_checkpoint(partial, shape.pop("family"), dtype=getattr(torch, shape.pop("dtype")), **shape)
+        except TypeError as error:
+            raise ValueError(f"model.make: {error}") from None
         partial.rename(folder)
-    except TypeError as error:
-        raise ValueError(f"model.make: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return str(folder)
 
 
 def qwen3(layers: int | None, experts: int | None, *, small: bool, dummy: bool, folder: Path) -> str:

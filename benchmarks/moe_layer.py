@@ -32,27 +32,15 @@ from sglang_dwdp.experts.layout import tensor_layout
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.experts.views import TensorSpec, view_of
 from sglang_dwdp.memory.cuda import CudaMemory
-from tests.fixtures.moe_problems import (
-    DEEPSEEK_R1,
-    GPT_OSS_120B,
-    QWEN3_30B,
-    Case,
-    Experts,
-    Shape,
-    as_bf16,
-    for_flashinfer,
-    make,
-    make_case,
-    run_flashinfer,
-    run_triton,
-)
+from tests.fixtures import moe_problems as moe
+from tests.fixtures.moe_problems import Case, Experts, Shape
 from tests.fixtures.sglang_kernels import deep_gemm, published
 
 LAYERS = {
-    "qwen-bf16": (QWEN3_30B, "bf16"),
-    "qwen-fp8": (QWEN3_30B, "fp8-block"),
-    "r1": (DEEPSEEK_R1, "fp8-block"),
-    "gpt-oss": (GPT_OSS_120B, "mxfp4"),
+    "qwen-bf16": (moe.QWEN3_30B, "bf16"),
+    "qwen-fp8": (moe.QWEN3_30B, "fp8-block"),
+    "r1": (moe.DEEPSEEK_R1, "fp8-block"),
+    "gpt-oss": (moe.GPT_OSS_120B, "mxfp4"),
 }
 ROUNDS = 3  # in which resident experts and views take turns
 Kernel = Callable[[Case, Experts], torch.Tensor]
@@ -108,12 +96,12 @@ def kernels_of(shape: Shape, weight_format: str, experts: Experts) -> dict[str, 
         load.install()
         if not load.ready(weight_format):  # its first call would compile for as long as everything else takes
             raise RuntimeError(f"not built: sglang-dwdp build-kernels --format {weight_format}")
-        prepared = for_flashinfer(weight_format, experts)
-        return lambda case, given: run_flashinfer(weight_format, case, given), prepared
+        prepared = moe.for_flashinfer(weight_format, experts)
+        return lambda case, given: moe.run_flashinfer(weight_format, case, given), prepared
 
     def triton() -> tuple[Kernel, Experts]:
-        given = as_bf16(weight_format, experts) if weight_format == "mxfp4" else experts
-        return lambda case, held: run_triton(weight_format, case, held), given
+        given = moe.as_bf16(weight_format, experts) if weight_format == "mxfp4" else experts
+        return lambda case, held: moe.run_triton(weight_format, case, held), given
 
     name = "Triton (bf16 copies)" if weight_format == "mxfp4" else "Triton"
     made: dict[str, Callable[[], tuple[Kernel, Experts]]] = {"FlashInfer": flashinfer, name: triton}
@@ -144,7 +132,7 @@ def measure(
     shape: Shape, weight_format: str, tokens: list[int], end: float, add: Callable[[dict[str, Any]], None]
 ) -> None:
     """All rows of one layer; `add` takes each."""
-    experts = make(weight_format, shape)
+    experts = moe.make(weight_format, shape)
     for name, prepare in kernels_of(shape, weight_format, experts).items():
         row: dict[str, Any] = {"model": shape.name, "format": weight_format, "kernel": name}
         views, left = Views(), list(tokens)
@@ -152,11 +140,11 @@ def measure(
             kernel, resident = prepare()
             on_view = views.of(resident)
             with tuning(name, tokens):
-                kernel(make_case(shape, max(tokens)), resident)
+                kernel(moe.make_case(shape, max(tokens)), resident)
             while left:
                 if time.monotonic() > end:
                     raise TimeoutError("not measured: no time left")
-                case = make_case(shape, left[0])
+                case = moe.make_case(shape, left[0])
                 here, there = turns_ms([partial(kernel, case, held) for held in (resident, on_view)])
                 add(row | {"tokens": left.pop(0), "resident_ms": here, "view_ms": there})
         except Exception as error:  # noqa: BLE001  (a kernel that is missing must not end the comparison)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import combinations, permutations
 from typing import Any
 
@@ -57,29 +58,32 @@ def measure(device: Device, exchange: Exchange, layer: SharedLayer, save: Callab
         fill(plan)
         engine.wait(filled)
 
-    def multiply() -> None:
+    def multiply(plan: Any = None) -> None:
+        if plan is not None:
+            fill(plan)
         torch.mm(matrix, matrix.T, out=product)
 
-    def multiply_beside(plan: Any) -> None:
-        fill(plan)
-        multiply()
+    def rate(plan: Any, nbytes: int) -> float:
+        return nbytes / device.seconds(partial(copy, plan))
+
+    def slowdown(plan: Any) -> float:
+        return device.seconds(partial(multiply, plan)) / device.seconds(multiply)
 
     try:
         if exchange.rank == 0:
             result["reference"] = reference(device)
         for reads, mib in cases(exchange.size):
             source = next((source for reader, source in reads if reader == exchange.rank), None)
-            rate = slower = None
+            plan, nbytes = None, 0
             if source is not None:
                 copies = layer.plan(mib * MIB or UNCUT, None if source < 0 else source)
-                plan, nbytes = engine.prepare(copies), sum(source.numel() for _, source in copies)
+                plan, nbytes = engine.prepare(copies), sum(read.numel() for _, read in copies)
                 if source < 0:
-                    result["staged_is_right"].append(layer.staged_after(copies, lambda plan=plan: copy(plan)))  # type: ignore[misc]
-                rate = lambda: nbytes / device.seconds(lambda: copy(plan))  # noqa: B023, E731
-                slower = lambda: device.seconds(lambda: multiply_beside(plan)) / device.seconds(multiply)  # noqa: B023, E731
-            row = {"reads": reads, "slice_mib": mib, "bytes_per_s": together(exchange, rate)}
+                    result["staged_is_right"].append(layer.staged_after(copies, partial(copy, plan)))
+            row = {"reads": reads, "slice_mib": mib}
+            row["bytes_per_s"] = together(exchange, partial(rate, plan, nbytes) if nbytes else None)
             if reads[0][1] < 0:
-                row["under_product"] = together(exchange, slower)
+                row["under_product"] = together(exchange, partial(slowdown, plan))
             result["rows"].append(row)
             save(result)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,11 +57,9 @@ def measure(
         rows = torch.randn(int(counts.sum()), shape.hidden, device=device.device).bfloat16()
         same = torch.equal(grouped_product(rows, peers, ends), grouped_product(rows, resident, ends))
 
-        def seconds(weight: torch.Tensor, rows: torch.Tensor = rows, ends: torch.Tensor = ends) -> float:
-            return device.seconds(lambda: grouped_product(rows, weight, ends))
-
-        row = {"tokens": tokens, "peers_s": together(exchange, lambda seconds=seconds: seconds(peers))}  # type: ignore[misc]
-        row["resident_s"] = together(exchange, lambda seconds=seconds: seconds(resident))  # type: ignore[misc]
+        row: dict[str, Any] = {"tokens": tokens}
+        for name, weight in (("peers_s", peers), ("resident_s", resident)):
+            row[name] = together(exchange, partial(device.seconds, partial(grouped_product, rows, weight, ends)))
         expert_bytes = peers[0].numel() * peers.element_size()
         row |= {"bytes": gathered(exchange, int((counts > 0).sum()) * expert_bytes), "same": gathered(exchange, same)}
         result["rows"].append(row)

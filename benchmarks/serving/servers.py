@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +168,7 @@ class Deployment:
 
 
 @contextlib.contextmanager
-def start(
-    scenario: Scenario, name: str, model: str, logs: Path, port: Callable[[], int] = free_port
-) -> Iterator[Deployment]:
+def start(scenario: Scenario, name: str, model: str, logs: Path) -> Iterator[Deployment]:
     """A variant whose processes have been started, in time to be waited for; stopped in the end, whatever happens.
 
     Raises:
@@ -199,12 +197,12 @@ def start(
             stack.callback(processes[url].stop)
             return url
 
-        front = port()
+        front = free_port()
         if variant.decode is None:
             url = begin("", server_command(model, front, server_flags(scenario, variant)), front)
             deployment = Deployment(url, url, processes)
         else:
-            bootstrap, prefill_port, decode_port = port(), port(), port()
+            bootstrap, prefill_port, decode_port = free_port(), free_port(), free_port()
             flags = split_flags(scenario, variant, bootstrap)
             prefill = begin("prefill", server_command(model, prefill_port, flags[0]), prefill_port)
             decode = begin("decode", server_command(model, decode_port, flags[1]), decode_port)
