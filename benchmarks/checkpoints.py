@@ -77,24 +77,17 @@ def qwen3(layers: int | None, experts: int | None, *, small: bool, dummy: bool, 
     from transformers import Qwen3MoeConfig
 
     model = folder / "model"
+    names = {"num_layers": "num_hidden_layers", "max_positions": "max_position_embeddings"}
+    names |= {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "top_k": "num_experts_per_tok"}
     Qwen3MoeConfig(
         architectures=["Qwen3MoeForCausalLM"],
         dtype="bfloat16",
         vocab_size=2048,
-        hidden_size=sizes["hidden_size"],
         intermediate_size=6144,
-        moe_intermediate_size=sizes["moe_intermediate_size"],
-        num_hidden_layers=sizes["num_layers"],
-        num_attention_heads=sizes["num_heads"],
-        num_key_value_heads=sizes["num_kv_heads"],
-        head_dim=sizes["head_dim"],
-        num_experts=sizes["num_experts"],
-        num_experts_per_tok=sizes["top_k"],
-        decoder_sparse_step=1,
         norm_topk_prob=True,
-        max_position_embeddings=sizes["max_positions"],
         rope_theta=1000000.0,
         bos_token_id=1,
         eos_token_id=0,
+        **{names.get(name, name): size for name, size in sizes.items()},
     ).save_pretrained(model)
     return str(model)

@@ -143,21 +143,15 @@ class EngineProcess:
         index: int = 0,
         routed: bool = True,
     ) -> None:
-        self.name = name
+        self.name, self.log = name, folder / f"{name}.log"
         spec = folder / f"{name}.spec.json"
         spec.write_text(
             json.dumps({"options": {"port": FIRST_PORT + PORTS * index, **options}, "routed": routed}, indent=1)
         )
         self.connection, child = Pipe()
         command = [sys.executable, "-m", "benchmarks.engine", str(spec), str(child.fileno())]
-        log = folder / f"{name}.log"
-        self.process = Process(name, command, with_repository(environment), log, [child.fileno()])
+        self.process = Process(name, command, with_repository(environment), self.log, [child.fileno()])
         child.close()
-
-    @property
-    def log(self) -> Path:
-        """The file with its output."""
-        return self.process.log
 
     def wait_ready(self, timeout_s: float) -> None:
         """Return when the engine has started.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
 import subprocess
@@ -10,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
-@functools.cache
 def machine() -> dict[str, Any]:
     """Python, cores, GPUs with their driver, and versions of the packages that matter."""
     found: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count()}

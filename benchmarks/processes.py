@@ -62,11 +62,6 @@ class Process:
             except OSError as error:
                 raise RunError(f"{name} could not be started: {error}") from None
 
-    @property
-    def pid(self) -> int:
-        """Of the program, and of its session."""
-        return self._process.pid
-
     def exit_code(self) -> int | None:
         """None while it runs."""
         return self._process.poll()
@@ -79,7 +74,10 @@ class Process:
     def pids(self) -> set[int]:
         """The program's process and its descendants."""
         with contextlib.suppress(psutil.Error):
-            return {self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))}
+            return {
+                self._process.pid,
+                *(child.pid for child in psutil.Process(self._process.pid).children(recursive=True)),
+            }
         return set()
 
     def check_alive(self) -> None:
@@ -114,7 +112,7 @@ class Process:
         self._process.wait()
         for pid in psutil.pids():  # SGLang gives its children process groups of their own
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                if os.getsid(pid) == self.pid:
+                if os.getsid(pid) == self._process.pid:
                     os.kill(pid, signal.SIGKILL)
 
 

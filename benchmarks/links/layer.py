@@ -58,13 +58,12 @@ def full_experts(shape: Shape, device: str) -> Tensors:
     """The experts, the same on every rank: `w13_weight` `[E, 2 I, H]` and `w2_weight` `[E, H, I]`, bf16."""
     generator = torch.Generator(device).manual_seed(17)
 
-    def drawn(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator, device=device, dtype=torch.bfloat16)
-
-    return {
-        "w13_weight": drawn(shape.experts, 2 * shape.intermediate, shape.hidden),
-        "w2_weight": drawn(shape.experts, shape.hidden, shape.intermediate),
+    sizes = {
+        "w13_weight": (shape.experts, 2 * shape.intermediate, shape.hidden),
+        "w2_weight": (shape.experts, shape.hidden, shape.intermediate),
     }
+    how = {"generator": generator, "device": device, "dtype": torch.bfloat16}
+    return {name: torch.randn(*size, **how) for name, size in sizes.items()}
 
 
 class SharedLayer:

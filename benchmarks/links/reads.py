@@ -39,7 +39,6 @@ def measure(
     layer: SharedLayer,
     shape: Shape,
     save: Callable[[Any], None],
-    sizes: tuple[int, ...] = TOKENS,
 ) -> dict[str, Any]:
     """All measurements; the same result on every rank, whose ranks call this together.
 
@@ -51,12 +50,11 @@ def measure(
     peers, resident = layer.direct["w13_weight"], layer.full["w13_weight"]
     mine = layer.placement.shard(layer.rank)
     remote = [expert for expert in range(shape.experts) if expert not in mine]
-    for tokens in sizes:
+    for tokens in TOKENS:
         counts = choose(tokens, shape.top_k, remote, layer.rank).flatten().bincount(minlength=shape.experts)
         ends = counts.cumsum(0).int().to(device.device)
         rows = torch.randn(int(counts.sum()), shape.hidden, device=device.device).bfloat16()
         same = torch.equal(grouped_product(rows, peers, ends), grouped_product(rows, resident, ends))
-
         row: dict[str, Any] = {"tokens": tokens}
         for name, weight in (("peers_s", peers), ("resident_s", resident)):
             row[name] = together(exchange, partial(device.seconds, partial(grouped_product, rows, weight, ends)))

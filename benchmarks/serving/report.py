@@ -13,7 +13,6 @@ COLUMNS = (
     ("TTFT p99", "p99_ttft_ms", False),
     ("TPOT ms", "median_tpot_ms", False),
     ("TPOT p99", "p99_tpot_ms", False),
-    ("ITL p99", "p99_itl_ms", False),
     ("req/s", "request_throughput", False),
     ("out tok/s per GPU", "output_throughput", True),
     ("in+out tok/s per GPU", "total_throughput", True),
@@ -22,7 +21,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd } td:first-child { text-align: left }
-td div { background: #4a7fb5; height: .35rem; border-radius: 2px } .error { color: #a00 } .note { color: #555 }
+td div { background: #4a7fb5; height: .35rem; border-radius: 2px } .note { color: #555 }
 """
 
 
@@ -86,8 +85,7 @@ def html(result: Row) -> str:
         body += [f"<h2>{escape(load)}</h2><table><tr><th></th>"]
         body += [f"<th>{escape(heading)}</th>" for heading, _, _ in COLUMNS]
         body += ["</tr>", *(_html_row(name, figures, rows) for name, figures in rows), "</table>"]
-    kind = 'class="error"' if any("error" in variant for variant in result["variants"].values()) else ""
-    body += [f"<h2>Variants</h2><ul {kind}>", *(f"<li>{escape(note)}</li>" for note in notes(result)), "</ul>"]
+    body += ["<h2>Variants</h2><ul>", *(f"<li>{escape(note)}</li>" for note in notes(result)), "</ul>"]
     head = f'<meta charset="utf-8"><title>{escape(scenario["name"])}</title><style>{_STYLE}</style>'
     return f'<!DOCTYPE html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
 

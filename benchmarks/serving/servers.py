@@ -107,16 +107,13 @@ class Deployment:
     Attributes:
         url: For clients.
         server_url: Of the server whose ranks are asked; behind a router, the prefill server.
+        routed: Whether a router is in front.
     """
 
     def __init__(self, url: str, server_url: str, processes: Mapping[str, Process]) -> None:
         self.url, self.server_url = url, server_url
+        self.routed = url != server_url
         self._processes = dict(processes)
-
-    @property
-    def routed(self) -> bool:
-        """Whether a router is in front."""
-        return self.url != self.server_url
 
     def wait(self, timeout_s: float) -> float:
         """Return when every process answers; seconds since the first was started.

@@ -91,7 +91,7 @@ def test_variants_are_compared_and_failures_reported(scenario: Scenario, tmp_pat
     about = {"machine": {"torch": "2"}, "scenario": {"name": "<fake>", "description": "", "gpus": 2, "ranks": 2}}
     about["scenario"] |= {"reference": "dep", "variants": {name: {"kind": "dwdp"} for name in variants}}
     table, page = markdown(about | result), html(about | result)
-    assert "| dwdp | 50.0 | – | – | – | – | 2.0 | – | 50.0 |" in table  # per GPU
+    assert "| dwdp | 50.0 | – | – | – | 2.0 | – | 50.0 |" in table  # per GPU
     assert "- other: started in" in table
     assert "0% of answers are those of dep" in table
     assert "&lt;fake&gt;" in page
