@@ -74,10 +74,8 @@ class Process:
     def pids(self) -> set[int]:
         """The program's process and its descendants."""
         with contextlib.suppress(psutil.Error):
-            return {
-                self._process.pid,
-                *(child.pid for child in psutil.Process(self._process.pid).children(recursive=True)),
-            }
+            children = psutil.Process(self._process.pid).children(recursive=True)
+            return {self._process.pid, *(child.pid for child in children)}
         return set()
 
     def check_alive(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ def full_experts(shape: Shape, device: str) -> Tensors:
         "w13_weight": (shape.experts, 2 * shape.intermediate, shape.hidden),
         "w2_weight": (shape.experts, shape.hidden, shape.intermediate),
     }
-    how = {"generator": generator, "device": device, "dtype": torch.bfloat16}
+    how: dict[str, Any] = {"generator": generator, "device": device, "dtype": torch.bfloat16}
     return {name: torch.randn(*size, **how) for name, size in sizes.items()}
 
 
