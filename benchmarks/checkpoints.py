@@ -33,7 +33,7 @@ def make(settings: Mapping[str, Any]) -> str:
     """The folder of a random checkpoint. Whoever asks for the same one meanwhile waits until it is made.
 
     Args:
-        settings: `family`, `dtype` (a name of torch's), and the other arguments of `make_checkpoint`.
+        settings: `dtype` (a name of torch's), and the other arguments of `make_checkpoint`.
 
     Raises:
         ValueError: No checkpoint can have these settings.

@@ -6,7 +6,7 @@ copy              ◀─ wait released ─ copy the next layer that uses this sl
 ```
 
 Invariants:
-- Layer l (by position) always uses slot `l % depth`, so its staged view never changes.
+- Layer l (by position) always uses slot `slot_of(l, depth)`, so its staged view never changes.
 - A slot is overwritten only after the compute stream has passed the layer that read it.
 - The cycle of layers that share a slot does not end with a forward: the last of them hands the slot to the
   first one of the next step, so a step does not start cold.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sglang_dwdp.experts.layout import slot_of
 from sglang_dwdp.memory.base import CopyEngine, CopyList
 
 
@@ -34,7 +35,11 @@ class _Slot:
 class Prefetcher:
     """Fills the slots of a ring of staged layers.
 
-    plans: `[num_layers]`, what a fill of each layer copies.  plan_bytes: `[num_layers]`, its size.
+    Args:
+        engine: what copies.
+        plans: `[num_layers]`, what a fill of each layer copies.
+        plan_bytes: `[num_layers]`, its size.
+        depth: slots.
     """
 
     def __init__(self, engine: CopyEngine, plans: Sequence[CopyList], plan_bytes: Sequence[int], depth: int) -> None:
@@ -42,7 +47,7 @@ class Prefetcher:
         self._plans = [engine.prepare(plan) for plan in plans]
         self._plan_bytes = plan_bytes
         self._slots = [_Slot(engine) for _ in range(min(depth, len(plans)))]
-        self._next = [(i + depth) if i + depth < len(plans) else i % depth for i in range(len(plans))]
+        self._next = [(i + depth) if i + depth < len(plans) else slot_of(i, depth) for i in range(len(plans))]
         self.copied_bytes = 0
         self.late_fills = 0
 
@@ -61,7 +66,7 @@ class Prefetcher:
         Raises:
             DwdpRuntimeError: copies failed or did not end in time.
         """
-        slot = self._slots[layer % len(self._slots)]
+        slot = self._slots[slot_of(layer, len(self._slots))]
         if slot.holds != layer:
             self.late_fills += 1
             if slot.holds >= 0:
@@ -74,7 +79,7 @@ class Prefetcher:
 
     def release(self, layer: int) -> None:
         """Note that the compute stream has read the slot of `layer`, and fetch what uses it next."""
-        slot = self._slots[layer % len(self._slots)]
+        slot = self._slots[slot_of(layer, len(self._slots))]
         following = self._next[layer]
         if slot.holds != following:
             self._engine.record(slot.released)
