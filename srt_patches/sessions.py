@@ -33,10 +33,15 @@ def route_turn(original: Callable[..., None], controller: Any, request: Any, *ar
 
 def open_session(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
     """Around `Scheduler.open_session`, whose first rank answers: here it is the one that the session belongs to."""
+    from sglang.srt.managers.io_struct import OpenSessionReqOutput
+
+    sessions = scheduler.session_controller
+    was_open = request.session_id in sessions
+    original(scheduler, request)
     parallel = get_parallel()
-    answers = rank_of_session(request.session_id, parallel.tp_size) == parallel.tp_rank
-    with parallel.override(tp_rank=0 if answers else 1):
-        return original(scheduler, request)
+    if rank_of_session(request.session_id, parallel.tp_size) != parallel.tp_rank:
+        return None
+    return OpenSessionReqOutput(session_id=request.session_id, success=not was_open and request.session_id in sessions)
 
 
 CONTROLLER_HOOKS = (

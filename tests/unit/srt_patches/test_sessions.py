@@ -47,30 +47,19 @@ def test_a_rank_that_the_client_names_is_kept() -> None:
 
 
 def test_the_sessions_rank_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Parallel(SimpleNamespace):
-        def override(self, tp_rank: int) -> Any:
-            return _Overridden(self, tp_rank)
+    def sglangs(scheduler: Any, request: Any) -> None:
+        scheduler.session_controller.add(request.session_id)
 
-    class _Overridden:
-        def __init__(self, parallel: Parallel, tp_rank: int) -> None:
-            self.parallel, self.tp_rank = parallel, tp_rank
-
-        def __enter__(self) -> None:
-            self.before, self.parallel.tp_rank = self.parallel.tp_rank, self.tp_rank
-
-        def __exit__(self, *_: object) -> None:
-            self.parallel.tp_rank = self.before
-
-    def sglangs(_scheduler: Any, _request: Any) -> str | None:
-        return "opened" if parallel.tp_rank == 0 else None
-
-    answers = []
+    request = SimpleNamespace(session_id="a")
     for rank in range(3):
-        parallel = Parallel(tp_rank=rank, tp_size=3)
-        monkeypatch.setattr(sessions, "get_parallel", lambda parallel=parallel: parallel)
-        answers.append(open_session(sglangs, None, SimpleNamespace(session_id="a")))
-        assert parallel.tp_rank == rank
-    assert [rank for rank, answer in enumerate(answers) if answer] == [rank_of_session("a", 3)]
+        monkeypatch.setattr(sessions, "get_parallel", lambda rank=rank: SimpleNamespace(tp_rank=rank, tp_size=3))
+        scheduler = SimpleNamespace(session_controller=set())
+        answers = [open_session(sglangs, scheduler, request) for _ in range(2)]
+        assert scheduler.session_controller == {"a"}  # open on all ranks
+        if rank == rank_of_session("a", 3):
+            assert [(answer.session_id, answer.success) for answer in answers] == [("a", True), ("a", False)]
+        else:
+            assert answers == [None, None]
 
 
 async def done(_manager: Any) -> str:
