@@ -14,7 +14,7 @@ from sglang_dwdp.errors import DwdpError
 from sglang_dwdp.planner.commands import add_commands
 
 # What `plan`, `profile` and `simulate` import beyond what a server needs.
-PLANNER_MODULES = ("jinja2", "matplotlib", "simpy", "yaml")
+PLANNER_MODULES = ("matplotlib",)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare_serving, engines, gpu_links, moe_layer, reproduce_paper
+from benchmarks import compare_serving, engines, gpu_links, moe_layer
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,6 @@ from benchmarks import compare_serving, engines, gpu_links, moe_layer, reproduce
         (engines.main, ["--out", "{there}/binary/x"], "results cannot be written"),
         (gpu_links.main, ["--cpu", "--out", "{there}/binary/x.json"], "results cannot be written"),
         (moe_layer.main, ["--out", "x", "--shapes", "x"], "invalid choice: 'x'"),
-        (reproduce_paper.main, ["--requests", "0"], "at least one is needed"),
     ],
 )
 def test_one_line(

@@ -170,7 +170,7 @@ load_plugins()
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 from sglang_dwdp.support.conflicts import unknown_names
-from sglang_dwdp.srt_patches.resolve import engine_server_args
+from sglang_dwdp.srt_patches.arguments import engine_server_args
 model, changes = json.loads(sys.argv[1])
 later = {}
 
