@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import requests
@@ -33,16 +32,8 @@ MILESTONES = (
 )
 
 # SGLang's modules for the families of the demo and the tests (DeepSeek-V3's class is in V2's module).
-MODEL_MODULES = (
-    "deepseek_v2",
-    "glm4_moe",
-    "gpt_oss",
-    "llama4",
-    "minimax_m2",
-    "mixtral",
-    "mllama4",
-    "qwen2_moe",
-    "qwen3_moe",
+MODEL_MODULES = frozenset(
+    ("deepseek_v2", "glm4_moe", "gpt_oss", "llama4", "minimax_m2", "mixtral", "mllama4", "qwen2_moe", "qwen3_moe")
 )
 
 
@@ -76,24 +67,21 @@ class Server:
         environment: Mapping[str, str] | None = None,
         cwd: Path | None = None,
     ) -> None:
-        self.log = log
-        self.ranks = ranks
-        self.port = free_port()
+        self.log, self.ranks, self.port = log, ranks, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu"]
-        command += ["--tp", str(ranks), "--host", "127.0.0.1", "--port", str(self.port), *flags]
+        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--tp", str(ranks)]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), *flags]
         variables = {**fewer_models(), **os.environ, **(environment or {})}
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(STUBS), variables.get("PYTHONPATH"))))
         if dwdp is None:
             # What the plugin arranges by itself where DWDP is on.
             variables |= cpu_engine.environment(ranks, variables)
-            defaults = cpu_engine.default_flags()
-            for name in ("attention_backend", "max_total_tokens"):
-                command += ["--" + name.replace("_", "-"), str(defaults[name])]
+            for name, value in cpu_engine.default_flags().items():
+                command += ["--" + name.replace("_", "-"), str(value)]
             command += ["--sleep-on-idle"]
         else:
             variables["SGLANG_USE_CPU_ENGINE"] = "1"
-            command += ["--enable-dwdp", *dwdp]
+            command += ["--device", "cpu", "--enable-dwdp", *dwdp]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=variables, cwd=cwd, start_new_session=True
@@ -173,9 +161,7 @@ class Server:
     def __enter__(self) -> Server:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.stop()
         else:
@@ -188,9 +174,8 @@ def fewer_models() -> dict[str, str]:
     Each process of a server imports all of them otherwise, which takes longer than everything else at its start.
     """
     spec = importlib.util.find_spec("sglang")
-    (package,) = spec.submodule_search_locations if spec and spec.submodule_search_locations else ("",)
-    names = {path.stem for path in (Path(package) / "srt" / "models").glob("*.py")}
-    return {"SGLANG_DISABLED_MODEL_ARCHS": ",".join(sorted(names - {"__init__", *MODEL_MODULES}))}
+    names = {path.stem for path in Path(spec.origin).parent.glob("srt/models/*.py")} if spec and spec.origin else set()
+    return {"SGLANG_DISABLED_MODEL_ARCHS": ",".join(sorted(names - MODEL_MODULES - {"__init__"}))}
 
 
 def free_port() -> int:
