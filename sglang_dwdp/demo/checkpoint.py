@@ -203,7 +203,7 @@ def make_tokenizer(directory: Path, max_tokens: int = 4096) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     topics: Mapping[str, str] = pydoc_data.topics.topics
     texts = (topics[name] for name in sorted(topics))
-    tokenizer = ByteLevelBPETokenizer()  # type: ignore[no-untyped-call]
+    tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(texts, VOCAB_SIZE, 0, show_progress=False, special_tokens=list(SPECIAL_TOKENS))
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
