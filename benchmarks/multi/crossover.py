@@ -11,8 +11,7 @@ from sglang_dwdp.planner.compare import Case, Point, evaluate
 from sglang_dwdp.planner.cost import Group
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import default_precision, get_format
-from sglang_dwdp.planner.gpu import Gpu
-from sglang_dwdp.planner.gpus import gpu_of_device
+from sglang_dwdp.planner.gpus import Gpu, gpu_of_device
 from sglang_dwdp.planner.models import load_model
 from sglang_dwdp.planner.workload import Lengths
 

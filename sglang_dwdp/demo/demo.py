@@ -56,12 +56,8 @@ def run(args: Namespace) -> int:
 
 def _ask(server: Server, name: str, console: Console) -> Answers:
     start = time.monotonic()
-    with server, console.status(f"Starting {name}") as status:
-
-        def show(stage: str) -> None:
-            status.update(f"Starting {name}: {stage} ({time.monotonic() - start:.0f} s)")
-
-        server.wait(progress=show)
+    with server, console.status(f"Starting {name}; its log is {server.log}") as status:
+        server.wait()
         console.print(f"{name}: serving after {time.monotonic() - start:.0f} s")
         status.update(f"{name}: /generate, /v1/chat/completions, and a frontend program that forks")
         generated = [workload.generate(server, rank) for rank in range(server.ranks)]

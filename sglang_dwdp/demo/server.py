@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,6 @@ from sglang_dwdp.errors import DwdpError
 
 # A folder of packages that need not be imported; not a package itself.
 STUBS = Path(__file__).resolve().parent / "stubs"
-# What the log says on the way up, in this order, and what that means.
-MILESTONES = (
-    ("Init parallel begin", "process groups"),
-    ("Load weight begin", "loading weights"),
-    ("DWDP is set up", "experts are shared"),
-    ("KV Cache is allocated", "KV cache"),
-    ("Uvicorn running", "first request"),
-)
-
 # SGLang's modules for the families of the demo and the tests (DeepSeek-V3's class is in V2's module).
 MODEL_MODULES = frozenset(
     ("deepseek_v2", "glm4_moe", "gpt_oss", "llama4", "minimax_m2", "mixtral", "mllama4", "qwen2_moe", "qwen3_moe")
@@ -87,12 +78,11 @@ class Server:
                 command, stdout=output, stderr=subprocess.STDOUT, env=variables, cwd=cwd, start_new_session=True
             )
 
-    def wait(self, timeout_s: float = 300.0, progress: Callable[[str], None] = lambda _stage: None) -> None:
+    def wait(self, timeout_s: float = 300.0) -> None:
         """Return when the server answers.
 
         Args:
             timeout_s: after which this fails.
-            progress: called with the stage that the start has reached.
 
         Raises:
             ServerFailed: it ended, or did not answer in time.
@@ -101,7 +91,6 @@ class Server:
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise ServerFailed(f"the server ended with exit code {self.process.returncode}:\n{self.log_end()}")
-            progress(self.stage())
             try:
                 if requests.get(f"{self.url}/health", timeout=5).ok:
                     return
@@ -109,11 +98,6 @@ class Server:
                 pass
             time.sleep(0.5)
         raise ServerFailed(f"the server did not answer within {timeout_s:g} s:\n{self.log_end()}")
-
-    def stage(self) -> str:
-        """The last milestone in the log."""
-        text = self.log.read_text(errors="replace")
-        return next((name for mark, name in reversed(MILESTONES) if mark in text), "importing SGLang")
 
     def log_end(self, lines: int = 15) -> str:
         """The last lines of the log."""

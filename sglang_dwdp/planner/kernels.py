@@ -6,7 +6,7 @@ Every function returns seconds. FLOP counts are 2 per multiply-add; bytes are th
 from __future__ import annotations
 
 from sglang_dwdp.planner.formats import FORMATS, Precision, WeightFormat
-from sglang_dwdp.planner.gpu import Gpu
+from sglang_dwdp.planner.gpus import Gpu
 from sglang_dwdp.planner.shape import ModelShape
 from sglang_dwdp.planner.workload import Batch
 
@@ -86,7 +86,7 @@ def elementwise_elements(model: ModelShape, moe: bool) -> float:
     Two fused norms (8 hidden), query, key and value in and out of the rotary embedding and cache write (2 each), the
     routed copies' permutation and weighted sum (2 hidden per copy + hidden), the activation (3 intermediate per copy).
     """
-    if model.mla is None:
+    if not model.kv_rank:
         qkv = model.heads * model.qk_dim + model.kv_heads * (model.qk_dim + model.v_dim)
     else:  # the latent key and value are expanded per head for prefill
         qkv = model.heads * (2 * model.qk_dim + model.v_dim)
