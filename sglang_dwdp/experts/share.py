@@ -37,7 +37,6 @@ class SharedLayer:
         direct: the tensors that direct forwards bind, by name; the staged ones where memory cannot be mapped.
         staged: those that staged forwards bind: only the shared ones, and none where no forward is staged.
         copies: what fills the layer's slot.
-        copy_bytes: its size.
         remote_bytes: `[num_experts]`, bytes of each expert that lie in peers' memory.
     """
 
@@ -45,8 +44,12 @@ class SharedLayer:
     direct: dict[str, torch.Tensor]
     staged: dict[str, torch.Tensor]
     copies: CopyList
-    copy_bytes: int
     remote_bytes: list[int]
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes that fill the layer's slot."""
+        return sum(source.numel() for _, source in self.copies)
 
 
 Ready = Callable[[Sequence[SharedLayer]], None]
@@ -75,10 +78,15 @@ class SharedExperts:
 
     def close(self) -> None:
         """Unbind and unmap. Idempotent. The model cannot run afterwards."""
-        for shared in self.layers:
-            shared.layer.use({name: tensor.new_empty(0) for name, tensor in shared.direct.items()})
+        _unbind(self.layers)
         self.layers = []
         self._stack.close()
+
+
+def _unbind(layers: Sequence[SharedLayer]) -> None:
+    """Let no parameter point into what is unmapped next."""
+    for shared in layers:
+        shared.layer.use({name: tensor.new_empty(0) for name, tensor in shared.direct.items()})
 
 
 class _Sharing:
@@ -159,7 +167,7 @@ class _Sharing:
         return TensorSpec(tensor, tensor_layout(layer.placement, tensor.expert_bytes, self.memory.page_bytes, kept))
 
     def _share(self, position: int, layer: ExpertLayer, specs: Sequence[TensorSpec]) -> None:
-        shared = SharedLayer(layer, {}, {}, (), 0, [0] * layer.placement.num_experts)
+        shared = SharedLayer(layer, {}, {}, (), [0] * layer.placement.num_experts)
         results: dict[str, SharedTensor] = {}
         first = layer.placement.shard(self.rank).start
         staged = self.config.views(maps=self.memory.maps).staged
@@ -193,7 +201,6 @@ class _Sharing:
             pairs = [results[piece.tensor].pieces(piece) for piece in order]
             # Nothing is left of a slice that lies past the tensor, in its last page.
             shared.copies = [(to, source) for to, source in pairs if source.numel()]
-            shared.copy_bytes = sum(source.numel() for _, source in shared.copies)
         self.peak_bytes = max(self.peak_bytes, self.memory.held_bytes - self.held_at_start)
         self.layers.append(shared)  # before it is bound: if binding fails, it has to be undone too
         layer.bind(shared.direct)
@@ -246,8 +253,7 @@ def share_experts(
         except BaseException as error:
             reason = f"rank {exchange.rank}, {sharing.at}: {str(error) or type(error).__name__}"
             exchange.fail(reason)
-            for shared in sharing.layers:  # no parameter may point into what is unmapped next
-                shared.layer.use({name: tensor.new_empty(0) for name, tensor in shared.direct.items()})
+            _unbind(sharing.layers)
             if not isinstance(error, Exception):
                 raise
             raise DwdpSetupError(f"sharing the experts failed: {reason}") from error
