@@ -13,8 +13,7 @@ from sglang_dwdp.planner import kernels
 from sglang_dwdp.planner.cost import Group, Parts, forward_parts, layer_fetch_bytes
 from sglang_dwdp.planner.dep import exchange_bytes, expert_wait, length_wait
 from sglang_dwdp.planner.formats import FORMATS, Precision
-from sglang_dwdp.planner.gpu import Efficiency, Gpu
-from sglang_dwdp.planner.gpus import get_gpu
+from sglang_dwdp.planner.gpus import Efficiency, Gpu, get_gpu
 from sglang_dwdp.planner.models import load_model
 from sglang_dwdp.planner.workload import Batch, Lengths, mean_batch, typical_rounds
 

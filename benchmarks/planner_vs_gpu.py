@@ -24,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sglang_dwdp.planner import kernels
 from sglang_dwdp.planner.formats import FORMATS
-from sglang_dwdp.planner.gpu import Gpu
-from sglang_dwdp.planner.gpus import get_gpu
+from sglang_dwdp.planner.gpus import Gpu, get_gpu
 from sglang_dwdp.planner.models import load_model
 from sglang_dwdp.planner.shape import ModelShape
 

@@ -78,9 +78,8 @@ def warm_up_tokens(max_tokens: int) -> list[int]:
 
 def run_time_compiler(environment: Mapping[str, str]) -> str | None:
     """The `nvcc` that FlashInfer would compile its block-FP8 product with; None: there is none."""
-    named = environment.get("TRTLLM_DG_NVCC_COMPILER")
     home = environment.get("CUDA_HOME")
-    candidate = named or (f"{home}/bin/nvcc" if home else "nvcc")
+    candidate = environment.get("TRTLLM_DG_NVCC_COMPILER") or (f"{home}/bin/nvcc" if home else "nvcc")
     return shutil.which(candidate, path=environment.get("PATH"))
 
 
@@ -138,7 +137,6 @@ def block_fp8_moe(
     *,
     workspace: torch.Tensor | None = None,
     fused_finalize: bool = True,
-    profile_ids: list[int] | None = None,
 ) -> torch.Tensor:
     """The experts' weighted sum for each token, bf16 `[T, H]`.
 
@@ -152,7 +150,6 @@ def block_fp8_moe(
         w2_scale: float32 `[E, H/128, I/128]`.
         workspace: scratch memory; None: FlashInfer allocates it.
         fused_finalize: sum with atomics, so that two calls may differ in the last bits.
-        profile_ids: the tactics of the two products; None: FlashInfer's own choice.
     """
     from flashinfer.fused_moe import cutlass_fused_moe
 
@@ -171,7 +168,6 @@ def block_fp8_moe(
         use_deepseek_fp8_block_scale=True,
         use_fused_finalize=fused_finalize,
         workspace_buffer=workspace,
-        profile_ids=profile_ids,
     )
     return output
 

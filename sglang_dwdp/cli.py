@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import get_args
 
 from sglang_dwdp import __version__
 from sglang_dwdp.config import ViewMode
 from sglang_dwdp.errors import DwdpError
-from sglang_dwdp.planner.commands import add_commands
+from sglang_dwdp.planner.commands import add_commands, at_least
 
-# What `plan`, `profile` and `simulate` import beyond what a server needs.
-PLANNER_MODULES = ("matplotlib",)
+# What `plan` and `simulate` import beyond what a server needs.
+PLANNER_MODULES = ("matplotlib", "rich", "yaml")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,23 +25,13 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo", help="serve a small MoE model with DWDP on this machine's CPU and compare it with a single rank"
     )
-    demo.add_argument("--ranks", type=_at_least(2), default=2, help="ranks in the group (default: 2)")
-    demo.add_argument("--experts", type=_at_least(4), default=8, help="experts of the model (default: 8)")
+    demo.add_argument("--ranks", type=at_least(2), default=2, help="ranks in the group (default: 2)")
+    demo.add_argument("--experts", type=at_least(4), default=8, help="experts of the model (default: 8)")
     demo.add_argument("--view", choices=get_args(ViewMode), default="auto", help="as --dwdp-view (default: auto)")
     demo.add_argument("--out", help="keep the model and the servers' logs in this folder")
     demo.set_defaults(run=_demo)
     add_commands(commands)
     return result
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-        return value
-
-    return number
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -60,10 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except ModuleNotFoundError as error:
-        if error.name not in PLANNER_MODULES:
+        name = (error.name or "").partition(".")[0]
+        if name not in PLANNER_MODULES:
             raise
         sys.stderr.write(
-            f"sglang-dwdp: error: {error.name} is not installed. Install what the planner needs: "
+            f"sglang-dwdp: error: {name} is not installed. Install what the planner needs: "
             "pip install 'sglang-dwdp[planner]'\n"
         )
         return 1

@@ -6,6 +6,7 @@ its FP8 method asks for known ones by name, so two of its methods are hooked for
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -34,17 +35,19 @@ from sglang_dwdp.support.backends import FLASHINFER_FP8, HOPPER
 from sglang_dwdp.support.gpu import gpu_generation
 
 logger = logging.getLogger(__name__)
-_workspaces: dict[torch.device, Workspace] = {}
+_workspace = functools.cache(Workspace)  # by device
 
 
 @dataclass
 class BlockFp8QuantInfo(MoeQuantInfo):
-    """What the kernel reads; see `block_fp8.block_fp8_moe` for shapes and dtypes."""
+    """What the kernel reads: `w13`, `w13_scale`, `w2` and `w2_scale` of `block_fp8.block_fp8_moe`."""
 
-    w13_weight: torch.Tensor
-    w13_scale: torch.Tensor
-    w2_weight: torch.Tensor
-    w2_scale: torch.Tensor
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+    def sizes(self, top_k: int) -> Sizes:
+        """The sizes that the tensors show, for `top_k` experts of a token."""
+        num_experts, hidden, inter = self.tensors[2].shape
+        return Sizes(num_experts, hidden, inter, top_k)
 
 
 class FlashInferBlockFp8Core(DispatchMoeRunnerCore):
@@ -60,30 +63,16 @@ class FlashInferBlockFp8Core(DispatchMoeRunnerCore):
         from sglang.srt.environ import envs
         from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
-        hidden_states = dispatch_output.hidden_states
-        topk_weights, topk_ids, _ = dispatch_output.topk_output
-        sizes = sizes_of(quant_info, topk_ids.shape[1])
-        workspace = _workspaces.setdefault(hidden_states.device, Workspace(hidden_states.device))
+        hidden = dispatch_output.hidden_states
+        weights, ids, _ = dispatch_output.topk_output
+        workspace = _workspace(hidden.device).take(quant_info.sizes(ids.shape[1]), len(hidden)) if len(hidden) else None
+        fused_finalize = envs.SGLANG_FLASHINFER_MOE_FUSED_FINALIZE.get()
         output = block_fp8_moe(
-            hidden_states,
-            topk_ids,
-            topk_weights,
-            quant_info.w13_weight,
-            quant_info.w13_scale,
-            quant_info.w2_weight,
-            quant_info.w2_scale,
-            workspace=workspace.take(sizes, hidden_states.shape[0]) if hidden_states.shape[0] else None,
-            fused_finalize=envs.SGLANG_FLASHINFER_MOE_FUSED_FINALIZE.get(),
+            hidden, ids, weights, *quant_info.tensors, workspace=workspace, fused_finalize=fused_finalize
         )
         if runner_config.routed_scaling_factor is not None:
             output.mul_(runner_config.routed_scaling_factor)
         return StandardCombineInput(hidden_states=output)
-
-
-def sizes_of(info: BlockFp8QuantInfo, top_k: int) -> Sizes:
-    """The sizes that the tensors show."""
-    num_experts, hidden, inter = info.w2_weight.shape
-    return Sizes(num_experts, hidden, inter, top_k)
 
 
 def eligible(method: Any, config: Any) -> str | None:
@@ -139,7 +128,7 @@ def apply(original: Callable[..., Any], method: Any, layer: Any, dispatch_output
 
 def quant_info_of(layer: Any) -> BlockFp8QuantInfo:
     """The layer's tensors as they are bound now."""
-    return BlockFp8QuantInfo(layer.w13_weight, layer.w13_weight_scale_inv, layer.w2_weight, layer.w2_weight_scale_inv)
+    return BlockFp8QuantInfo((layer.w13_weight, layer.w13_weight_scale_inv, layer.w2_weight, layer.w2_weight_scale_inv))
 
 
 def warm_up(model: torch.nn.Module, max_tokens: int) -> None:
@@ -148,38 +137,22 @@ def warm_up(model: torch.nn.Module, max_tokens: int) -> None:
     Runs one layer of each size on its direct view. Without `nvcc` FlashInfer is told to use the kernel that its module
     has.
     """
-    compiles = run_time_compiler(os.environ) is not None
-    done: set[Sizes] = set()
-    for layer in model.modules():
-        if not isinstance(layer, FusedMoE) or not runs_here(layer.quant_method):
-            continue
-        info = quant_info_of(layer)
-        sizes = sizes_of(info, layer.top_k)
-        if sizes in done:
-            continue
-        done.add(sizes)
-        device = info.w13_weight.device
-        workspace = _workspaces.setdefault(device, Workspace(device))
-        if not compiles:
-            os.environ["TRTLLM_DG_ENABLED"] = "0"
-            logger.warning(
-                "nvcc was not found (PATH, CUDA_HOME), so FlashInfer runs block-FP8 with its built-in kernel"
-            )
-        counts = warm_up_tokens(max_tokens) if compiles else [max_tokens]
+    layers = [one for one in model.modules() if isinstance(one, FusedMoE) and runs_here(one.quant_method)]
+    infos = [(quant_info_of(layer), layer.top_k) for layer in layers]
+    if not infos:
+        return
+    counts = warm_up_tokens(max_tokens)
+    if run_time_compiler(os.environ) is None:
+        os.environ["TRTLLM_DG_ENABLED"] = "0"
+        logger.warning("nvcc was not found (PATH, CUDA_HOME), so FlashInfer runs block-FP8 with its built-in kernel")
+        counts = [max_tokens]
+    for sizes, info in {info.sizes(top_k): info for info, top_k in infos}.items():
         logger.info("DWDP warms FlashInfer's block-FP8 kernels up: %d token counts up to %d", len(counts), max_tokens)
+        device = info.tensors[0].device
         for tokens in reversed(counts):  # the workspace is made once, at its largest
             hidden = torch.zeros((tokens, sizes.hidden), dtype=torch.bfloat16, device=device)
-            ids, weights = dummy_routing(tokens, sizes.num_experts, sizes.top_k, device)
-            block_fp8_moe(
-                hidden,
-                ids,
-                weights,
-                info.w13_weight,
-                info.w13_scale,
-                info.w2_weight,
-                info.w2_scale,
-                workspace=workspace.take(sizes, tokens),
-            )
+            routing = dummy_routing(tokens, sizes.num_experts, sizes.top_k, device)
+            block_fp8_moe(hidden, *routing, *info.tensors, workspace=_workspace(device).take(sizes, tokens))
         torch.cuda.synchronize(device)
 
 

@@ -7,7 +7,7 @@ DWDP must not, so every installation here is checked.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,20 +59,14 @@ def install(hooks: Sequence[Hook]) -> None:
 
 
 def _in_place(hook: Hook) -> bool:
-    return any(part is hook.function for layer in _layers(hook.target) for part in _captured(layer))
-
-
-def _layers(target: str) -> Iterator[Any]:
-    """The function at `target` and everything that it wraps."""
+    """Whether the function at the hook's target, or one that it wraps, has the hook's function in its closure."""
     try:
-        function = pkgutil.resolve_name(target)
+        function = pkgutil.resolve_name(hook.target)
     except (ImportError, AttributeError):
-        return
+        return False
     while function is not None:
-        yield getattr(function, "__func__", function)
+        cells = getattr(getattr(function, "__func__", function), "__closure__", None) or ()
+        if any(cell.cell_contents is hook.function for cell in cells):
+            return True
         function = getattr(function, "__wrapped__", None)
-
-
-def _captured(function: Any) -> Iterator[Any]:
-    for cell in getattr(function, "__closure__", None) or ():
-        yield cell.cell_contents
+    return False

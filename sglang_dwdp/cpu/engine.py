@@ -14,10 +14,6 @@ from pathlib import Path
 
 # A directory of stubs; not a package, so nothing can import it by way of sglang_dwdp.
 STUBS = Path(__file__).resolve().parent / "stubs"
-_USE_CPU_ENGINE = "SGLANG_USE_CPU_ENGINE"
-_THREADS_BIND = "SGLANG_CPU_OMP_THREADS_BIND"
-_NCCL_SO_PATH = "SGLANG_NCCL_SO_PATH"
-_NO_NCCL = "/nonexistent/libnccl.so.2"
 _arranged: dict[str, str] = {}
 
 
@@ -30,9 +26,7 @@ def needed(device: str | None) -> bool:
     Args:
         device: the value of `--device`; None: not given.
     """
-    if device is not None:
-        return device == "cpu"
-    return os.environ.get(_USE_CPU_ENGINE) == "1"
+    return os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" if device is None else device == "cpu"
 
 
 def default_flags() -> dict[str, str | int]:
@@ -63,16 +57,16 @@ def environment(num_ranks: int, base: Mapping[str, str] | None = None) -> dict[s
     base = os.environ if base is None else base
     wanted = {
         # Without it `--device cpu` still picks the CUDA platform, which cannot start.
-        _USE_CPU_ENGINE: "1",
+        "SGLANG_USE_CPU_ENGINE": "1",
         # PyNccl loads the NCCL that pip installed with torch and then fails on a CPU device. A
         # library that cannot be loaded makes it step aside; the collectives go through gloo.
-        _NCCL_SO_PATH: _NO_NCCL,
+        "SGLANG_NCCL_SO_PATH": "/nonexistent/libnccl.so.2",
     }
     cores = sorted(os.sched_getaffinity(0))
     if num_ranks > numa_nodes(cores):
         # SGLang rejects more ranks than NUMA nodes unless it is told every rank's cores. Where its
         # own division by nodes works it is better: it knows hyper-threads and each node's memory.
-        wanted[_THREADS_BIND] = thread_binding(num_ranks, cores)
+        wanted["SGLANG_CPU_OMP_THREADS_BIND"] = thread_binding(num_ranks, cores)
         # Without AMX SGLang checks that binding but does not apply it, so every rank would compute
         # with a thread for each core of the machine, and wait for the others' threads.
         wanted["OMP_NUM_THREADS"] = str(max(1, len(cores) // num_ranks))

@@ -6,12 +6,13 @@ that were chosen: an expert that is read wrongly changes the text.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import pydoc_data.topics
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,34 +20,26 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer
 
 VOCAB_SIZE = 2048
-EOS, BOS, PAD, USER, ASSISTANT = "<|end|>", "<|begin|>", "<|pad|>", "<|user|>", "<|assistant|>"
-SPECIAL_TOKENS = (EOS, BOS, PAD, USER, ASSISTANT)  # in the order of their ids, from 0
+SPECIAL_TOKENS = ("<|end|>", "<|begin|>", "<|pad|>", "<|user|>", "<|assistant|>")  # in the order of their ids, from 0
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-
-
 # By the end of a tensor's name, what its random values are scaled by: about 1 keeps what a layer puts out as large as
 # what it reads. Attention and experts get more, so that they weigh as much as the token's own embedding; the router
 # gets more, so that its choices are clear. The first entry that fits counts.
 GAINS: Mapping[str, float] = {
     "lm_head.weight": 4.0,
-    "bias": 0.2,
-    "sinks": 1.0,
     "q_norm.weight": 1.5,
     "k_norm.weight": 1.5,
     "norm.weight": 1.0,
     "embed_tokens.weight": 1.0,
-    "shared_expert_gate.weight": 1.0,
     "gate.weight": 2.0,
-    "router.weight": 2.0,
     "o_proj.weight": 2.0,
     "down_proj.weight": 2.0,
-    "q_a_proj.weight": 1.0,
     "": 1.5,
 }
 
@@ -79,45 +72,30 @@ class Shape:
             raise ValueError(f"top_k={self.top_k} is not between 1 and num_experts={self.num_experts}")
 
 
-def make_tokenizer(directory: str | Path, max_tokens: int = 4096) -> None:
-    """Train a byte-level BPE tokenizer on the language reference that ships with Python.
+def make_checkpoint(
+    directory: str | Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, num_files: int = 2, **shape: int
+) -> None:
+    """Write a Qwen3-MoE checkpoint: config.json, a tokenizer, and safetensors files with their index.
 
-    Byte-level, so that any text survives a round trip. The same Python gives the same tokenizer.
+    The same arguments give the same bytes. A tensor depends on the seed, its name and its size only, so checkpoints
+    that differ in one setting share the rest.
 
     Args:
-        directory: where tokenizer.json and tokenizer_config.json are written.
-        max_tokens: what the configuration says is the longest input.
+        directory: made if it is not there.
+        seed: of the random weights.
+        dtype: of the weights.
+        num_files: safetensors files.
+        **shape: fields of `Shape`.
+
+    Raises:
+        ValueError: the shape cannot work.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(  # type: ignore[no-untyped-call]
-        vocab_size=VOCAB_SIZE,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    topics: Mapping[str, str] = pydoc_data.topics.topics
-    tokenizer.train_from_iterator((topics[name] for name in sorted(topics)), trainer)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    _write_json(
-        directory / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": EOS,
-            "bos_token": BOS,
-            "pad_token": PAD,
-            "model_max_length": max_tokens,
-            "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE,
-        },
-    )
+    config = qwen3_moe_config(Shape(**shape), dtype)
+    write_checkpoint(Path(directory), config, random_weights(config, GAINS, seed, dtype), num_files)
 
 
-def common_config(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
-    """What config.json says for every family."""
+def qwen3_moe_config(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of a Qwen3-MoE model without dense layers, with which SGLang's CPU engine gives wrong tokens."""
     return {
         "torch_dtype": str(dtype).removeprefix("torch."),
         "vocab_size": VOCAB_SIZE,
@@ -140,12 +118,6 @@ def common_config(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
         "eos_token_id": 0,
         "bos_token_id": 1,
         "pad_token_id": 2,
-    }
-
-
-def qwen3_moe_config(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of a Qwen3-MoE model without dense layers, with which SGLang's CPU engine gives wrong tokens."""
-    return common_config(shape, dtype) | {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
         "head_dim": shape.head_dim,
@@ -156,99 +128,57 @@ def qwen3_moe_config(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def make_checkpoint(
-    directory: str | Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, num_files: int = 2, **shape: int
-) -> None:
-    """Write a Qwen3-MoE checkpoint: config.json, a tokenizer, and safetensors files with their index.
-
-    The same arguments give the same bytes. A tensor depends on the seed, its name and its size only, so checkpoints
-    that differ in one setting share the rest.
-
-    Args:
-        directory: made if it is not there.
-        seed: of the random weights.
-        dtype: of the weights.
-        num_files: safetensors files.
-        **shape: fields of `Shape`.
-
-    Raises:
-        ValueError: the shape cannot work.
-    """
-    sizes = Shape(**shape)
-    write_checkpoint(Path(directory), qwen3_moe_config(sizes, dtype), seed=seed, dtype=dtype, num_files=num_files)
-
-
-def write_checkpoint(
-    directory: Path,
-    config: dict[str, Any],
-    *,
-    seed: int,
-    dtype: torch.dtype,
-    num_files: int,
-    gains: Mapping[str, float] = GAINS,
-    convert: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict,
-    model_type: str | None = None,
-) -> None:
-    """Write a checkpoint of any model that transformers has a class for.
-
-    Args:
-        directory: made if it is not there.
-        config: of the model, as in config.json.
-        seed: of the random weights.
-        dtype: of the weights.
-        num_files: safetensors files.
-        gains: scales of the weights, by the end of their names.
-        convert: changes the weights before they are written, for example to a quantized format.
-        model_type: what transformers calls a model with the same tensors, if it does not know the config's own.
-    """
-    make_tokenizer(directory, config.get("max_position_embeddings", 4096))
-    _write_json(directory / "config.json", config)
-    _write_json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 0})
-
-    def draw(item: tuple[str, tuple[int, ...]]) -> torch.Tensor:
-        gain = next(gain for end, gain in gains.items() if item[0].endswith(end))
-        return _draw(*item, gain, seed, dtype)
-
-    sizes = tensor_sizes(config | ({"model_type": model_type} if model_type else {}))
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # one tensor's numbers are drawn by one core
-        weights = dict(zip(sizes, pool.map(draw, sizes.items()), strict=True))
-    _write_weights(directory, convert(weights), num_files)
-
-
-def tensor_sizes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def random_weights(
+    config: Mapping[str, Any], gains: Mapping[str, float], seed: int, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, by the name that it has in released ones.
+
+    A matrix has the standard deviation gain/sqrt(inputs), a norm is scattered around its gain, and embeddings and
+    biases have the standard deviation `gain`.
 
     Args:
         config: of the model, as in config.json; its `model_type` must be known to transformers.
+        gains: scales of the weights, by the end of their names.
+        seed: of the random numbers.
+        dtype: of the tensors.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
-    known = AutoConfig.for_model(**config)
+    known = AutoConfig.for_model(**copy.deepcopy(dict(config)))  # which changes what is nested in it
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(known)
     # transformers keeps all experts of a layer in one tensor, and released checkpoints mostly do not.
-    weights = revert_weight_conversion(model, model.state_dict())
-    return {name: tuple(weight.shape) for name, weight in weights.items()}
+    empty = revert_weight_conversion(model, model.state_dict())
+
+    def draw(name: str) -> torch.Tensor:
+        gain = next(gain for end, gain in gains.items() if name.endswith(end))
+        size = empty[name].shape
+        noise = torch.randn(size, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode())))
+        if name.endswith("norm.weight"):
+            return (gain * (1 + 0.1 * noise)).to(dtype)
+        inputs = 1 if name == "model.embed_tokens.weight" or name.endswith(("bias", "sinks")) else size[1]
+        is_float32 = name.endswith("e_score_correction_bias")  # in every released DeepSeek checkpoint
+        return (noise * (gain / math.sqrt(inputs))).to(torch.float32 if is_float32 else dtype)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # one tensor's numbers are drawn by one core
+        return dict(zip(empty, pool.map(draw, empty), strict=True))
 
 
-def _draw(name: str, size: tuple[int, ...], gain: float, seed: int, dtype: torch.dtype) -> torch.Tensor:
-    """Random values: a matrix has the standard deviation gain/sqrt(inputs), a norm is scattered around its gain, and a
-    bias has the standard deviation `gain`.
+def write_checkpoint(
+    directory: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], num_files: int
+) -> None:
+    """Write a checkpoint of any model.
+
+    Args:
+        directory: made if it is not there.
+        config: of the model, as in config.json.
+        weights: by name.
+        num_files: safetensors files.
     """
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-    noise = torch.randn(size, generator=generator)
-    if name.endswith("e_score_correction_bias"):
-        return noise * gain  # float32 in every released DeepSeek checkpoint
-    if name.endswith("norm.weight"):
-        return (gain * (1 + 0.1 * noise)).to(dtype)
-    if name.endswith(("bias", "sinks")):
-        return (noise * gain).to(dtype)
-    inputs = 1 if name == "model.embed_tokens.weight" else size[1]
-    return (noise * (gain / math.sqrt(inputs))).to(dtype)
-
-
-def _write_weights(directory: Path, weights: Mapping[str, torch.Tensor], num_files: int) -> None:
+    make_tokenizer(directory, config.get("max_position_embeddings", 4096))
+    _write_json(directory / "config.json", config)
+    _write_json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 0})
     names = list(weights)
     num_files = max(1, min(num_files, len(names)))
     weight_map: dict[str, str] = {}
@@ -257,9 +187,33 @@ def _write_weights(directory: Path, weights: Mapping[str, torch.Tensor], num_fil
         part = names[i * len(names) // num_files : (i + 1) * len(names) // num_files]
         save_file({name: weights[name] for name in part}, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    total = sum(t.numel() * t.element_size() for t in weights.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": sum(t.nbytes for t in weights.values())}, "weight_map": weight_map}
     _write_json(directory / "model.safetensors.index.json", index)
+
+
+def make_tokenizer(directory: Path, max_tokens: int = 4096) -> None:
+    """Train a byte-level BPE tokenizer on the language reference that ships with Python.
+
+    Byte-level, so that any text survives a round trip. The same Python gives the same tokenizer.
+
+    Args:
+        directory: where tokenizer.json and tokenizer_config.json are written; made if it is not there.
+        max_tokens: what the configuration says is the longest input.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    topics: Mapping[str, str] = pydoc_data.topics.topics
+    texts = (topics[name] for name in sorted(topics))
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, VOCAB_SIZE, 0, show_progress=False, special_tokens=list(SPECIAL_TOKENS))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict(zip(("eos_token", "bos_token", "pad_token"), SPECIAL_TOKENS, strict=False)),
+        "model_max_length": max_tokens,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    _write_json(directory / "tokenizer_config.json", config)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -11,9 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import requests
@@ -23,26 +22,9 @@ from sglang_dwdp.errors import DwdpError
 
 # A folder of packages that need not be imported; not a package itself.
 STUBS = Path(__file__).resolve().parent / "stubs"
-# What the log says on the way up, in this order, and what that means.
-MILESTONES = (
-    ("Init parallel begin", "process groups"),
-    ("Load weight begin", "loading weights"),
-    ("DWDP is set up", "experts are shared"),
-    ("KV Cache is allocated", "KV cache"),
-    ("Uvicorn running", "first request"),
-)
-
 # SGLang's modules for the families of the demo and the tests (DeepSeek-V3's class is in V2's module).
-MODEL_MODULES = (
-    "deepseek_v2",
-    "glm4_moe",
-    "gpt_oss",
-    "llama4",
-    "minimax_m2",
-    "mixtral",
-    "mllama4",
-    "qwen2_moe",
-    "qwen3_moe",
+MODEL_MODULES = frozenset(
+    ("deepseek_v2", "glm4_moe", "gpt_oss", "llama4", "minimax_m2", "mixtral", "mllama4", "qwen2_moe", "qwen3_moe")
 )
 
 
@@ -76,35 +58,31 @@ class Server:
         environment: Mapping[str, str] | None = None,
         cwd: Path | None = None,
     ) -> None:
-        self.log = log
-        self.ranks = ranks
-        self.port = free_port()
+        self.log, self.ranks, self.port = log, ranks, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu"]
-        command += ["--tp", str(ranks), "--host", "127.0.0.1", "--port", str(self.port), *flags]
+        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--tp", str(ranks)]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), *flags]
         variables = {**fewer_models(), **os.environ, **(environment or {})}
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(STUBS), variables.get("PYTHONPATH"))))
         if dwdp is None:
             # What the plugin arranges by itself where DWDP is on.
             variables |= cpu_engine.environment(ranks, variables)
-            defaults = cpu_engine.default_flags()
-            for name in ("attention_backend", "max_total_tokens"):
-                command += ["--" + name.replace("_", "-"), str(defaults[name])]
+            for name, value in cpu_engine.default_flags().items():
+                command += ["--" + name.replace("_", "-"), str(value)]
             command += ["--sleep-on-idle"]
         else:
             variables["SGLANG_USE_CPU_ENGINE"] = "1"
-            command += ["--enable-dwdp", *dwdp]
+            command += ["--device", "cpu", "--enable-dwdp", *dwdp]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=variables, cwd=cwd, start_new_session=True
             )
 
-    def wait(self, timeout_s: float = 300.0, progress: Callable[[str], None] = lambda _stage: None) -> None:
+    def wait(self, timeout_s: float = 300.0) -> None:
         """Return when the server answers.
 
         Args:
             timeout_s: after which this fails.
-            progress: called with the stage that the start has reached.
 
         Raises:
             ServerFailed: it ended, or did not answer in time.
@@ -113,7 +91,6 @@ class Server:
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise ServerFailed(f"the server ended with exit code {self.process.returncode}:\n{self.log_end()}")
-            progress(self.stage())
             try:
                 if requests.get(f"{self.url}/health", timeout=5).ok:
                     return
@@ -121,11 +98,6 @@ class Server:
                 pass
             time.sleep(0.5)
         raise ServerFailed(f"the server did not answer within {timeout_s:g} s:\n{self.log_end()}")
-
-    def stage(self) -> str:
-        """The last milestone in the log."""
-        text = self.log.read_text(errors="replace")
-        return next((name for mark, name in reversed(MILESTONES) if mark in text), "importing SGLang")
 
     def log_end(self, lines: int = 15) -> str:
         """The last lines of the log."""
@@ -173,9 +145,7 @@ class Server:
     def __enter__(self) -> Server:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.stop()
         else:
@@ -188,9 +158,8 @@ def fewer_models() -> dict[str, str]:
     Each process of a server imports all of them otherwise, which takes longer than everything else at its start.
     """
     spec = importlib.util.find_spec("sglang")
-    (package,) = spec.submodule_search_locations if spec and spec.submodule_search_locations else ("",)
-    names = {path.stem for path in (Path(package) / "srt" / "models").glob("*.py")}
-    return {"SGLANG_DISABLED_MODEL_ARCHS": ",".join(sorted(names - {"__init__", *MODEL_MODULES}))}
+    names = {path.stem for path in Path(spec.origin).parent.glob("srt/models/*.py")} if spec and spec.origin else set()
+    return {"SGLANG_DISABLED_MODEL_ARCHS": ",".join(sorted(names - MODEL_MODULES - {"__init__"}))}
 
 
 def free_port() -> int:

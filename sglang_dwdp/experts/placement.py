@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -35,12 +34,6 @@ class Placement:
     def shard(self, rank: int) -> range:
         """The experts that `rank` stores."""
         return range(self.boundaries[rank], self.boundaries[rank + 1])
-
-    def owner(self, expert: int) -> int:
-        """The rank that stores `expert`."""
-        if not 0 <= expert < self.num_experts:
-            raise IndexError(f"expert {expert} is not one of {self.num_experts}")
-        return bisect_right(self.boundaries, expert) - 1
 
     def local_index(self, rank: int, expert: int) -> int:
         """The index of `expert` among those that `rank` stores, or -1 if `rank` does not store it.

@@ -37,7 +37,6 @@ class SharedLayer:
         direct: the tensors that direct forwards bind, by name; the staged ones where memory cannot be mapped.
         staged: those that staged forwards bind: only the shared ones, and none where no forward is staged.
         copies: what fills the layer's slot.
-        copy_bytes: its size.
         remote_bytes: `[num_experts]`, bytes of each expert that lie in peers' memory.
     """
 
@@ -45,8 +44,12 @@ class SharedLayer:
     direct: dict[str, torch.Tensor]
     staged: dict[str, torch.Tensor]
     copies: CopyList
-    copy_bytes: int
     remote_bytes: list[int]
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes that fill the layer's slot."""
+        return sum(source.numel() for _, source in self.copies)
 
 
 Ready = Callable[[Sequence[SharedLayer]], None]
@@ -75,10 +78,15 @@ class SharedExperts:
 
     def close(self) -> None:
         """Unbind and unmap. Idempotent. The model cannot run afterwards."""
-        for shared in self.layers:
-            shared.layer.use({name: tensor.new_empty(0) for name, tensor in shared.direct.items()})
+        _unbind(self.layers)
         self.layers = []
         self._stack.close()
+
+
+def _unbind(layers: Sequence[SharedLayer]) -> None:
+    """Let no parameter point into what is unmapped next."""
+    for shared in layers:
+        shared.layer.use({name: tensor.new_empty(0) for name, tensor in shared.direct.items()})
 
 
 class _Sharing:
@@ -105,7 +113,11 @@ class _Sharing:
         self.exchange.connect()
         self.handles = agree_on_handles(self.memory, self.exchange)
         tensors = [tensors_of(layer, self.rank) for layer in layers]
-        kept = self._local_experts(layers, tensors)
+        sizes = [
+            (layer.placement, {tensor.name: tensor.expert_bytes for tensor in of_layer if not tensor.replicated})
+            for layer, of_layer in zip(layers, tensors, strict=True)
+        ]
+        kept = choose_local_experts(self.config, sizes, self.memory.page_bytes)
         self._agree(layers, tensors, kept)
         self.memory.trim()
         loaded = sum(tensor.nbytes for layer in layers for tensor in layer.shards().values())
@@ -116,7 +128,10 @@ class _Sharing:
         self.at = "last steps"
         self.memory.finish_writes()
         self.exchange.barrier()  # every rank has written its experts
-        replicated_bytes = self._replicate()
+        for shared, name, copy in self.replicas:
+            shared.direct[name] = copy()
+            shared.layer.use({name: shared.direct[name]})
+        replicated_bytes = sum(shared.direct[name].nbytes for shared, name, _ in self.replicas)
         self.store.finish()
         self.memory.finish_writes()
         if self.ready is not None:
@@ -133,13 +148,6 @@ class _Sharing:
             self.owned.pop_all(),
         )
 
-    def _local_experts(self, layers: Sequence[ExpertLayer], tensors: Sequence[Sequence[ExpertTensor]]) -> int | None:
-        sizes = [
-            (layer.placement, {tensor.name: tensor.expert_bytes for tensor in of_layer if not tensor.replicated})
-            for layer, of_layer in zip(layers, tensors, strict=True)
-        ]
-        return choose_local_experts(self.config, sizes, self.memory.page_bytes)
-
     def _agree(
         self, layers: Sequence[ExpertLayer], tensors: Sequence[Sequence[ExpertTensor]], kept: int | None
     ) -> None:
@@ -155,12 +163,11 @@ class _Sharing:
 
     def _lay_out(self, layer: ExpertLayer, tensor: ExpertTensor, kept: int | None) -> TensorSpec:
         # Of a replicated tensor every rank has everything in the end; it is shared by shards until then.
-        local_experts = None if tensor.replicated else kept
-        layout = tensor_layout(layer.placement, tensor.expert_bytes, self.memory.page_bytes, local_experts)
-        return TensorSpec(tensor, layout)
+        kept = None if tensor.replicated else kept
+        return TensorSpec(tensor, tensor_layout(layer.placement, tensor.expert_bytes, self.memory.page_bytes, kept))
 
     def _share(self, position: int, layer: ExpertLayer, specs: Sequence[TensorSpec]) -> None:
-        shared = SharedLayer(layer, {}, {}, (), 0, [0] * layer.placement.num_experts)
+        shared = SharedLayer(layer, {}, {}, (), [0] * layer.placement.num_experts)
         results: dict[str, SharedTensor] = {}
         first = layer.placement.shard(self.rank).start
         staged = self.config.views(maps=self.memory.maps).staged
@@ -180,14 +187,20 @@ class _Sharing:
                     self.replicas.append((shared, spec.name, copy))
                     shared.direct[spec.name] = shard.new_empty(layer.placement.num_experts, *spec.tensor.expert_shape)
                     continue
-                self._count(shared, spec)
+                self.stored_bytes += spec.layout.stored_bytes(self.rank)
+                for expert, nbytes in enumerate(remote_bytes_of_experts(spec.layout, self.rank)):
+                    shared.remote_bytes[expert] += nbytes
                 results[spec.name] = self.store.share(spec, parts[spec.name], shard, first, slot)
         for name, result in results.items():
             shared.direct[name] = result.direct
             if result.staged is not None:
                 shared.staged[name] = result.staged
         if slot is not None:
-            self._plan(shared, [spec for spec in specs if spec.name in results], results)
+            layouts = {spec.name: spec.layout for spec in specs if spec.name in results}
+            order = copy_order(layouts, self.rank, own=not self.memory.maps)
+            pairs = [results[piece.tensor].pieces(piece) for piece in order]
+            # Nothing is left of a slice that lies past the tensor, in its last page.
+            shared.copies = [(to, source) for to, source in pairs if source.numel()]
         self.peak_bytes = max(self.peak_bytes, self.memory.held_bytes - self.held_at_start)
         self.layers.append(shared)  # before it is bound: if binding fails, it has to be undone too
         layer.bind(shared.direct)
@@ -206,29 +219,6 @@ class _Sharing:
             for (name, span), block in zip(spans[rank], blocks[rank], strict=True):
                 parts[name].append((rank, span, block))
         return dict(parts)
-
-    def _count(self, shared: SharedLayer, spec: TensorSpec) -> None:
-        self.stored_bytes += spec.layout.stored_bytes(self.rank)
-        for expert, nbytes in enumerate(remote_bytes_of_experts(spec.layout, self.rank)):
-            shared.remote_bytes[expert] += nbytes
-
-    def _plan(self, shared: SharedLayer, specs: Sequence[TensorSpec], results: dict[str, SharedTensor]) -> None:
-        layouts = {spec.name: spec.layout for spec in specs}
-        order = copy_order(layouts, self.rank, own=not self.memory.maps)
-        pairs = [results[piece.tensor].pieces(piece) for piece in order]
-        # Nothing is left of a slice that lies past the tensor, in its last page.
-        shared.copies = [(to, source) for to, source in pairs if source.numel()]
-        shared.copy_bytes = sum(source.numel() for _, source in shared.copies)
-
-    def _replicate(self) -> int:
-        """Give every rank its own copy of the replicated tensors; returns their bytes."""
-        nbytes = 0
-        for shared, name, copy in self.replicas:
-            full = copy()
-            shared.direct[name] = full
-            shared.layer.use({name: full})
-            nbytes += full.nbytes
-        return nbytes
 
 
 def share_experts(
@@ -263,8 +253,7 @@ def share_experts(
         except BaseException as error:
             reason = f"rank {exchange.rank}, {sharing.at}: {str(error) or type(error).__name__}"
             exchange.fail(reason)
-            for shared in sharing.layers:  # no parameter may point into what is unmapped next
-                shared.layer.use({name: tensor.new_empty(0) for name, tensor in shared.direct.items()})
+            _unbind(sharing.layers)
             if not isinstance(error, Exception):
                 raise
             raise DwdpSetupError(f"sharing the experts failed: {reason}") from error

@@ -70,7 +70,7 @@ class MappedStore:
     def __init__(self, memory: Memory, rank: int, slots: SlotMemory, owned: ExitStack) -> None:
         self._memory, self._rank, self._slots, self._owned = memory, rank, slots, owned
         self._views: list[View] = []
-        self._local: list[tuple[View, int, int]] = []  # staged view, offset and bytes of what is no slot
+        self._local: list[tuple[View, Span]] = []  # staged view, and what is no slot of it
         self._replicas: list[tuple[View, View, Sequence[Span]]] = []  # owners' view, own view, what is fetched
 
     def _view(self, spec: TensorSpec, placed: Sequence[tuple[int, Block]]) -> View:
@@ -90,22 +90,22 @@ class MappedStore:
         direct = self._written(spec, parts, shard, first)
         runs = spec.layout.replicas[self._rank]
         local = [(span.offset, block) for owner, span, block in parts if owner == self._rank]
-        if runs:
-            owners = direct
-            with ExitStack() as temporary:  # the views hold the memory
-                for run in runs:
-                    block = self._memory.create(run.nbytes)
-                    temporary.callback(block.close)
-                    local.append((run.offset, block))
-                peers = [
-                    (span.offset, block)
-                    for owner, span, block in parts
-                    if owner != self._rank and not any(run.offset <= span.offset < run.end for run in runs)
-                ]
+        with ExitStack() as temporary:  # the views hold the memory of replicas
+            for run in runs:
+                block = self._memory.create(run.nbytes)
+                temporary.callback(block.close)
+                local.append((run.offset, block))
+            if runs:
+                owners, peers = (
+                    direct,
+                    [
+                        (span.offset, block)
+                        for owner, span, block in parts
+                        if owner != self._rank and not any(run.offset <= span.offset < run.end for run in runs)
+                    ],
+                )
                 direct = self._view(spec, [*local, *peers])
-                staged = self._staged(spec, local, slot)
-            self._replicas.append((owners, direct, [piece for run in runs for piece in _by_block(parts, run)]))
-        else:
+                self._replicas.append((owners, direct, [piece for run in runs for piece in _by_block(parts, run)]))
             staged = self._staged(spec, local, slot)
         self._views.append(direct)
         target = staged or direct
@@ -119,7 +119,7 @@ class MappedStore:
         if slot is None:
             return None
         view = self._view(spec, [*local, *self._slots.blocks(slot, spec)])
-        self._local += [(view, offset, block.nbytes) for offset, block in local]
+        self._local += [(view, Span(offset, block.nbytes)) for offset, block in local]
         return view
 
     def replicate(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int) -> Callable[[], torch.Tensor]:
@@ -142,8 +142,8 @@ class MappedStore:
             owners.close()
         for view in self._views:
             view.protect()
-        for staged, offset, nbytes in self._local:
-            staged.protect_span(offset, nbytes)
+        for staged, span in self._local:
+            staged.protect(span)
 
 
 class UnmappedStore:
@@ -166,10 +166,8 @@ class UnmappedStore:
 
         def pieces(piece: Slice) -> tuple[torch.Tensor, torch.Tensor]:
             start, source = sources[piece.owner]
-            return (
-                staged[piece.span.offset : piece.span.end],
-                source[piece.span.offset - start : piece.span.end - start],
-            )
+            span = piece.span
+            return staged[span.offset : span.end], source[span.offset - start : span.end - start]
 
         tensor = spec.shape(staged)
         return SharedTensor(tensor, tensor, pieces)

@@ -53,13 +53,10 @@ class View:
         """The bytes of `span` that belong to the tensor (the last page may reach past its end). uint8."""
         return self.bytes[span.offset : min(span.end, self._spec.layout.nbytes)]
 
-    def protect(self) -> None:
-        """Make the whole view read-only in this process."""
-        self._pages.protect(0, self._pages.nbytes)
-
-    def protect_span(self, offset: int, nbytes: int) -> None:
-        """Make what one block holds of the view read-only in this process."""
-        self._pages.protect(offset, nbytes)
+    def protect(self, span: Span | None = None) -> None:
+        """Make what blocks hold of the view read-only in this process: those of `span`, or all."""
+        span = span or Span(0, self._pages.nbytes)
+        self._pages.protect(span.offset, span.nbytes)
 
     def close(self) -> None:
         """Unmap. The tensors must not be used any more. Idempotent."""

@@ -19,7 +19,7 @@ from cuda.bindings import driver
 from sglang_dwdp.config import TRANSPORTS
 from sglang_dwdp.memory.base import Block, Handle, Range
 from sglang_dwdp.memory.cuda_copy import CudaCopyEngine
-from sglang_dwdp.memory.cuda_driver import call, make_current, tensor_at, torch_bytes
+from sglang_dwdp.memory.cuda_driver import GpuMemory, call, tensor_at
 
 _FABRIC = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_FABRIC
 _FD = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
@@ -104,23 +104,17 @@ class CudaRange:
         call(driver.cuMemAddressFree, address, self.nbytes)
 
 
-class CudaMemory:
+class CudaMemory(GpuMemory):
     """One GPU's `Memory`."""
 
     transport = "cuda-vmm"
     maps = TRANSPORTS[transport].maps
 
     def __init__(self, device: int) -> None:
-        make_current(device)
-        self._device = device
-        self._created_bytes = 0
+        super().__init__(device)
         self.use_handles("fd")
         least = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         self.page_bytes = int(call(driver.cuMemGetAllocationGranularity, self._properties, least))
-
-    @property
-    def held_bytes(self) -> int:
-        return torch_bytes(self._device) + self._created_bytes
 
     def handle_kinds(self) -> Sequence[str]:
         """Fabric handles where one can be made and exported: a device may say that it has them and support neither."""
@@ -173,12 +167,6 @@ class CudaMemory:
 
     def reserve(self, nbytes: int) -> Range:
         return CudaRange(nbytes, self._device)
-
-    def trim(self) -> None:
-        torch.cuda.empty_cache()
-
-    def finish_writes(self) -> None:
-        torch.cuda.synchronize(self._device)
 
     def copy_engine(self, timeout_s: float) -> CudaCopyEngine:
         return CudaCopyEngine(self._device)

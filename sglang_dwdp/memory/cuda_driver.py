@@ -33,16 +33,27 @@ def tensor_at(address: int, nbytes: int, device: int) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=where).set_(storage)
 
 
-def make_current(device: int) -> None:
-    """Make `device` torch's device in this thread, and its primary context, which torch uses too, the driver's.
+class GpuMemory:
+    """What the kinds of GPU memory have in common of a `Memory`."""
 
-    Calls that name no device (cuMemAlloc, cuIpcOpenMemHandle, whether a stream is capturing) then mean this one.
-    """
-    torch.cuda.init()  # type: ignore[no-untyped-call]
-    torch.cuda.set_device(device)
-    torch.zeros(1, device=f"cuda:{device}")
+    def __init__(self, device: int) -> None:
+        """Make `device` torch's device in this thread, and its primary context, which torch uses too, the driver's.
 
+        Calls that name no device (cuMemAlloc, cuIpcOpenMemHandle, whether a stream is capturing) then mean this one.
+        """
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=f"cuda:{device}")
+        self._device = device
+        self._created_bytes = 0
 
-def torch_bytes(device: int) -> int:
-    """What torch's allocator holds of the device, its cache included."""
-    return int(torch.cuda.memory_reserved(device))
+    @property
+    def held_bytes(self) -> int:
+        """What torch's allocator holds of the device, its cache included, and the blocks made here."""
+        return int(torch.cuda.memory_reserved(self._device)) + self._created_bytes
+
+    def trim(self) -> None:
+        torch.cuda.empty_cache()
+
+    def finish_writes(self) -> None:
+        torch.cuda.synchronize(self._device)

@@ -16,7 +16,7 @@ from cuda.bindings import driver
 from sglang_dwdp.config import TRANSPORTS
 from sglang_dwdp.memory.base import Block, Handle, Range
 from sglang_dwdp.memory.cuda_copy import CudaCopyEngine
-from sglang_dwdp.memory.cuda_driver import call, make_current, tensor_at, torch_bytes
+from sglang_dwdp.memory.cuda_driver import GpuMemory, call, tensor_at
 
 HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 # The driver packs small allocations into one, and a handle then opens all of it; one of whole chunks stands alone.
@@ -54,21 +54,12 @@ class IpcBlock:
                 call(driver.cuMemFree if self._own else driver.cuIpcCloseMemHandle, address)
 
 
-class CudaIpcMemory:
+class CudaIpcMemory(GpuMemory):
     """One GPU's `Memory`."""
 
     transport = "cuda-ipc"
     page_bytes = 1  # nothing is mapped, so segments end where experts end
     maps = TRANSPORTS[transport].maps
-
-    def __init__(self, device: int) -> None:
-        make_current(device)
-        self._device = device
-        self._created_bytes = 0
-
-    @property
-    def held_bytes(self) -> int:
-        return torch_bytes(self._device) + self._created_bytes
 
     def handle_kinds(self) -> Sequence[str]:
         return ("ipc",)
@@ -98,12 +89,6 @@ class CudaIpcMemory:
 
     def reserve(self, nbytes: int) -> Range:
         raise TypeError("memory of CUDA IPC cannot be mapped into a range")
-
-    def trim(self) -> None:
-        torch.cuda.empty_cache()
-
-    def finish_writes(self) -> None:
-        torch.cuda.synchronize(self._device)
 
     def copy_engine(self, timeout_s: float) -> CudaCopyEngine:
         return CudaCopyEngine(self._device)

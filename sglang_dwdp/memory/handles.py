@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from sglang_dwdp.errors import DwdpSetupError
-from sglang_dwdp.memory.base import Block, Memory
+from sglang_dwdp.memory.base import Block, Handle, Memory
 from sglang_dwdp.memory.handshake import Exchange, close_fds
 
 
@@ -52,13 +52,13 @@ def swap_blocks(
 
     own = [kept(memory.create(nbytes)) for nbytes in sizes[exchange.rank]]
     handles = [memory.export(block) for block in own]
+    received: Sequence[Sequence[Handle]]
     if kind == "fd":
-        received: Sequence[Sequence[int | bytes]] = exchange.all_gather_fds([h for h in handles if isinstance(h, int)])
-        unclaimed = [fd for fds in received for fd in fds if isinstance(fd, int)]
+        received = exchange.all_gather_fds([handle for handle in handles if isinstance(handle, int)])
     else:
-        joined = b"".join(h for h in handles if isinstance(h, bytes))
+        joined = b"".join(handle for handle in handles if isinstance(handle, bytes))
         received = [_split(data, len(sizes[peer])) for peer, data in enumerate(exchange.all_gather(joined))]
-        unclaimed = []
+    unclaimed = [handle for sent in received for handle in sent if isinstance(handle, int)]
     stack.callback(lambda: close_fds(unclaimed))
     blocks: list[list[Block]] = []
     for peer, sent in enumerate(received):

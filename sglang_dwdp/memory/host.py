@@ -10,10 +10,9 @@ import ctypes
 import errno
 import mmap
 import os
-import queue
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -28,23 +27,14 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_long,
-)
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int) -> int:
     mapped = _libc.mmap(address, nbytes, protection, flags, fd, 0)
-    if mapped == _MAP_FAILED:
-        code = ctypes.get_errno()
-        raise OSError(code, f"mmap of {nbytes} bytes: {os.strerror(code)}")
+    _check(mapped == _MAP_FAILED, f"mmap of {nbytes} bytes")
     return int(mapped)
 
 
@@ -75,9 +65,8 @@ class HostRange:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        self._address: int | None = _mmap(
-            None, nbytes, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1
-        )
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self._address: int | None = _mmap(None, nbytes, _PROT_NONE, flags, -1)
 
     def _at(self, offset: int, nbytes: int) -> int:
         if self._address is None:
@@ -105,26 +94,9 @@ class HostRange:
 
 
 class HostEvent:
-    """A CUDA event's meaning on the host: of several recordings, waits are for the last one."""
+    """A CUDA event's meaning on the host: the fill that it stands for was the last one, and is over or under way."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pending = 0
-        self.happened = threading.Event()
-        self.happened.set()
-
-    def announce(self) -> None:
-        """It will happen once more."""
-        with self._lock:
-            self._pending += 1
-            self.happened.clear()
-
-    def happen(self) -> None:
-        """One announced time is over; it has happened when none is left."""
-        with self._lock:
-            self._pending -= 1
-            if self._pending == 0:
-                self.happened.set()
+    fill: Future[None] | None = None
 
 
 class HostCopyEngine:
@@ -133,62 +105,54 @@ class HostCopyEngine:
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._exposed_s = 0.0
-        self._error: BaseException | None = None
-        self._jobs: queue.SimpleQueue[tuple[CopyList, HostEvent, HostEvent] | None] = queue.SimpleQueue()
-        self._worker = threading.Thread(target=self._run, name="dwdp-copy", daemon=True)
-        self._worker.start()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="dwdp-copy")
 
     def event(self) -> HostEvent:
         return HostEvent()
 
     def record(self, event: Event) -> None:
         assert isinstance(event, HostEvent)
-        event.happened.set()
+        event.fill = None
 
     def prepare(self, copies: CopyList) -> CopyList:
         return copies
 
     def fill(self, prepared: CopyList, after: Event, done: Event) -> None:
-        assert isinstance(after, HostEvent)
+        # `after` has happened: it was recorded by this thread, or is of an earlier fill of the one worker.
         assert isinstance(done, HostEvent)
-        done.announce()
-        self._jobs.put((prepared, after, done))
+        done.fill = self._worker.submit(_copy, prepared)
 
     def wait(self, done: Event) -> None:
         assert isinstance(done, HostEvent)
         start = time.perf_counter()
-        happened = done.happened.wait(self._timeout_s)
-        self._exposed_s += time.perf_counter() - start
-        if not happened:
+        try:
+            if done.fill is not None:
+                done.fill.result(self._timeout_s)
+        except TimeoutError:
             raise DwdpRuntimeError(
                 f"a copy of remote experts did not end within {self._timeout_s:g} s (--dwdp-timeout-s)."
-            )
-        if self._error is not None:
-            raise DwdpRuntimeError(f"copying remote experts failed: {self._error!r}") from self._error
+            ) from None
+        except Exception as error:
+            raise DwdpRuntimeError(f"copying remote experts failed: {error!r}") from error
+        finally:
+            self._exposed_s += time.perf_counter() - start
 
     def exposed_s(self) -> float:
         return self._exposed_s
 
     def close(self) -> None:
-        if self._worker.is_alive():
-            self._jobs.put(None)
-            self._worker.join()
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            copies, after, done = job
-            try:
-                after.happened.wait()
-                for destination, source in copies:
-                    destination.copy_(source)
-            except Exception as error:  # noqa: BLE001  (whatever it is, the waiting thread must hear of it)
-                self._error = error
-            done.happen()
+        self._worker.shutdown()
 
 
-def _available_bytes() -> int:
-    with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+def _copy(copies: CopyList) -> None:
+    for destination, source in copies:
+        destination.copy_(source)
+
+
+def _kernel_bytes(path: str, name: str) -> int:
+    """A figure of the kernel's, which it gives in KiB."""
+    with open(path) as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 class HostMemory:
@@ -204,9 +168,7 @@ class HostMemory:
     @property
     def held_bytes(self) -> int:
         """Anonymous memory, and the blocks made here (a page of a block may be mapped several times)."""
-        with open("/proc/self/status") as lines:
-            anonymous = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
-        return anonymous + self._created_bytes
+        return _kernel_bytes("/proc/self/status", "RssAnon:") + self._created_bytes
 
     def handle_kinds(self) -> Sequence[str]:
         return ("fd",)
@@ -217,7 +179,7 @@ class HostMemory:
     def create(self, nbytes: int) -> HostBlock:
         if nbytes < 1 or nbytes % self.page_bytes:
             raise ValueError(f"a block has whole pages of {self.page_bytes} bytes, not {nbytes} bytes")
-        if nbytes > (available := _available_bytes()):
+        if nbytes > (available := _kernel_bytes("/proc/meminfo", "MemAvailable:")):
             raise OSError(errno.ENOMEM, f"{nbytes} bytes of host memory wanted, {available} available")
         fd = os.memfd_create("sglang-dwdp", os.MFD_CLOEXEC)
         try:

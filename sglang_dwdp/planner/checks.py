@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -64,16 +63,3 @@ def read_mapping(path: Path, what: str, *, yaml: bool = False) -> dict[str, Any]
     if not isinstance(data, dict):
         raise PlannerError(f"{what} {path} must hold a mapping, not {type(data).__name__}")
     return data
-
-
-def optional(module: str) -> Any:
-    """A module of the optional dependencies.
-
-    Raises:
-        PlannerError: if it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError:
-        name = module.partition(".")[0]
-        raise PlannerError(f"{name} is not installed; run: pip install sglang-dwdp[planner]") from None

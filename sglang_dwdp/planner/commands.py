@@ -6,32 +6,10 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
-from sglang_dwdp.planner.checks import optional
 from sglang_dwdp.planner.errors import PlannerError
-
-
-def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the subcommands; each sets ``run``: parsed arguments in, exit code out."""
-    _add_plan(subparsers)
-    simulate = subparsers.add_parser("simulate", help="simulate prefill serving request by request")
-    simulate.add_argument("--scenario", required=True, metavar="FILE", help="YAML; see benchmarks/scenarios")
-    _add_output(simulate)
-    simulate.set_defaults(run=_run_simulate)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--plot", metavar="FILE", help="write a figure (.png, .pdf or .svg)")
-
 
 # option, default, help
 _COUNTS = (
@@ -44,21 +22,39 @@ _COUNTS = (
 )
 
 
-def _add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the subcommands; each sets ``run``: parsed arguments in, exit code out."""
     plan = subparsers.add_parser("plan", help="will DWDP pay for this model on these GPUs?")
     add = plan.add_argument
     add("model", help="path of a config.json or of its folder, or a built-in model; an unknown name lists them")
     add("--gpu", required=True, help="H100, H200, B200, GB200, MI355X, or a driver's name of one of them")
     add("--gpu-file", metavar="FILE", help="YAML or JSON: measured figures in place of the GPU's (docs/planner.md)")
     for option, default, text in _COUNTS:
-        add(option, type=_count, default=default, metavar="N", help=text)
+        add(option, type=at_least(1), default=default, metavar="N", help=text)
     add("--length-ratio", type=float, default=0.8, metavar="R", help="the shortest prompt's part of it (default 0.8)")
     add("--weight-format", help="of the experts (default: as shipped)")
     exchanges = ("all-gather", "all-to-all")
     add("--exchange", choices=exchanges, default=exchanges[0], help="DEP's: SGLang's default, or an all-to-all backend")
     add("--eplb", action="store_true", help="DEP balances its experts: no wait for hot ones")
-    _add_output(plan)
     plan.set_defaults(run=_run_plan)
+    simulate = subparsers.add_parser("simulate", help="simulate prefill serving request by request")
+    simulate.add_argument("--scenario", required=True, metavar="FILE", help="YAML; see benchmarks/scenarios")
+    simulate.set_defaults(run=_run_simulate)
+    for parser in (plan, simulate):
+        parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        parser.add_argument("--plot", metavar="FILE", help="write a figure (.png, .pdf or .svg)")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number from `least` on."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        return value
+
+    return number
 
 
 def _emit(data: object) -> None:
@@ -66,7 +62,8 @@ def _emit(data: object) -> None:
 
 
 def _run_plan(args: argparse.Namespace) -> int:
-    console = optional("rich.console").Console()
+    from rich.console import Console
+
     from sglang_dwdp.planner.compare import Case
     from sglang_dwdp.planner.cost import Group
     from sglang_dwdp.planner.formats import default_precision, get_format
@@ -100,6 +97,7 @@ def _run_plan(args: argparse.Namespace) -> int:
     if args.json:
         _emit(plan_json(plan))
     else:
+        console = Console()
         console.print(plan_tables(plan))
         if plan.flags:
             label = "Set" if plan.pays else "To serve with DWDP nonetheless"
@@ -111,7 +109,8 @@ def _run_plan(args: argparse.Namespace) -> int:
 
 
 def _run_simulate(args: argparse.Namespace) -> int:
-    console = optional("rich.console").Console()
+    from rich.console import Console
+
     from sglang_dwdp.planner.plots import check_figure, plot_results
     from sglang_dwdp.planner.report import result_json, result_table
     from sglang_dwdp.planner.scenario import load_scenarios
@@ -124,6 +123,7 @@ def _run_simulate(args: argparse.Namespace) -> int:
     if args.json:
         _emit([result_json(result) for result in results])
     else:
+        console = Console()
         console.print(result_table(results))
         console.print(f"simulated in {time.perf_counter() - started:.1f} s")
     if args.plot is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sglang_dwdp.planner.cost import Estimate, Group, dwdp, in_tree_group, replica
 from sglang_dwdp.planner.dep import dep
 from sglang_dwdp.planner.formats import Precision
-from sglang_dwdp.planner.gpu import Gpu
+from sglang_dwdp.planner.gpus import Gpu
 from sglang_dwdp.planner.memory import memory
 from sglang_dwdp.planner.shape import ModelShape
 from sglang_dwdp.planner.workload import Lengths, mean_batch, typical_rounds

@@ -15,7 +15,7 @@ from sglang_dwdp.planner import kernels
 from sglang_dwdp.planner.checks import STRICT, AtLeastOne, Count, checked
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import Precision
-from sglang_dwdp.planner.gpu import Gpu
+from sglang_dwdp.planner.gpus import Gpu
 from sglang_dwdp.planner.shape import ModelShape
 from sglang_dwdp.planner.workload import Batch
 

@@ -18,7 +18,7 @@ from sglang_dwdp.planner import kernels
 from sglang_dwdp.planner.cost import Estimate, Parts, equal_share, forward_parts
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import Precision
-from sglang_dwdp.planner.gpu import Gpu
+from sglang_dwdp.planner.gpus import Gpu
 from sglang_dwdp.planner.shape import ModelShape
 from sglang_dwdp.planner.workload import Batch, mean_batch
 

@@ -6,7 +6,7 @@ Every function returns seconds. FLOP counts are 2 per multiply-add; bytes are th
 from __future__ import annotations
 
 from sglang_dwdp.planner.formats import FORMATS, Precision, WeightFormat
-from sglang_dwdp.planner.gpu import Gpu
+from sglang_dwdp.planner.gpus import Gpu
 from sglang_dwdp.planner.shape import ModelShape
 from sglang_dwdp.planner.workload import Batch
 
@@ -33,12 +33,14 @@ def dense_gemm(gpu: Gpu, fmt: WeightFormat, rows: float, params: float) -> float
 
     The overlap of 2 rows params / (peak eff) with weight bytes / (HBM eff), plus the latency.
     """
-    if rows <= 0 or params <= 0:
-        return 0.0
-    fraction = min(gpu.efficiency.dense_gemm, gpu.efficiency.gemm_cap)
-    compute = 2.0 * rows * params / (gpu.peak(fmt) * fraction)
-    read = params * fmt.bytes_per_param / (gpu.hbm_bandwidth * gpu.efficiency.weight_read)
-    return overlapped(gpu, compute, read) + gpu.efficiency.gemm_latency
+    return _product(gpu, fmt, gpu.efficiency.dense_gemm, rows, params, params) if rows > 0 and params > 0 else 0.0
+
+
+def _product(gpu: Gpu, fmt: WeightFormat, fraction: float, rows: float, multiplied: float, read: float) -> float:
+    """``rows`` rows at ``fraction`` of the peak, each times ``multiplied`` weights, of which ``read`` are read once."""
+    compute = 2.0 * rows * multiplied / (gpu.peak(fmt) * min(fraction, gpu.efficiency.gemm_cap))
+    memory = read * fmt.bytes_per_param / (gpu.hbm_bandwidth * gpu.efficiency.weight_read)
+    return overlapped(gpu, compute, memory) + gpu.efficiency.gemm_latency
 
 
 def grouped_product(gpu: Gpu, fmt: WeightFormat, rows: float, experts: int, depth: int, width: int) -> float:
@@ -52,10 +54,7 @@ def grouped_product(gpu: Gpu, fmt: WeightFormat, rows: float, experts: int, dept
         return 0.0
     padded = rows + gpu.efficiency.tile_rows / 2 * active
     fraction = gpu.efficiency.grouped_gemm * depth / (depth + gpu.efficiency.half_depth)
-    rate = gpu.peak(fmt) * min(fraction, gpu.efficiency.gemm_cap)
-    weights = active * depth * width * fmt.bytes_per_param
-    read = weights / (gpu.hbm_bandwidth * gpu.efficiency.weight_read)
-    return overlapped(gpu, 2.0 * padded * depth * width / rate, read) + gpu.efficiency.gemm_latency
+    return _product(gpu, fmt, fraction, padded, depth * width, active * depth * width)
 
 
 def grouped_gemm(model: ModelShape, gpu: Gpu, fmt: WeightFormat, rows: float, experts: int) -> float:
@@ -86,7 +85,7 @@ def elementwise_elements(model: ModelShape, moe: bool) -> float:
     Two fused norms (8 hidden), query, key and value in and out of the rotary embedding and cache write (2 each), the
     routed copies' permutation and weighted sum (2 hidden per copy + hidden), the activation (3 intermediate per copy).
     """
-    if model.mla is None:
+    if not model.kv_rank:
         qkv = model.heads * model.qk_dim + model.kv_heads * (model.qk_dim + model.v_dim)
     else:  # the latent key and value are expanded per head for prefill
         qkv = model.heads * (2 * model.qk_dim + model.v_dim)

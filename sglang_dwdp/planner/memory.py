@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sglang_dwdp.planner.cost import Group, equal_share, layer_fetch_bytes
 from sglang_dwdp.planner.formats import Precision
-from sglang_dwdp.planner.gpu import Gpu
+from sglang_dwdp.planner.gpus import Gpu
 from sglang_dwdp.planner.shape import ModelShape
 
 # CUDA context, NCCL or copy buffers, workspaces and graph pools. SGLang's default

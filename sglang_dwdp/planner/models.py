@@ -11,17 +11,9 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from sglang_dwdp.planner.checks import one_line, read_mapping
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import format_of_config
-from sglang_dwdp.planner.shape import Mla, ModelShape
+from sglang_dwdp.planner.shape import ModelShape
 from sglang_dwdp.support.models import EXPERT_COUNT_KEYS
 
-ALIASES = {
-    "deepseek-r1": "deepseek-v3",
-    "deepseek-r1-0528": "deepseek-v3",
-    "qwen3-235b": "qwen3-235b-a22b",
-    "qwen3-30b": "qwen3-30b-a3b",
-    "mixtral": "mixtral-8x7b",
-    "kimi-k2-instruct": "kimi-k2",
-}
 BUILTIN_CONFIGS = read_mapping(Path(__file__).with_name("models.yaml"), "built-in models", yaml=True)
 # No model's dimension comes near; beyond it a config is nonsense.
 LARGEST = 10**8
@@ -102,10 +94,8 @@ def _shape(c: _Config, name: str) -> ModelShape:
             f"{c.top_k} of {c.experts} experts of width {intermediate} per token, {dense} of {c.num_hidden_layers} "
             "layers dense: not a mixture of experts"
         )
-    mla, qk_dim = None, c.head_dim or max(1, c.hidden_size // c.num_attention_heads)
-    v_dim = qk_dim
+    qk_dim = v_dim = c.head_dim or max(1, c.hidden_size // c.num_attention_heads)
     if c.kv_lora_rank:
-        mla = Mla(c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim)
         qk_dim, v_dim = c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
     windowed = c.layer_types.count("sliding_attention")
     return ModelShape(
@@ -123,7 +113,9 @@ def _shape(c: _Config, name: str) -> ModelShape:
         qk_dim=qk_dim,
         v_dim=v_dim,
         vocab=c.vocab_size,
-        mla=mla,
+        q_rank=c.q_lora_rank,
+        kv_rank=c.kv_lora_rank,
+        rope_dim=c.qk_rope_head_dim,
         window=c.sliding_window if windowed else 0,
         window_layers=windowed,
         expert_format=format_of_config(c.quantization_config),
@@ -146,11 +138,9 @@ def load_model(name_or_path: str) -> ModelShape:
         name = path.absolute().parent.name if path.name == "config.json" else path.stem
         return model_from_config(read_mapping(path, "model config"), name)
     key = name_or_path.rsplit("/", 1)[-1].lower()
-    key = ALIASES.get(key, key)
     if key not in BUILTIN_CONFIGS:
-        known = ", ".join(sorted([*BUILTIN_CONFIGS, *ALIASES]))
         raise PlannerError(
-            f"{name_or_path!r} is neither a config.json nor a built-in model; built in: {known}. "
-            "For another model give the path of its config.json."
+            f"{name_or_path!r} is neither a config.json nor a built-in model; built in: "
+            f"{', '.join(sorted(BUILTIN_CONFIGS))}. For another model give the path of its config.json."
         )
     return model_from_config(BUILTIN_CONFIGS[key], key)

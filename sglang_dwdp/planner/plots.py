@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_dwdp.planner.checks import optional
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.plan import Plan
 
@@ -17,8 +16,12 @@ FIGURES = (".pdf", ".png", ".svg")
 
 
 def _axes() -> tuple[Any, Any]:
-    optional("matplotlib").use("Agg")
-    figure, axes = optional("matplotlib.pyplot").subplots(figsize=(9, 5), layout="constrained")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     axes.grid(alpha=0.3)
     return figure, axes
 

@@ -16,8 +16,7 @@ from sglang_dwdp.planner.cost import Copies, Group
 from sglang_dwdp.planner.dep import Exchange
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import Precision, default_precision, get_format
-from sglang_dwdp.planner.gpu import Gpu
-from sglang_dwdp.planner.gpus import get_gpu
+from sglang_dwdp.planner.gpus import Gpu, get_gpu
 from sglang_dwdp.planner.memory import memory
 from sglang_dwdp.planner.models import load_model
 from sglang_dwdp.planner.shape import ModelShape
@@ -133,18 +132,17 @@ def load_scenarios(path: str) -> list[Scenario]:
         PlannerError: if the file is missing or malformed.
     """
     data = read_mapping(Path(path), "scenario file", yaml=True)
+    scenarios, defaults = data.get("scenarios", {Path(path).stem: data}), data.get("defaults") or {}
     if "scenarios" not in data:
-        return [_named(path, Path(path).stem, data)]
-    scenarios, defaults = data["scenarios"], data.get("defaults") or {}
-    if data.keys() - {"scenarios", "defaults"} or not isinstance(scenarios, dict) or not scenarios:
+        defaults = {}
+    elif data.keys() - {"scenarios", "defaults"} or not isinstance(scenarios, dict) or not scenarios:
         raise PlannerError(f"{path} must hold scenarios, a mapping of names to settings, and defaults; nothing else")
     if not all(isinstance(settings or {}, dict) for settings in (defaults, *scenarios.values())):
         raise PlannerError(f"{path}: defaults and each of the scenarios must be mappings of settings")
-    return [_named(path, str(name), {**defaults, **(own or {})}) for name, own in scenarios.items()]
-
-
-def _named(path: str, name: str, settings: Mapping[str, Any]) -> Scenario:
-    try:
-        return scenario_from_mapping(settings, name)
-    except DwdpError as error:
-        raise PlannerError(f"{path}, scenario {name}: {error}") from None
+    found = []
+    for name, own in scenarios.items():
+        try:
+            found.append(scenario_from_mapping({**defaults, **(own or {})}, str(name)))
+        except DwdpError as error:
+            raise PlannerError(f"{path}, scenario {name}: {error}") from None
+    return found

@@ -6,20 +6,13 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Mla:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): ranks and head sizes."""
-
-    q_rank: int
-    kv_rank: int
-    rope_dim: int
-
-
-@dataclass(frozen=True)
 class ModelShape:
     """Dimensions of one model; all counts are plain integers, parameters are counted once.
 
     Attributes:
         qk_dim, v_dim: head sizes of the query-key product and of the values.
+        q_rank, kv_rank, rope_dim: ranks and rotary size of a head in multi-head latent attention (DeepSeek-V2, arXiv
+            2405.04434), with which kv_rank is not 0; a q_rank of 0 leaves the query whole.
         window: sliding-window length in tokens of the ``window_layers`` layers; 0 for none.
         shared_intermediate: width of the shared experts together; 0 for none.
         expert_format: name of the weight format that the checkpoint ships its experts in.
@@ -39,7 +32,9 @@ class ModelShape:
     qk_dim: int
     v_dim: int
     vocab: int
-    mla: Mla | None = None
+    q_rank: int = 0
+    kv_rank: int = 0
+    rope_dim: int = 0
     window: int = 0
     window_layers: int = 0
     expert_format: str = "bf16"
@@ -64,13 +59,11 @@ class ModelShape:
     def projection_params(self) -> int:
         """Parameters of one layer's attention projections."""
         out = self.heads * self.v_dim * self.hidden
-        if self.mla is None:
-            kv = self.hidden * self.kv_heads * (self.qk_dim + self.v_dim)
-            return self.hidden * self.heads * self.qk_dim + kv + out
-        nope = self.qk_dim - self.mla.rope_dim
-        query = self.hidden * self.mla.q_rank + self.mla.q_rank * self.heads * self.qk_dim
-        if self.mla.q_rank == 0:
-            query = self.hidden * self.heads * self.qk_dim
-        down = self.hidden * (self.mla.kv_rank + self.mla.rope_dim)
-        up = self.mla.kv_rank * self.heads * (nope + self.v_dim)
+        query = self.hidden * self.heads * self.qk_dim
+        if not self.kv_rank:
+            return query + self.hidden * self.kv_heads * (self.qk_dim + self.v_dim) + out
+        if self.q_rank:
+            query = self.q_rank * (self.hidden + self.heads * self.qk_dim)
+        down = self.hidden * (self.kv_rank + self.rope_dim)
+        up = self.kv_rank * self.heads * (self.qk_dim - self.rope_dim + self.v_dim)
         return query + down + up + out

@@ -39,101 +39,70 @@ class MoeBackend:
     """One backend for one weight format.
 
     Attributes:
-        method: SGLang's class for the format.
-        name: the value of the layer's runner backend.
         weights: the format; None if the backend is not listed.
-        gpus: generations that SGLang has it for.
+        name: the value of the layer's runner backend.
         status: whether it may be used.
+        gpus: generations that SGLang has it for.
         reason: why it is unsupported.
     """
 
-    method: str
-    name: str
     weights: WeightFormat | None
-    gpus: tuple[str, ...]
+    name: str
     status: Status
+    gpus: tuple[str, ...] = ()
     reason: str = ""
 
 
 HOPPER, BLACKWELL = "Hopper", "Blackwell"
-_BOTH = (HOPPER, BLACKWELL)
-_METHODS: Mapping[WeightFormat, str] = {
-    WeightFormat.BF16: "UnquantizedFusedMoEMethod",
-    WeightFormat.BLOCK_FP8: "Fp8MoEMethod",
-    WeightFormat.MXFP4: "Mxfp4MoEMethod",
-    WeightFormat.NVFP4: "ModelOptNvFp4FusedMoEMethod",
+_BOTH, _HOPPER, _BLACKWELL = (HOPPER, BLACKWELL), (HOPPER,), (BLACKWELL,)
+_BF16, _FP8, _MXFP4, _NVFP4 = WeightFormat
+_VALIDATED, _UNVALIDATED, _UNSUPPORTED = Status
+_FORMATS: Mapping[str, WeightFormat] = {  # by SGLang's class
+    "UnquantizedFusedMoEMethod": _BF16,
+    "Fp8MoEMethod": _FP8,
+    "Mxfp4MoEMethod": _MXFP4,
+    "ModelOptNvFp4FusedMoEMethod": _NVFP4,
 }
+_TRITON_KERNEL = "its own routing and weight layout were not examined"
+_CUTLASS = "it makes its tables of pointers and strides for the experts that a rank loads, before they are shared"
+_HPC_OPS = "the padded scales that it keeps beside the checkpoint's were not examined"
+_MXFP4_TRITON_KERNEL = "it swizzles all experts' weights and scales together into objects of its own"
 _NVFP4_SCALES = (
     "SGLang takes a rank's part of the checkpoint's input scales by its place in expert parallelism, so every rank "
     "would get those of the first experts"
 )
-
-
-def _validated(weights: WeightFormat, name: str, *gpus: str) -> MoeBackend:
-    return MoeBackend(_METHODS[weights], name, weights, gpus, Status.VALIDATED)
-
-
-def _unvalidated(weights: WeightFormat, name: str, *gpus: str) -> MoeBackend:
-    return MoeBackend(_METHODS[weights], name, weights, gpus, Status.UNVALIDATED)
-
-
-def _unsupported(weights: WeightFormat, name: str, *gpus: str, reason: str) -> MoeBackend:
-    return MoeBackend(_METHODS[weights], name, weights, gpus, Status.UNSUPPORTED, reason)
-
-
-MOE_BACKENDS = (
-    _validated(WeightFormat.BF16, "triton", *_BOTH),
-    _validated(WeightFormat.BF16, "flashinfer_cutlass", *_BOTH),
-    _validated(WeightFormat.BF16, "deep_gemm", *_BOTH),
-    _unvalidated(WeightFormat.BF16, "flashinfer_trtllm", BLACKWELL),
-    _unvalidated(WeightFormat.BF16, "flashinfer_trtllm_routed", BLACKWELL),
-    _unsupported(
-        WeightFormat.BF16, "triton_kernel", *_BOTH, reason="its own routing and weight layout were not examined"
-    ),
-    _validated(WeightFormat.BLOCK_FP8, "triton", *_BOTH),
-    _validated(WeightFormat.BLOCK_FP8, "deep_gemm", *_BOTH),
-    _validated(WeightFormat.BLOCK_FP8, FLASHINFER_FP8, HOPPER),
-    _unvalidated(WeightFormat.BLOCK_FP8, "flashinfer_trtllm", BLACKWELL),
-    _unvalidated(WeightFormat.BLOCK_FP8, "flashinfer_trtllm_routed", BLACKWELL),
-    _unsupported(
-        WeightFormat.BLOCK_FP8,
-        "cutlass",
-        *_BOTH,
-        reason="it makes its tables of pointers and strides for the experts that a rank loads, before they are shared",
-    ),
-    _unsupported(
-        WeightFormat.BLOCK_FP8,
-        "hpc_ops",
-        HOPPER,
-        reason="the padded scales that it keeps beside the checkpoint's were not examined",
-    ),
-    _validated(WeightFormat.MXFP4, "flashinfer_mxfp4", *_BOTH),
-    _unsupported(
-        WeightFormat.MXFP4,
-        "triton_kernel",
-        *_BOTH,
-        reason="it swizzles all experts' weights and scales together into objects of its own",
-    ),
-    _validated(WeightFormat.MXFP4, "triton", *_BOTH),  # SGLang turns the weights into bf16, four times the size
-    _unsupported(WeightFormat.NVFP4, "flashinfer_trtllm", BLACKWELL, reason=_NVFP4_SCALES),
-    _unsupported(WeightFormat.NVFP4, "flashinfer_cutlass", BLACKWELL, reason=_NVFP4_SCALES),
-    _unsupported(
-        WeightFormat.NVFP4,
-        "flashinfer_cutedsl",
-        BLACKWELL,
-        reason="it asserts that experts are divided by expert parallelism, and lays the block scales of all experts "
-        "out in one tensor whose first dimension is not the expert",
-    ),
+_CUTEDSL = (
+    "it asserts that experts are divided by expert parallelism, and lays the block scales of all experts "
+    "out in one tensor whose first dimension is not the expert"
 )
-_BY_KEY = {(backend.method, backend.name): backend for backend in MOE_BACKENDS}
+MOE_BACKENDS = (
+    MoeBackend(_BF16, "triton", _VALIDATED, _BOTH),
+    MoeBackend(_BF16, "flashinfer_cutlass", _VALIDATED, _BOTH),
+    MoeBackend(_BF16, "deep_gemm", _VALIDATED, _BOTH),
+    MoeBackend(_BF16, "flashinfer_trtllm", _UNVALIDATED, _BLACKWELL),
+    MoeBackend(_BF16, "flashinfer_trtllm_routed", _UNVALIDATED, _BLACKWELL),
+    MoeBackend(_BF16, "triton_kernel", _UNSUPPORTED, _BOTH, _TRITON_KERNEL),
+    MoeBackend(_FP8, "triton", _VALIDATED, _BOTH),
+    MoeBackend(_FP8, "deep_gemm", _VALIDATED, _BOTH),
+    MoeBackend(_FP8, FLASHINFER_FP8, _VALIDATED, _HOPPER),
+    MoeBackend(_FP8, "flashinfer_trtllm", _UNVALIDATED, _BLACKWELL),
+    MoeBackend(_FP8, "flashinfer_trtllm_routed", _UNVALIDATED, _BLACKWELL),
+    MoeBackend(_FP8, "cutlass", _UNSUPPORTED, _BOTH, _CUTLASS),
+    MoeBackend(_FP8, "hpc_ops", _UNSUPPORTED, _HOPPER, _HPC_OPS),
+    MoeBackend(_MXFP4, "flashinfer_mxfp4", _VALIDATED, _BOTH),
+    MoeBackend(_MXFP4, "triton_kernel", _UNSUPPORTED, _BOTH, _MXFP4_TRITON_KERNEL),
+    MoeBackend(_MXFP4, "triton", _VALIDATED, _BOTH),  # SGLang turns the weights into bf16, four times the size
+    MoeBackend(_NVFP4, "flashinfer_trtllm", _UNSUPPORTED, _BLACKWELL, _NVFP4_SCALES),
+    MoeBackend(_NVFP4, "flashinfer_cutlass", _UNSUPPORTED, _BLACKWELL, _NVFP4_SCALES),
+    MoeBackend(_NVFP4, "flashinfer_cutedsl", _UNSUPPORTED, _BLACKWELL, _CUTEDSL),
+)
 
 
 def find_backend(method: str, name: str | None) -> MoeBackend:
     """The backend of a layer with these names; unsupported if it is not in the table."""
-    known = _BY_KEY.get((method, name or ""))
-    if known is not None:
-        return known
-    return MoeBackend(method, str(name), None, (), Status.UNSUPPORTED, "it was not examined")
+    key = _FORMATS.get(method), name
+    unknown = MoeBackend(None, str(name), _UNSUPPORTED, reason="it was not examined")
+    return next((one for one in MOE_BACKENDS if (one.weights, one.name) == key), unknown)
 
 
 def is_validated(backend: MoeBackend, gpu: str) -> bool:
@@ -149,7 +118,8 @@ def check_backend(layer_id: int, method: str, name: str | None) -> MoeBackend:
     """
     backend = find_backend(method, name)
     if backend.status is Status.UNSUPPORTED:
-        others = [o.name for o in MOE_BACKENDS if o.method == method and o.status is not Status.UNSUPPORTED]
+        weights = _FORMATS.get(method)
+        others = [o.name for o in MOE_BACKENDS if o.weights is weights and o.status is not Status.UNSUPPORTED]
         # The runner that this package adds is asked for by FlashInfer's name.
         names = ["flashinfer_cutlass" if other == FLASHINFER_FP8 else other for other in others]
         advice = f"Use --moe-runner-backend {' or '.join(names)}" if names else "Use another quantization"
@@ -178,17 +148,14 @@ class Default:
 # What --moe-runner-backend auto stands for on Hopper, by format, the best first, by the table in docs/kernels.md. The
 # entry of bf16 is for gpt-oss. Everything else is left to SGLang, whose choice for bf16 and block-FP8, Triton, is what
 # the table says too.
+_INSTEAD = "SGLang's own choice, triton_kernel, cannot read shared experts"
+_NOT_BUILT = (
+    f"{_INSTEAD}, and FlashInfer's kernels are not built (python kernels/build.py --format mxfp4); experts take four "
+    "times the memory, as bf16"
+)
 DEFAULTS: Mapping[WeightFormat, tuple[Default, ...]] = {
-    WeightFormat.BF16: (Default("triton", None, "SGLang's own choice, triton_kernel, cannot read shared experts"),),
-    WeightFormat.MXFP4: (
-        Default("flashinfer_mxfp4", "mxfp4", "SGLang's own choice, triton_kernel, cannot read shared experts"),
-        Default(
-            "triton",
-            None,
-            "SGLang's own choice, triton_kernel, cannot read shared experts, and FlashInfer's kernels are not built "
-            "(python kernels/build.py --format mxfp4); experts take four times the memory, as bf16",
-        ),
-    ),
+    _BF16: (Default("triton", None, _INSTEAD),),
+    _MXFP4: (Default("flashinfer_mxfp4", "mxfp4", _INSTEAD), Default("triton", None, _NOT_BUILT)),
 }
 
 

@@ -44,28 +44,25 @@ def built() -> dict[str, Path]:
     from flashinfer.jit import env
 
     below = Path(env.FLASHINFER_JIT_DIR).relative_to(env.FLASHINFER_CACHE_DIR)
+    cuda = torch.version.cuda
     found: dict[str, Path] = {}
     for weight_format in FORMATS:
         name = module_name(weight_format)
         for folder in (Path(env.FLASHINFER_JIT_DIR) / name, Path.home() / ".cache" / "flashinfer" / below / name):
+            library = folder / f"{name}.so"
             try:
                 built_for = str(json.loads((folder / MANIFEST).read_text()).get("cuda", ""))
             except (OSError, ValueError):
                 continue
-            if (folder / f"{name}.so").exists() and _fits(weight_format, built_for, torch.version.cuda or ""):
-                found.setdefault(weight_format, folder / f"{name}.so")
+            if built_for and cuda and built_for.split(".")[0] != cuda.split(".")[0] and library.exists():
+                logger.warning(
+                    "The slim FlashInfer module for %s was built for CUDA %s, and PyTorch is for CUDA %s: build it "
+                    "again (python kernels/build.py --format %s).",
+                    *(weight_format, built_for, cuda, weight_format),
+                )
+            elif library.exists():
+                found.setdefault(weight_format, library)
     return found
-
-
-def _fits(weight_format: str, built_for: str, cuda: str) -> bool:
-    fits = not (built_for and cuda) or built_for.split(".")[0] == cuda.split(".")[0]
-    if not fits:
-        logger.warning(
-            "The slim FlashInfer module for %s was built for CUDA %s, and PyTorch is for CUDA %s: build it again "
-            "(python kernels/build.py --format %s).",
-            *(weight_format, built_for, cuda, weight_format),
-        )
-    return fits
 
 
 def ready(weight_format: str) -> bool:

@@ -59,13 +59,13 @@ def test_what_a_user_can_mend_is_one_line(capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def run(_args: object) -> int:
-        raise ModuleNotFoundError("No module named 'simpy'", name="simpy")
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
 
     parsed = SimpleNamespace(parse_args=lambda _argv: SimpleNamespace(run=run))
     monkeypatch.setattr(cli, "parser", lambda: parsed)
     assert cli.main([]) == 1
     assert capsys.readouterr().err == (
-        "sglang-dwdp: error: simpy is not installed. Install what the planner needs: "
+        "sglang-dwdp: error: matplotlib is not installed. Install what the planner needs: "
         "pip install 'sglang-dwdp[planner]'\n"
     )
 

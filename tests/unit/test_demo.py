@@ -23,7 +23,7 @@ def test_servers_import_the_models_that_are_served_and_no_others() -> None:
     assert spec is not None
     assert spec.submodule_search_locations is not None
     modules = {path.stem for path in (Path(spec.submodule_search_locations[0]) / "srt" / "models").glob("*.py")}
-    assert modules - disabled - {"__init__"} == set(server.MODEL_MODULES)
+    assert modules - disabled - {"__init__"} == server.MODEL_MODULES
 
 
 def test_a_free_port_leaves_room_above() -> None:

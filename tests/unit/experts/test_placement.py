@@ -17,18 +17,12 @@ def test_every_expert_has_one_owner_and_shares_differ_by_at_most_one(group: tupl
     assert max(sizes) - min(sizes) <= 1
     for rank in range(group_size):
         for index, expert in enumerate(placement.shard(rank)):
-            assert placement.owner(expert) == rank
             assert placement.local_index(rank, expert) == index
 
 
 def test_local_index_of_a_remote_expert_is_minus_one() -> None:
     placement = balanced(10, 3)
     assert [placement.local_index(1, expert) for expert in range(10)] == [-1, -1, -1, 0, 1, 2, -1, -1, -1, -1]
-
-
-def test_owner_of_no_expert() -> None:
-    with pytest.raises(IndexError, match="expert 10 is not one of 10"):
-        balanced(10, 3).owner(10)
 
 
 def test_fewer_experts_than_ranks() -> None:

@@ -86,10 +86,11 @@ def permissions(address: int) -> str:
 
 
 @pytest.mark.parametrize("local_experts", [None, 6])
-def test_only_slots_can_be_written(local_experts: int | None) -> None:
+def test_only_slots_can_be_written(local_experts: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stray write through a staged view would change what peers read."""
     full = checkpoint(3, 9, TAILS)
     config = DwdpConfig(timeout_s=20, view="staged", local_experts=local_experts)
+    monkeypatch.setattr("sglang_dwdp.experts.layer.REPLICATE_BELOW_BYTES", 0)
 
     def step(runtime: DwdpRuntime, _layers: object) -> bool:
         assert runtime._shared is not None

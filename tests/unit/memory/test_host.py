@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,15 +129,31 @@ def test_protected_memory_cannot_be_written() -> None:
     assert process.exitcode == -signal.SIGSEGV
 
 
-def test_copies_run_in_order_after_their_event() -> None:
-    engine = HostCopyEngine(5.0)
+class Gate:
+    """A destination whose copy ends when it is opened."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+
+    def copy_(self, _source: torch.Tensor) -> None:
+        assert self.opened.wait(10)
+
+
+def closed(gate: Gate) -> Any:
+    """A list of copies that does not end before the gate is opened."""
+    return [(gate, torch.zeros(0))]
+
+
+def test_copies_run_in_order() -> None:
+    engine, gate = HostCopyEngine(5.0), Gate()
     source, destination = torch.arange(10, dtype=torch.uint8), torch.zeros(10, dtype=torch.uint8)
     released, filled = engine.event(), engine.event()
-    released.happened.clear()
-    engine.fill([(destination[:5], source[5:]), (destination[5:], destination[:5])], released, filled)
+    engine.record(released)
+    copies = [(destination[:5], source[5:]), (destination[5:], destination[:5])]
+    engine.fill(closed(gate) + copies, released, filled)
     time.sleep(0.05)
     assert destination.sum() == 0
-    engine.record(released)
+    gate.opened.set()
     engine.wait(filled)
     assert torch.equal(destination, source[5:].repeat(2))
     engine.close()
@@ -144,45 +161,41 @@ def test_copies_run_in_order_after_their_event() -> None:
 
 
 def test_a_wait_is_for_the_last_of_several_fills() -> None:
-    engine = HostCopyEngine(5.0)
+    engine, gate = HostCopyEngine(5.0), Gate()
     first, second, slot = torch.full((4,), 1), torch.full((4,), 2), torch.zeros(4, dtype=torch.int64)
     released, filled = engine.event(), engine.event()
-    go = engine.event()
-    go.happened.clear()
     engine.fill([(slot, first)], released, filled)
-    engine.fill([(slot, second)], go, filled)
+    engine.fill([*closed(gate), (slot, second)], released, filled)
     time.sleep(0.05)  # the first fill is over, the second waits
     assert slot.eq(1).all()
-    assert not filled.happened.is_set()
-    engine.record(go)
+    threading.Timer(0.05, gate.opened.set).start()
     engine.wait(filled)
     assert slot.eq(2).all()
     engine.close()
 
 
 def test_what_a_wait_takes_is_exposed() -> None:
-    engine = HostCopyEngine(5.0)
+    engine, gate = HostCopyEngine(5.0), Gate()
     released, filled = engine.event(), engine.event()
+    engine.wait(filled)  # nothing was asked for
     engine.fill([], released, filled)
-    filled.happened.wait()
+    time.sleep(0.05)
     engine.wait(filled)
     assert engine.exposed_s() < 0.02
-    released.happened.clear()
-    engine.fill([], released, filled)
-    threading.Timer(0.1, engine.record, (released,)).start()
+    engine.fill(closed(gate), released, filled)
+    threading.Timer(0.1, gate.opened.set).start()
     engine.wait(filled)
     assert 0.09 < engine.exposed_s() < 1
     engine.close()
 
 
 def test_a_wait_ends_in_time_and_says_so() -> None:
-    engine = HostCopyEngine(0.1)
-    released, filled = engine.event(), engine.event()
-    released.happened.clear()
-    engine.fill([], released, filled)
+    engine, gate = HostCopyEngine(0.1), Gate()
+    filled = engine.event()
+    engine.fill(closed(gate), engine.event(), filled)
     with pytest.raises(DwdpRuntimeError, match=r"did not end within 0.1 s .--dwdp-timeout-s"):
         engine.wait(filled)
-    engine.record(released)
+    gate.opened.set()
     engine.close()
 
 
@@ -193,4 +206,4 @@ def test_a_failed_copy_is_reported_to_the_waiting_forward() -> None:
     with pytest.raises(DwdpRuntimeError, match="copying remote experts failed"):
         engine.wait(filled)
     engine.close()
-    assert not any(thread.name == "dwdp-copy" for thread in threading.enumerate())
+    assert not any(thread.name.startswith("dwdp-copy") for thread in threading.enumerate())

@@ -111,7 +111,7 @@ def test_a_missing_package_is_named_with_what_installs_it(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
     assert main(command) == 1
-    message = f"{module} is not installed; run: pip install sglang-dwdp[planner]"
+    message = f"{module} is not installed. Install what the planner needs: pip install 'sglang-dwdp[planner]'"
     assert capsys.readouterr().err == f"sglang-dwdp: error: {message}\n"
 
 

@@ -21,8 +21,7 @@ from sglang_dwdp.planner.cost import (
 from sglang_dwdp.planner.dep import dep, dep_forward, exchange_bytes, expert_wait, gathered_seconds, length_wait
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import FORMATS, default_precision, get_format
-from sglang_dwdp.planner.gpu import Gpu
-from sglang_dwdp.planner.gpus import GPUS, get_gpu
+from sglang_dwdp.planner.gpus import GPUS, Gpu, get_gpu
 from sglang_dwdp.planner.models import load_model
 from sglang_dwdp.planner.shape import ModelShape
 from sglang_dwdp.planner.workload import Batch, batch_of, mean_batch

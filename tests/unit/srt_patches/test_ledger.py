@@ -22,7 +22,7 @@ from sglang_dwdp.srt_patches import (
     steps,
     weights,
 )
-from sglang_dwdp.srt_patches.ledger import Entry, entries, source_hash
+from tests.fixtures.ledger import Entry, entries, source_hash
 
 ENTRIES = entries()
 HOOKS = (

@@ -20,7 +20,7 @@ from sglang_dwdp.support.flashinfer_modules import FORMATS
 
 
 def test_every_backend_is_listed_once_and_has_a_reason_if_it_is_unsupported() -> None:
-    assert len({(backend.method, backend.name) for backend in MOE_BACKENDS}) == len(MOE_BACKENDS)
+    assert len({(backend.weights, backend.name) for backend in MOE_BACKENDS}) == len(MOE_BACKENDS)
     for backend in MOE_BACKENDS:
         assert bool(backend.reason) == (backend.status is Status.UNSUPPORTED)
         assert set(backend.gpus) <= {"Hopper", "Blackwell"}
