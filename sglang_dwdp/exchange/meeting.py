@@ -1,0 +1,192 @@
+"""How a rank meets its peers before a small forward: enter, wait as long as that pays, and run joint or alone.
+
+A wait spins for some tens of microseconds, for a peer that is just about to come, then sleeps as long at a time. It is
+for one number in memory (`Page.version`); the page's lock is taken only when that has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+
+from sglang_dwdp.errors import DwdpRuntimeError
+from sglang_dwdp.exchange.page import Page
+from sglang_dwdp.exchange.policy import StepTimes, deadline_us, patient_again_us
+from sglang_dwdp.exchange.round import Joint, Phase, Round
+
+_SPIN_US = 50
+_NAP_S = 20e-6
+_HELP_US = 200  # an idle rank's scheduler has requests to look for
+
+
+def _clock_us() -> int:
+    return time.monotonic_ns() // 1000  # one clock for all processes of a host
+
+
+@dataclasses.dataclass(slots=True)
+class RoundCounters:
+    """Totals since the start, for /server_info.
+
+    Attributes:
+        joint_rounds: Joint rounds that this rank had rows in.
+        helped_rounds: Joint rounds that it joined idle.
+        alone_rounds: Small forwards that it ran alone without waiting.
+        withdrawn_rounds: Small forwards that it ran alone after waiting in vain.
+        round_wait_us: Microseconds waited, in vain or not.
+        helped_rows: Peers' rows in rounds that it joined idle.
+    """
+
+    joint_rounds: int = 0
+    helped_rounds: int = 0
+    alone_rounds: int = 0
+    withdrawn_rounds: int = 0
+    round_wait_us: int = 0
+    helped_rows: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """The totals by name."""
+        return dataclasses.asdict(self)
+
+
+class Meeting:
+    """One rank's side of the rounds. Owns its page."""
+
+    def __init__(self, page: Page, times: StepTimes, clock_us: Callable[[], int] = _clock_us) -> None:
+        """Meet peers on `page`; `times` may be replaced as measurements come in."""
+        self.page = page
+        self.times = times
+        self.counters = RoundCounters()
+        self.ended = False
+        self._clock_us = clock_us
+        self._patient_from_us = 0
+        self._closed = False
+
+    def meet(self, bucket: int) -> Joint | None:
+        """A forward of `bucket` rows is about to run.
+
+        Returns:
+            The joint round that it is part of: run `bucket` of it, with all peers. None: run alone.
+
+        Raises:
+            DwdpRuntimeError: A peer is stopped while it holds the page (see `Page.change`).
+        """
+        if self.ended:
+            self.counters.alone_rounds += 1
+            return None
+        start = self._clock_us()
+        joint, waited_us = self._meet(
+            bucket,
+            lambda state: deadline_us(state, self.page.rank, bucket, start, self.times, self._patient_from_us),
+            self.times.alone_us(bucket),
+        )
+        self.counters.round_wait_us += waited_us
+        if joint is not None:
+            self.counters.joint_rounds += 1
+        elif waited_us:
+            self.counters.withdrawn_rounds += 1
+            self._patient_from_us = patient_again_us(start, start + waited_us)
+        else:
+            self.counters.alone_rounds += 1
+        return joint
+
+    def help(self) -> Joint | None:
+        """An idle rank looks whether peers wait for it. Costs one read of memory while nothing changes.
+
+        Returns:
+            The joint round to run with no rows of its own, or None.
+
+        Raises:
+            DwdpRuntimeError: As `meet`.
+        """
+        if self.ended or self.page.version == self.page.seen:
+            return None
+        rank = self.page.rank
+        joint = None
+        if self._change(lambda state: state).wants_help(rank):
+            end = self._clock_us() + _HELP_US
+            joint, waited_us = self._meet(0, lambda state: end if state.wants_help(rank) else 0, 0)
+            self.counters.round_wait_us += waited_us
+        if joint is not None:
+            self.counters.helped_rounds += 1
+            self.counters.helped_rows += sum(joint.buckets)
+        return joint
+
+    def go_away(self, duration_us: float) -> None:
+        """A forward that is not small begins; peers need not wait for this rank before it ends.
+
+        Raises:
+            DwdpRuntimeError: As `meet`.
+        """
+        if not self.ended:
+            back_us = self._clock_us() + int(duration_us)
+            self._change(lambda state: state.publish(self.page.rank, back_us))
+
+    def end(self, rank: int) -> None:
+        """`rank` failed a joint forward: no further round is joint, on any rank.
+
+        Raises:
+            DwdpRuntimeError: As `meet`.
+        """
+        self._change(lambda state: state.depart(rank))
+
+    def close(self) -> None:
+        """Leave for good; peers go on alone. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            with contextlib.suppress(DwdpRuntimeError):  # peers see it by the page's lock as well
+                self.end(self.page.rank)
+            self.page.close()
+
+    def _meet(self, bucket: int, deadline: Callable[[Round], int], alone_us: float) -> tuple[Joint | None, int]:
+        """Enter and wait; the joint round, and microseconds waited."""
+        rank = self.page.rank
+        start = self._clock_us()
+
+        def enter(state: Round) -> Round:
+            entered = state.enter(rank, bucket)
+            if entered.joint_of(rank) is not None:
+                state = self._without_lost(state)  # no round with a peer that died while it waited
+                if not state.ended:
+                    return entered
+            elif not entered.ended and deadline(state) > start:
+                return entered
+            return state.publish(rank, start + int(alone_us))
+
+        def withdraw(state: Round) -> Round:
+            left = state.withdraw(rank)
+            if left.joint_of(rank) is not None:
+                return left
+            return self._without_lost(left.publish(rank, self._clock_us() + int(alone_us)))
+
+        state = self._change(enter)
+        waited_us = 0
+        while state.seats[rank].phase is Phase.ENTERED:
+            end = deadline(state)
+            if end <= self._clock_us():
+                state = self._change(withdraw)
+            else:
+                self._wait(end)
+                state = self._change(lambda state: state)
+            waited_us = max(self._clock_us() - start, 1)
+        return state.joint_of(rank), waited_us
+
+    def _without_lost(self, state: Round) -> Round:
+        for peer in self.page.lost():
+            state = state.depart(peer)
+        return state
+
+    def _change(self, update: Callable[[Round], Round]) -> Round:
+        state = self.page.change(update)
+        self.ended = state.ended
+        return state
+
+    def _wait(self, end_us: int) -> None:
+        """Return when the state is no longer the one that this rank saw last, or at `end_us`."""
+        page, clock = self.page, self._clock_us
+        spin_until = min(clock() + _SPIN_US, end_us)
+        while page.version == page.seen and clock() < spin_until:
+            pass
+        while page.version == page.seen and clock() < end_us:
+            time.sleep(_NAP_S)
