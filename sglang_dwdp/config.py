@@ -11,12 +11,16 @@ from sglang_dwdp.errors import DwdpConfigError
 
 ViewMode = Literal["auto", "direct", "staged"]
 Transport = Literal["auto", "host-shm", "cuda-vmm", "cuda-ipc"]
+ExchangeMode = Literal["off", "auto"]
 
 ENABLE = "enable_dwdp"
 PREFIX = "dwdp_"
 KIB = 1024
 MIB = 1024 * KIB
 UNPLANNED_DIRECT_MAX_TOKENS = 256  # --dwdp-direct-max-tokens where the planner cannot choose it
+
+
+_CHOICES = {"view": get_args(ViewMode), "exchange": get_args(ExchangeMode), "transport": get_args(Transport)}
 
 
 def _option(default: Any, text: str, kind: type | None = None) -> Any:
@@ -46,6 +50,12 @@ class DwdpConfig:
         "any size. Default: what the planner finds best for the model and the GPU; "
         f"{UNPLANNED_DIRECT_MAX_TOKENS} where it knows neither.",
         int,
+    )
+    exchange: ExchangeMode = _option(
+        "off",
+        "Whether ranks may decode together, by sending tokens to the experts instead of reading the experts. auto: "
+        "where all ranks of a group are about to decode, and that is sooner than each alone; tokens are then those of "
+        "another batch size, as in expert parallelism, not bitwise a single rank's. off: a rank waits for nobody.",
     )
     depth: int = _option(2, "Slots for staged experts, each with room for the remote experts of one MoE layer.")
     slice_kib: int = _option(
@@ -89,7 +99,7 @@ class DwdpConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, choices in (("view", get_args(ViewMode)), ("transport", get_args(Transport))):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 self._refuse(name, f"is not one of {', '.join(choices)}")
         for name, least in (
@@ -109,6 +119,8 @@ class DwdpConfig:
             self._refuse("memory_gib", "must be a number of GiB above 0")
         if self.memory_gib is not None and self.local_experts is not None:
             self._refuse("memory_gib", "is another way to say --dwdp-local-experts: leave one of them out")
+        if self.exchange == "auto" and not self.has_direct:
+            self._refuse("exchange", "needs experts that can be read in place: use --dwdp-view auto or direct")
         if self.transport == "cuda-ipc" and self.view == "direct":
             self._refuse("view", "needs memory that can be mapped; with --dwdp-transport cuda-ipc use auto or staged")
         if self.transport == "cuda-ipc" and (self.local_experts or self.memory_gib):
@@ -189,7 +201,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if kind is bool:
             how["action"] = "store_true"
         elif kind is str:
-            how["choices"] = get_args(ViewMode if field.name == "view" else Transport)
+            how["choices"] = _CHOICES[field.name]
         else:
             how["type"] = kind
         text = field.metadata["help"]

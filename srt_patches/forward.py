@@ -61,8 +61,13 @@ def set_up(runner: Any) -> None:
     memory = memory_for(runner.device, index, config.transport)
     runtime = DwdpRuntime(config, memory, rank_in_group(), parallel.dwdp_size)
     group = parallel.tp_rank // parallel.dwdp_size
-    runtime.setup(layers, f"{_common_name(parallel.tp_group)}.{group}")
+    name = f"{_common_name(parallel.tp_group)}.{group}"
+    runtime.setup(layers, name)
     set_global_dwdp_manager(Manager(runtime))
+    if config.exchange == "auto":
+        from sglang_dwdp.srt_patches import exchange
+
+        exchange.set_up(runtime, runner, name)
     if config.view == "auto" and config.has_direct:
         why = why_direct_limit(runner.server_args)
         logger.info("DWDP reads experts in place in forwards of up to %d tokens (%s).", config.direct_limit, why)

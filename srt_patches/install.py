@@ -51,6 +51,12 @@ def _install(role: str, config: DwdpConfig, device: str | None) -> None:
         experts.install_shard_count()
         install((*linear.HOOKS, *steps.HOOKS, *experts.HOOKS, *forward.HOOKS))
         install((*reports.SCHEDULER_HOOKS, *weights.SCHEDULER_HOOKS))
+        if config.exchange == "auto":
+            from sglang_dwdp.srt_patches import exchange
+
+            install(exchange.HOOKS)
+            if device == "cuda":
+                install(exchange.GPU_HOOKS)
         if config.audit:
             install(experts.AUDIT_HOOKS)
             audit.count_collectives()

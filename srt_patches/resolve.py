@@ -108,6 +108,10 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         _refuse_model(config, server_args, view, group_size)
         _refuse_device(config, view)
         reject_graph_backends(view)
+        if config.exchange == "auto" and view.disaggregation_mode == "prefill":
+            raise DwdpConfigError(
+                "--dwdp-exchange auto is for servers that decode: drop it with --disaggregation-mode prefill."
+            )
     setattr(server_args, _ATTRIBUTE, with_direct_limit(server_args, view, config, group_size))
     declare_resolution(
         server_args,
@@ -131,7 +135,7 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         declare_resolution(server_args, _SOURCE, moe_runner_backend=backend)
     if view.device == "cpu":
         # An idle rank would spin on a core, and on a CPU the busy ranks compute with those.
-        declare_resolution(server_args, _SOURCE, sleep_on_idle=True)
+        declare_resolution(server_args, _SOURCE, sleep_on_idle=config.exchange == "off")
     declare_resolution(server_args, _SOURCE, **graph_arguments(view, has_direct=config.has_direct))
 
 
