@@ -33,9 +33,10 @@ smoke: $(VENV)/.installed  ## two small servers under SGLang's serving benchmark
 	rm -rf out/serving/smoke_cpu
 	$(BIN)/python benchmarks/compare_serving.py benchmarks/scenarios/serving/smoke_cpu.yaml --out out/serving/smoke_cpu
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed  ## style, and which layer may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: $(VENV)/.installed
 	$(BIN)/mypy

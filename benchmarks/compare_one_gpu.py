@@ -44,7 +44,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dwdp": DWDP,
     "in-tree": {"tp_size": 2, "dwdp_size": 2},
     "dwdp-direct": {**DWDP, "dwdp_view": "direct"},
-    "dwdp-small-slices": {**DWDP, "dwdp_slice_kib": 4096},
 }
 CHUNK = 8192
 PREFILLS = ((4, 8192), (1, 1024))

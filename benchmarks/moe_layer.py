@@ -49,11 +49,12 @@ from benchmarks.moe_problems import (
     run_triton,
 )
 from benchmarks.sglang_kernels import deep_gemm, published
+from sglang_dwdp.experts.layer import ExpertTensor
 from sglang_dwdp.experts.layout import tensor_layout
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.experts.views import TensorSpec, view_of
-from sglang_dwdp.kernels_build import load
 from sglang_dwdp.memory.cuda import CudaMemory
+from sglang_dwdp.support import flashinfer_modules
 
 LAYERS = {
     "qwen-bf16": (QWEN3_30B, "bf16"),
@@ -92,7 +93,8 @@ class Views:
                 block = self._memory.import_handle(handle, span.nbytes)
                 made.append(block)
             placed.append((span.offset, block))
-        view = view_of(self._memory, TensorSpec(name, tensor.dtype, tuple(tensor.shape[1:]), layout), placed)
+        spec = TensorSpec(ExpertTensor(name, tensor.dtype, tuple(tensor.shape[1:]), replicated=False), layout)
+        view = view_of(self._memory, spec, placed)
         for block in made:  # the view holds the memory
             block.close()
         view.bytes.copy_(tensor.reshape(-1).view(torch.uint8))
@@ -141,8 +143,10 @@ def kernels_of(shape: Shape, weight_format: str, experts: Experts) -> dict[str, 
     """By name, what makes a kernel and the experts that it reads."""
 
     def flashinfer() -> tuple[Kernel, Experts]:
-        if not load.ready(weight_format):  # its first call would compile for as long as everything else takes
-            raise RuntimeError(f"not built: sglang-dwdp build-kernels --format {weight_format}")
+        if not flashinfer_modules.ready(
+            weight_format
+        ):  # its first call would compile for as long as everything else takes
+            raise RuntimeError(f"not built: python kernels/build.py --format {weight_format}")
         prepared = for_flashinfer(weight_format, experts)
         return lambda case, given: run_flashinfer(weight_format, case, given), prepared
 
@@ -233,7 +237,7 @@ def main() -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         parser.error("needs a Hopper GPU")
     deadline = time.monotonic() + args.limit_s
-    load.install()
+    flashinfer_modules.install()
     rows: list[dict[str, Any]] = []
     content = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
     content |= {name: version(package) for name, package in (("sglang", "sglang"), ("flashinfer", "flashinfer-python"))}

@@ -1,12 +1,9 @@
-"""Predicted and measured layer times on this machine's GPU.
+"""Products and attention of a model's layer on this machine's GPU, beside what the planner says of them.
 
-    python benchmarks/planner_vs_gpu.py --json benchmarks/results/planner_vs_gpu.json
+    python benchmarks/planner_vs_gpu.py [MODEL ...] [--gpu H100] [--json FILE] [--gpu-file FILE]
 
-The profile is measured with one model's shape (its products, attention and small kernels, each on
-its own); the constants fitted to it predict whole layers of every model, the others being shapes
-that the profile has not seen. A layer is bf16 PyTorch: RMS norms, dense products, rotary
-embedding, causal attention over one sequence, router, grouped products, weighted sum; timed as the
-replay of a CUDA graph, median of 15.
+bf16, PyTorch's kernels. ``--gpu-file`` gets the fractions of peak that the largest problems reached, for ``sglang-dwdp
+plan --gpu-file``; copies between GPUs are measured by ``gpu_links.py``.
 """
 
 from __future__ import annotations
@@ -14,105 +11,130 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_dwdp.errors import DwdpError
-from sglang_dwdp.planner.cost import forward_parts
-from sglang_dwdp.planner.fit import fit
-from sglang_dwdp.planner.formats import FORMATS, default_precision
+import torch
+import yaml
+from torch.nn import functional
+from torch.utils.benchmark import Timer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sglang_dwdp.planner import kernels
+from sglang_dwdp.planner.formats import FORMATS
 from sglang_dwdp.planner.gpu import Gpu
-from sglang_dwdp.planner.gpus import GPUS, get_gpu
-from sglang_dwdp.planner.measure import measure
+from sglang_dwdp.planner.gpus import get_gpu
 from sglang_dwdp.planner.models import load_model
 from sglang_dwdp.planner.shape import ModelShape
-from sglang_dwdp.planner.torch_layer import SMALL_KERNELS, TorchLayer, median_seconds, small_elements
-from sglang_dwdp.planner.workload import batch_of
+
+SIZES = (64, 256, 1024, 2048, 4096, 8192, 16384)  # tokens
 
 
-def one_layer(model: ModelShape) -> ModelShape:
-    """A single MoE layer with full attention (PyTorch's kernel has no sliding window)."""
-    return replace(model, layers=1, dense_layers=0, window=0, window_layers=0)
+@dataclass(frozen=True)
+class Problem:
+    """A product of [rows, depth] with each of ``experts`` matrices [depth, width], or causal attention.
 
-
-def predict(model: ModelShape, gpu: Gpu, tokens: int) -> dict[str, float]:
-    """Seconds of one bf16 layer over one sequence, by part and in total.
-
-    PyTorch fuses none of the small kernels, so they are counted as ``TorchLayer`` launches them.
+    kind: ``dense``; ``grouped``: the rows are spread evenly over the experts; ``attention``: one sequence of ``rows``
+    tokens, ``experts`` heads of ``depth``, ``width`` of them with keys and values of their own.
     """
-    parts = forward_parts(one_layer(model), gpu, default_precision(FORMATS["bf16"]), batch_of([(tokens, 0)]))
-    moved = tokens * small_elements(model) * 2.0
-    other = moved / (gpu.hbm_bandwidth * gpu.efficiency.elementwise) + SMALL_KERNELS * gpu.kernel_gap
-    parts = replace(parts, other=other)
-    used = {key: value for key, value in asdict(parts).items() if value}
-    return {**used, "total": parts.total}
+
+    kind: str
+    rows: int
+    experts: int
+    depth: int
+    width: int
+
+    @property
+    def flops(self) -> float:
+        """Without padding."""
+        if self.kind == "attention":
+            return 2.0 * self.rows * (self.rows + 1) * self.experts * self.depth
+        return 2.0 * self.rows * self.depth * self.width
+
+    def predicted(self, gpu: Gpu) -> float:
+        """Seconds, by the planner."""
+        if self.kind == "attention":
+            return self.flops / (gpu.peak(FORMATS["bf16"]) * gpu.efficiency.attention)
+        if self.kind == "dense":
+            return kernels.dense_gemm(gpu, FORMATS["bf16"], self.rows, self.depth * self.width)
+        return kernels.grouped_product(gpu, FORMATS["bf16"], self.rows, self.experts, self.depth, self.width)
+
+    def measured(self, device: str) -> float:
+        """Median seconds of a call, calls in a row."""
+
+        def drawn(*shape: int) -> Any:
+            return torch.randn(*shape, device=device, dtype=torch.bfloat16)
+
+        if self.kind == "attention":
+            tensors = [drawn(1, heads, self.rows, self.depth) for heads in (self.experts, self.width, self.width)]
+            call = lambda: functional.scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True)  # noqa: E731
+        elif self.kind == "dense":
+            x, weights = drawn(self.rows, self.depth), drawn(self.depth, self.width)
+            call = lambda: x @ weights  # noqa: E731
+        else:
+            x, weights = drawn(self.rows, self.depth), drawn(self.experts, self.depth, self.width)
+            ends = torch.linspace(0, self.rows, self.experts + 1, device=device)[1:].round().int()
+            call = lambda: functional.grouped_mm(x, weights, offs=ends)  # noqa: E731
+        return float(Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=0.1).median)
 
 
-def measure_layers(model: ModelShape, sizes: list[int], device: str) -> dict[int, float]:
-    """Measured seconds of one layer by tokens."""
-    import torch
+def problems(model: ModelShape, sizes: tuple[int, ...]) -> list[Problem]:
+    """Of one layer, by tokens."""
+    qkv = (model.heads + 2 * model.kv_heads) * model.qk_dim
+    found = []
+    for tokens in sizes:
+        rows = tokens * model.top_k
+        found += [
+            Problem("dense", tokens, 1, model.hidden, qkv),
+            Problem("dense", tokens, 1, model.heads * model.v_dim, model.hidden),
+            Problem("grouped", rows, model.experts, model.hidden, 2 * model.moe_intermediate),
+            Problem("grouped", rows, model.experts, model.moe_intermediate, model.hidden),
+            Problem("attention", tokens, model.heads, model.qk_dim, model.kv_heads),
+        ]
+    return found
 
-    layer = TorchLayer(one_layer(model), device)
-    times = {}
-    for count in sizes:
-        x = layer.tokens(count)
-        cos, sin = layer.angles(count)
-        times[count] = median_seconds(torch, device, lambda x=x, cos=cos, sin=sin: layer.forward(x, cos, sin))
-    return times
+
+def fractions(points: list[tuple[Problem, float]], gpu: Gpu) -> dict[str, float]:
+    """Fractions of the matrix peak that the largest problem of each kind reached."""
+    names = {"dense": "dense_gemm", "grouped": "grouped_gemm", "attention": "attention"}
+    found = {}
+    for kind, name in names.items():
+        problem, seconds = max((p for p in points if p[0].kind == kind), key=lambda p: p[0].flops)
+        fraction = problem.flops / seconds / gpu.peak(FORMATS["bf16"])
+        if kind == "grouped":  # the planner takes a short inner dimension into account itself
+            fraction *= (problem.depth + gpu.efficiency.half_depth) / problem.depth
+        found[name] = float(f"{min(1.0, fraction):.4g}")
+    return found
 
 
-def main() -> int:
-    """Profile, predict, measure, compare."""
+def main() -> None:
+    """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile-on", default="qwen3-30b-a3b")
-    parser.add_argument("--models", nargs="+", default=["qwen3-30b-a3b", "gpt-oss-20b", "mixtral-8x7b"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096, 8192, 16384])
+    parser.add_argument("models", nargs="*", default=["qwen3-30b-a3b"], help="as of `sglang-dwdp plan`, without MLA")
+    parser.add_argument("--gpu", default="H100", help="whose data-sheet figures to use (default H100)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(SIZES))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all points")
+    parser.add_argument("--gpu-file", type=Path, metavar="FILE", help="write the fractions reached")
     args = parser.parse_args()
-    profile = measure(load_model(args.profile_on), device=args.device, quick=args.device == "cpu")
-    gpu = fit(profile, get_gpu(profile.gpu) if profile.gpu.lower() in GPUS else get_gpu("H100"))
-    out = sys.stdout.write
-    out(f"{profile.device}, torch {profile.torch}; profiled with {profile.model}\n")
-    out(f"fitted: {gpu.efficiency}, kernel gap {gpu.kernel_gap * 1e6:.2f} us\n\n")
-    out(f"{'model':<18}{'tokens':>8}{'predicted ms':>14}{'measured ms':>13}{'error':>9}\n")
-    rows: list[dict[str, Any]] = []
+    gpu = get_gpu(args.gpu)
+    points = []
     for name in args.models:
-        model = load_model(name)
-        for count, measured in measure_layers(model, args.tokens, args.device).items():
-            predicted = predict(model, gpu, count)
-            error = predicted["total"] / measured - 1
-            rows.append(
-                {
-                    "model": name,
-                    "tokens": count,
-                    "predicted": predicted,
-                    "measured_seconds": measured,
-                    "error": error,
-                }
+        for problem in problems(load_model(name), tuple(args.tokens)):
+            points.append((problem, problem.measured(args.device)))
+            ratio = problem.predicted(gpu) / points[-1][1]
+            shape = " x ".join(map(str, list(asdict(problem).values())[1:]))
+            sys.stdout.write(
+                f"{problem.kind:<10}{shape:<34}{points[-1][1] * 1e3:9.3f} ms, predicted {ratio:.2f} of it\n"
             )
-            out(f"{name:<18}{count:>8}{predicted['total'] * 1e3:>14.3f}{measured * 1e3:>13.3f}{error:>+9.1%}\n")
-    worst = max(abs(row["error"]) for row in rows)
-    mean = sum(abs(row["error"]) for row in rows) / len(rows)
-    out(f"mean absolute error {mean:.1%}, worst {worst:.1%}\n")
     if args.json:
-        checks = {name: measure(load_model(name), device=args.device).to_json() for name in args.models}
-        data = {
-            "device": profile.device,
-            "torch": profile.torch,
-            "profile": profile.to_json(),
-            "fitted": {**asdict(gpu.efficiency), "kernel_gap": gpu.kernel_gap},
-            "rows": rows,
-            "parts_measured": checks,
-        }
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(data, indent=1) + "\n")
-    return 0
+        rows = [[*asdict(problem).values(), float(f"{seconds:.4g}")] for problem, seconds in points]
+        args.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    if args.gpu_file:
+        args.gpu_file.write_text(yaml.safe_dump({"efficiency": fractions(points, gpu)}))
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except DwdpError as error:
-        raise SystemExit(f"planner_vs_gpu: error: {error}") from None
+    main()

@@ -21,7 +21,7 @@ def published() -> Iterator[None]:
     from sglang_dwdp.demo.checkpoint import make_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="sglang-kernels-") as path:
-        make_checkpoint(path, "qwen3_moe", num_experts=8)
+        make_checkpoint(path, num_experts=8)
         publish(ServerArgs(model_path=path, device="cuda", skip_tokenizer_init=True), role="scheduler")
         # Kernels ask for the tensor-parallel group, which a rank of DWDP never sums over.
         group = SimpleNamespace(world_size=1, rank_in_group=0)

@@ -22,7 +22,11 @@ BLOCK = 128
 class Sizes:
     """The sizes of a MoE layer.
 
-    inter: width of one expert between its two products.
+    Attributes:
+        num_experts: experts in its tensors.
+        hidden: width of a token.
+        inter: width of one expert between its two products.
+        top_k: experts that a token chooses.
     """
 
     num_experts: int
@@ -31,14 +35,15 @@ class Sizes:
     top_k: int
 
     def check(self, layer_id: int) -> None:
-        """
+        """Check that the kernel can take these sizes.
+
         Raises:
-            DwdpConfigError: the kernel cannot take these sizes.
+            DwdpConfigError: it cannot.
         """
         uneven = {name: size for name, size in (("hidden", self.hidden), ("intermediate", self.inter)) if size % BLOCK}
         if uneven:
             raise DwdpConfigError(
-                f"layer {layer_id}: FlashInfer's block-FP8 MoE wants sizes that are multiples of {BLOCK}, not "
+                f"layer {layer_id}: FlashInfer's block-FP8 MoE needs sizes that are multiples of {BLOCK}, not "
                 f"{uneven}. Use --moe-runner-backend triton."
             )
 
@@ -93,8 +98,10 @@ class Workspace:
         self._enough: dict[tuple[Sizes, bool], int] = {}
 
     def take(self, sizes: Sizes, num_tokens: int, *, fused_finalize: bool = True) -> torch.Tensor | None:
-        """At least what `block_fp8_moe` needs for `num_tokens` tokens, uint8; None while a graph is captured and
-        there is too little (FlashInfer then allocates from the graph's own pool)."""
+        """Scratch memory of at least what `block_fp8_moe` needs for `num_tokens` tokens, uint8.
+
+        None while a graph is captured and there is too little: FlashInfer then allocates from the graph's own pool.
+        """
         from flashinfer.fused_moe.core import cutlass_fused_moe_workspace_size
 
         key = (sizes, fused_finalize)
@@ -135,11 +142,17 @@ def block_fp8_moe(
 ) -> torch.Tensor:
     """The experts' weighted sum for each token, bf16 `[T, H]`.
 
-    hidden_states: bf16 `[T, H]`.  topk_ids: `[T, k]` integers.  topk_weights: `[T, k]`.
-    w13: float8_e4m3fn `[E, 2 I, H]`, [up; gate].  w13_scale: float32 `[E, 2 I/128, H/128]`, in the same order.
-    w2: float8_e4m3fn `[E, H, I]`.  w2_scale: float32 `[E, H/128, I/128]`.
-    fused_finalize: sum with atomics, so that two calls may differ in the last bits.
-    profile_ids: the tactics of the two products; None: FlashInfer's own choice.
+    Args:
+        hidden_states: bf16 `[T, H]`.
+        topk_ids: `[T, k]` integers.
+        topk_weights: `[T, k]`.
+        w13: float8_e4m3fn `[E, 2 I, H]`, [up; gate].
+        w13_scale: float32 `[E, 2 I/128, H/128]`, in the same order.
+        w2: float8_e4m3fn `[E, H, I]`.
+        w2_scale: float32 `[E, H/128, I/128]`.
+        workspace: scratch memory; None: FlashInfer allocates it.
+        fused_finalize: sum with atomics, so that two calls may differ in the last bits.
+        profile_ids: the tactics of the two products; None: FlashInfer's own choice.
     """
     from flashinfer.fused_moe import cutlass_fused_moe
 
@@ -164,7 +177,7 @@ def block_fp8_moe(
 
 
 def dummy_routing(num_tokens: int, num_experts: int, top_k: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Expert ids `[T, k]`, int32, spread evenly and no one twice for a token, and their weights `[T, k]`, float32."""
+    """Expert ids `[T, k]`, int32, spread evenly and distinct for each token, and weights `[T, k]`, float32."""
     first = torch.arange(num_tokens, device=device, dtype=torch.int32)[:, None] * top_k
     ids = (first + torch.arange(top_k, device=device, dtype=torch.int32)) % num_experts
     return ids.to(torch.int32), torch.full((num_tokens, top_k), 1.0 / top_k, device=device)

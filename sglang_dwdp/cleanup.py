@@ -1,9 +1,9 @@
 """Removes the shared-memory files that a server's processes leave when SGLang ends them.
 
-DWDP's own memory has no names, so nothing of it can be left. SGLang has files in /dev/shm, and ends its
-processes with SIGKILL, which lets none of them tidy up. A small process outside the server's tree notes which
-such files the server's processes map, waits for the launcher to end, in whatever way, and removes those that no
-process maps any more.
+DWDP's own memory has no names, so nothing of it can be left. SGLang has files in /dev/shm, and ends its processes
+with SIGKILL, which lets none of them tidy up. A small process outside the server's tree notes which such files the
+server's processes map, waits for the launcher to end, in whatever way, and removes those that no process maps any
+more. Reading what processes map takes their memory-map locks, so it looks only after names in /dev/shm have changed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ SHM = Path("/dev/shm")
 PATTERNS = ("sgl_shm_mq_*", "sglang_loads_*.shm", "sem.mp-*")
 _DEADLINE_S = 30.0
 _POLL_S = 1.0
+_LOOKS = 3  # after a change: a file may be named a moment before it is mapped
 _pipes: list[IO[bytes] | None] = []  # open until this process ends
 
 
@@ -48,22 +49,53 @@ def watch() -> None:
     process.wait()
 
 
+def named(directory: Path = SHM) -> set[Path]:
+    """The files of `PATTERNS` in `directory`."""
+    return {path for pattern in PATTERNS for path in directory.glob(pattern)}
+
+
 def mapped(pids: Iterable[int], directory: Path = SHM) -> set[Path]:
     """The files of `PATTERNS` in `directory` that any of these processes maps."""
-    files = {}
-    for path in (path for pattern in PATTERNS for path in directory.glob(pattern)):
-        with contextlib.suppress(OSError):
-            files[path] = path.stat()
     # By inode: a semaphore is mapped under a temporary name, and linked to its own one afterwards.
-    inodes = {(status.st_dev, status.st_ino): path for path, status in files.items()}
+    inodes: dict[tuple[int, int], Path] = {}
+    for path in named(directory):
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            inodes[status.st_dev, status.st_ino] = path
     found: set[Path] = set()
     for pid in pids if inodes else ():
         with contextlib.suppress(OSError):  # it ended, or is another user's
             for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
                 _, _, _, device, inode, *_ = line.split()
                 major, minor = (int(part, 16) for part in device.split(":"))
-                found.add(inodes.get((os.makedev(major, minor), int(inode)), directory))
-    return found - {directory}
+                file = inodes.get((os.makedev(major, minor), int(inode)))
+                if file is not None:
+                    found.add(file)
+    return found
+
+
+class Watcher:
+    """The files that a launcher's processes map, or have mapped.
+
+    Args:
+        launcher: its process id.
+        directory: where the files are.
+    """
+
+    def __init__(self, launcher: int, directory: Path = SHM) -> None:
+        self.files: set[Path] = set()
+        self._launcher, self._directory = launcher, directory
+        self._names: set[Path] = set()
+        self._looks_left = 0
+
+    def look(self) -> None:
+        """Add what is mapped now; nothing but a listing of `directory` unless its names have changed lately."""
+        names = named(self._directory)
+        if names != self._names:
+            self._names, self._looks_left = names, _LOOKS
+        if self._looks_left:
+            self._looks_left -= 1
+            self.files |= mapped(descendants(self._launcher), self._directory)
 
 
 def descendants(root: int) -> set[int]:
@@ -97,16 +129,16 @@ def clean(files: set[Path]) -> None:
 
 
 def main() -> None:
-    """Detach; watch until the launcher's end of the pipe closes; clean."""
+    """Detach, watch until the launcher's end of the pipe closes, and clean."""
     launcher = int(sys.argv[1])
     if os.fork():
         os._exit(0)
-    files: set[Path] = set()
+    watcher = Watcher(launcher)
     while True:
-        files |= mapped(descendants(launcher))
+        watcher.look()
         if select.select([sys.stdin], [], [], _POLL_S)[0]:
             break
-    clean(files)
+    clean(watcher.files)
 
 
 if __name__ == "__main__":

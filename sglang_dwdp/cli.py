@@ -11,8 +11,10 @@ from typing import get_args
 from sglang_dwdp import __version__
 from sglang_dwdp.config import ViewMode
 from sglang_dwdp.errors import DwdpError
-from sglang_dwdp.kernels_build.command import add_command as add_build_kernels
 from sglang_dwdp.planner.commands import add_commands
+
+# What `plan`, `profile` and `simulate` import beyond what a server needs.
+PLANNER_MODULES = ("jinja2", "matplotlib", "simpy", "yaml")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,7 +31,6 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", help="keep the model and the servers' logs in this folder")
     demo.set_defaults(run=_demo)
     add_commands(commands)
-    add_build_kernels(commands)
     return result
 
 
@@ -52,12 +53,20 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand. What the user can mend is one line on stderr, and exit code 1."""
+    """Run a subcommand; an error that the user can mend is one line on stderr and exit code 1."""
     args = parser().parse_args(argv)
     # As an exception, so that servers and compilers that a subcommand started end with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return int(args.run(args))
+    except ModuleNotFoundError as error:
+        if error.name not in PLANNER_MODULES:
+            raise
+        sys.stderr.write(
+            f"sglang-dwdp: error: {error.name} is not installed. Install what the planner needs: "
+            "pip install 'sglang-dwdp[planner]'\n"
+        )
+        return 1
     except (DwdpError, OSError) as error:  # OSError: a file that cannot be read or written
         sys.stderr.write(f"sglang-dwdp: error: {error}\n")
         return 1

@@ -17,14 +17,62 @@ ENABLE = "enable_dwdp"
 PREFIX = "dwdp_"
 KIB = 1024
 MIB = 1024 * KIB
-UNPLANNED_DIRECT_MAX_TOKENS = 256  # --dwdp-direct-max-tokens where the planner cannot choose it
+DAY_S = 86_400
+# --dwdp-direct-max-tokens where the model's config does not say how many experts a token chooses: about what
+# `experts.direct_limit` gives for 8 of 128, at the low end of what models have. A limit that is too low costs little,
+# since staged forwards hide their copies under compute.
+DEFAULT_DIRECT_MAX_TOKENS = 32
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TransportKind:
+    """How ranks share memory.
+
+    Attributes:
+        device: the `--device` that has it.
+        maps: whether a peer's memory can be mapped, so that kernels can read experts in place.
+    """
+
+    device: str
+    maps: bool
+
+
+TRANSPORTS: Mapping[str, TransportKind] = {  # of each device the default comes first
+    "host-shm": TransportKind("cpu", maps=True),
+    "cuda-vmm": TransportKind("cuda", maps=True),
+    "cuda-ipc": TransportKind("cuda", maps=False),
+}
+
+
+def transports_of(device: str) -> list[str]:
+    """The transports of a device, the default first; none for a device whose memory ranks cannot share."""
+    return [name for name, kind in TRANSPORTS.items() if kind.device == device]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Views:
+    """Which views the forwards of a server read.
+
+    Attributes:
+        direct: whether some forwards read remote experts in place.
+        staged: whether some forwards read copies.
+        max_tokens: if both, the largest forward that reads in place, in tokens.
+    """
+
+    direct: bool
+    staged: bool
+    max_tokens: int
+
+    def is_direct(self, num_tokens: int) -> bool:
+        """Whether a forward of `num_tokens` tokens reads in place."""
+        return self.direct and (not self.staged or num_tokens <= self.max_tokens)
 
 
 _CHOICES = {"view": get_args(ViewMode), "exchange": get_args(ExchangeMode), "transport": get_args(Transport)}
 
 
 def _option(default: Any, text: str, kind: type | None = None) -> Any:
-    """An option whose value is a `kind`; by default what its default is."""
+    """An option whose value is of type `kind`; None: of its default's type."""
     return dataclasses.field(default=default, metadata={"help": text, "kind": kind or type(default)})
 
 
@@ -47,8 +95,8 @@ class DwdpConfig:
     direct_max_tokens: int | None = _option(
         None,
         "Largest forward, in tokens, that --dwdp-view auto runs on direct views; decode in CUDA graphs uses them at "
-        "any size. Default: what the planner finds best for the model and the GPU; "
-        f"{UNPLANNED_DIRECT_MAX_TOKENS} where it knows neither.",
+        "any size. Default: where reading the chosen experts takes as long as copying all of them, by the model's "
+        "numbers of experts.",
         int,
     )
     exchange: ExchangeMode = _option(
@@ -58,19 +106,11 @@ class DwdpConfig:
         "another batch size, as in expert parallelism, not bitwise a single rank's. off: a rank waits for nobody.",
     )
     depth: int = _option(2, "Slots for staged experts, each with room for the remote experts of one MoE layer.")
-    slice_kib: int = _option(
-        32768, "Size in KiB of the slices that a layer's copies are cut into; peers take turns slice by slice."
-    )
-    replicate_below_kib: int = _option(
-        1024,
-        "Per-expert tensors other than the weights (scales, biases) are replicated on every rank when all "
-        "experts' values together take less than this many KiB, and shared like the weights otherwise.",
-    )
     transport: Transport = _option(
         "auto",
         "How ranks share memory. host-shm: memory files (the CPU engine). cuda-vmm: driver allocations that every "
-        "rank maps (GPUs of one host). cuda-ipc: the older way, for drivers or containers that refuse to export "
-        "cuda-vmm's; all experts are staged, the rank's own too. auto: host-shm or cuda-vmm, as fits the device.",
+        "rank maps (GPUs of one host). cuda-ipc: for drivers or containers that do not let cuda-vmm's allocations be "
+        "exported; all experts are staged, the rank's own too. auto: host-shm or cuda-vmm, as fits the device.",
     )
     group_size: int | None = _option(
         None,
@@ -85,8 +125,8 @@ class DwdpConfig:
     )
     memory_gib: float | None = _option(
         None,
-        "Memory in GiB that a rank may take for experts, slots included: as many experts are kept as fit. Another "
-        "way to say --dwdp-local-experts.",
+        "Memory in GiB that a rank may use for experts, slots included; as many experts are kept as fit. Replaces "
+        "--dwdp-local-experts.",
         float,
     )
     timeout_s: float = _option(
@@ -101,75 +141,60 @@ class DwdpConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                self._refuse(name, f"is not one of {', '.join(choices)}")
-        for name, least in (
-            ("direct_max_tokens", 0),
-            ("depth", 1),
-            ("slice_kib", 4),
-            ("replicate_below_kib", 0),
-            ("group_size", 2),
-            ("local_experts", 1),
-        ):
+                self._reject(name, f"is not one of {', '.join(choices)}")
+        for name, least in (("direct_max_tokens", 0), ("depth", 1), ("group_size", 2), ("local_experts", 1)):
             value = getattr(self, name)
             if value is None and _field(name).default is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                self._refuse(name, f"must be a whole number of at least {least}")
-        if self.memory_gib is not None and not _is_above_0(self.memory_gib):
-            self._refuse("memory_gib", "must be a number of GiB above 0")
+                self._reject(name, f"must be a whole number of at least {least}")
+        if self.memory_gib is not None and not _is_positive(self.memory_gib):
+            self._reject("memory_gib", "must be a number of GiB above 0")
         if self.memory_gib is not None and self.local_experts is not None:
-            self._refuse("memory_gib", "is another way to say --dwdp-local-experts: leave one of them out")
-        if self.exchange == "auto" and not self.has_direct:
-            self._refuse("exchange", "needs experts that can be read in place: use --dwdp-view auto or direct")
-        if self.transport == "cuda-ipc" and self.view == "direct":
-            self._refuse("view", "needs memory that can be mapped; with --dwdp-transport cuda-ipc use auto or staged")
-        if self.transport == "cuda-ipc" and (self.local_experts or self.memory_gib):
+            self._reject("memory_gib", "decides the same as --dwdp-local-experts: give one of them only")
+        if self.exchange == "auto" and not self.views().direct:
+            self._reject("exchange", "needs experts that can be read in place: use --dwdp-view auto or direct")
+        if not self._maps and self.view == "direct":
+            self._reject("view", f"needs mapped memory; with --dwdp-transport {self.transport} use auto or staged")
+        if not self._maps and (self.local_experts or self.memory_gib):
             raise DwdpConfigError(
-                "--dwdp-local-experts and --dwdp-memory-gib need memory that can be mapped: "
-                "leave them out with --dwdp-transport cuda-ipc."
+                "--dwdp-local-experts and --dwdp-memory-gib need mapped memory: "
+                f"leave them out with --dwdp-transport {self.transport}."
             )
-        if not _is_above_0(self.timeout_s):
-            self._refuse("timeout_s", "must be a number of seconds above 0")
+        if not _is_positive(self.timeout_s) or self.timeout_s > DAY_S:
+            self._reject("timeout_s", f"must be a number of seconds above 0 and of at most {DAY_S}")
         if not isinstance(self.audit, bool):
-            self._refuse("audit", "must be true or false")
+            self._reject("audit", "must be true or false")
 
-    def _refuse(self, name: str, why: str) -> None:
+    def _reject(self, name: str, why: str) -> None:
         raise DwdpConfigError(f"{flag_of(name)} {why} (got {getattr(self, name)!r}).")
 
     @property
-    def slice_bytes(self) -> int:
-        return self.slice_kib * KIB
-
-    @property
-    def replicate_below_bytes(self) -> int:
-        return self.replicate_below_kib * KIB
-
-    @property
-    def direct_limit(self) -> int:
-        """--dwdp-direct-max-tokens, which is settled when a server resolves its arguments."""
-        return UNPLANNED_DIRECT_MAX_TOKENS if self.direct_max_tokens is None else self.direct_max_tokens
+    def _maps(self) -> bool:
+        return self.transport == "auto" or TRANSPORTS[self.transport].maps
 
     @property
     def memory_bytes(self) -> int | None:
         return None if self.memory_gib is None else int(self.memory_gib * KIB * MIB)
 
-    @property
-    def has_direct(self) -> bool:
-        """Whether some forwards may read remote experts in place."""
-        return self.view != "staged" and self.transport != "cuda-ipc"
+    def views(self, *, maps: bool = True) -> Views:
+        """Which views forwards read.
 
-    def wants_direct(self, num_tokens: int) -> bool:
-        """Whether a forward of `num_tokens` tokens runs on direct views."""
-        if self.view == "auto":
-            return self.has_direct and num_tokens <= self.direct_limit
-        return self.view == "direct"
+        Args:
+            maps: whether the memory in use can be mapped. Whatever it says, a transport that cannot map memory has
+                staged views only.
+        """
+        maps = maps and self._maps
+        direct = maps and self.view != "staged"
+        limit = DEFAULT_DIRECT_MAX_TOKENS if self.direct_max_tokens is None else self.direct_max_tokens
+        return Views(direct, staged=not maps or self.view != "direct", max_tokens=limit)
 
 
 def _field(name: str) -> dataclasses.Field[Any]:
     return next(field for field in dataclasses.fields(DwdpConfig) if field.name == name)
 
 
-def _is_above_0(value: object) -> bool:
+def _is_positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
@@ -195,25 +220,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "experts that it does not store from its peers. See also the --dwdp-* options.",
     )
     for field in dataclasses.fields(DwdpConfig):
-        # None marks a flag that was not given, so that one given without --enable-dwdp can be refused.
-        how: dict[str, Any] = {"default": None}
+        # None marks a flag that was not given, so that one given without --enable-dwdp is an error.
+        keywords: dict[str, Any] = {"default": None}
         kind = field.metadata["kind"]
         if kind is bool:
-            how["action"] = "store_true"
+            keywords["action"] = "store_true"
         elif kind is str:
-            how["choices"] = _CHOICES[field.name]
+            keywords["choices"] = _CHOICES[field.name]
         else:
-            how["type"] = kind
+            keywords["type"] = kind
         text = field.metadata["help"]
         if field.default is not None:
             text += f" Default: {field.default}."
-        group.add_argument(flag_of(field.name), help=text.replace("%", "%%"), **how)
+        group.add_argument(flag_of(field.name), help=text.replace("%", "%%"), **keywords)
 
 
 def from_options(options: Mapping[str, Any]) -> DwdpConfig | None:
     """The config that flags or keywords ask for, or None where they do not enable DWDP.
 
-    `options` may hold any other keys; a value of None means that the option was not given.
+    Args:
+        options: may hold any other keys; a value of None means that the option was not given.
 
     Raises:
         DwdpConfigError: an option is out of range, or given without `enable_dwdp`.
@@ -226,6 +252,6 @@ def from_options(options: Mapping[str, Any]) -> DwdpConfig | None:
     if not options.get(ENABLE):
         if given:
             names = ", ".join(map(flag_of, given))
-            raise DwdpConfigError(f"{names} given without --enable-dwdp. Add --enable-dwdp, or take it away.")
+            raise DwdpConfigError(f"{names} given without --enable-dwdp. Add --enable-dwdp, or leave them out.")
         return None
     return DwdpConfig(**given)

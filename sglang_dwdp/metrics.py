@@ -9,7 +9,12 @@ import dataclasses
 class Counters:
     """Totals since the start.
 
-    bytes_read_in_place and collectives are counted only with --dwdp-audit.
+    Attributes:
+        direct_forwards: forwards that read peers' experts in place.
+        staged_forwards: forwards that copied them first.
+        forward_tokens: tokens of both.
+        bytes_read_in_place: of peers' experts; counted with --dwdp-audit only.
+        collectives: within forwards; counted with --dwdp-audit only.
     """
 
     direct_forwards: int = 0
@@ -19,6 +24,7 @@ class Counters:
     collectives: int = 0
 
     def count_forward(self, num_tokens: int, *, direct: bool) -> None:
+        """Count one forward of so many tokens."""
         self.forward_tokens += num_tokens
         if direct:
             self.direct_forwards += 1
@@ -26,4 +32,5 @@ class Counters:
             self.staged_forwards += 1
 
     def as_dict(self) -> dict[str, int]:
+        """The totals by name, as `/server_info` shows them."""
         return dataclasses.asdict(self)

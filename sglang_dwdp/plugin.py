@@ -9,8 +9,8 @@ def register() -> None:
     SGLang swallows errors of a plugin. The flags are therefore added last: after an error before that,
     `--enable-dwdp` is an unknown argument, and no server comes up that ignores it.
     """
-    from sglang_dwdp.srt_patches import hooks, install, resolve
+    from sglang_dwdp.srt_patches import arguments, hooks, install, resolve
 
     resolve.register_resolution()
-    hooks.install((*install.HOOKS, *resolve.HOOKS))
-    resolve.open_engine()
+    hooks.install((*install.HOOKS, *arguments.HOOKS))
+    arguments.open_engine()

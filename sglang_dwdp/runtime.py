@@ -70,6 +70,7 @@ class DwdpRuntime:
         self._prefetcher: Prefetcher | None = None
         self._position: dict[int, int] = {}
         self._uses_direct: list[bool] = []
+        self._views = config.views(maps=memory.maps)
         self._rests_direct = memory.maps
         self._direct = self._rests_direct
         self._forward = 0  # the number of this forward, by which a layer's visits are told apart
@@ -104,7 +105,7 @@ class DwdpRuntime:
         self._log_setup(shared, time.perf_counter() - start)
 
     def _prepare(self, layers: Sequence[SharedLayer]) -> None:
-        if self.config.view != "direct":
+        if self._views.staged:
             copies, sizes = [layer.copies for layer in layers], [layer.copy_bytes for layer in layers]
             self._prefetcher = Prefetcher(self._engine, copies, sizes, self.config.depth)
 
@@ -131,7 +132,7 @@ class DwdpRuntime:
 
     def begin_forward(self, num_tokens: int) -> None:
         """A forward of `num_tokens` tokens is about to run: choose its views."""
-        self._direct = self._rests_direct and self.config.wants_direct(num_tokens)
+        self._direct = self._views.is_direct(num_tokens)
         self._forward += 1
         self._visited = 0
         self._staged_replay = False
@@ -292,7 +293,7 @@ class DwdpRuntime:
             "group_size": self.size,
             "transport": self._memory.transport,
             "view": self.config.view,
-            "direct_max_tokens": self.config.direct_limit,
+            "direct_max_tokens": self._views.max_tokens,
             "moe_layers": len(self._position),
             "local_experts": shared.local_experts if shared else 0,
             "stored_bytes": shared.stored_bytes if shared else 0,

@@ -8,16 +8,51 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_dwdp.errors import DwdpConfigError
-from sglang_dwdp.support.backends import Way, check
+from sglang_dwdp.support.backends import MoeBackend, check_backend
 
 _FORWARD = ("forward", "forward_impl", "run_moe_core")
 
 
-def refuse_sharded(model: torch.nn.Module) -> None:
+def check_constructed(model: torch.nn.Module) -> None:
+    """Check what can be seen of a model before its weights are read.
+
+    Raises:
+        DwdpConfigError: It is unsupported.
     """
+    layers = [module for module in model.modules() if isinstance(module, FusedMoE)]
+    if not layers:
+        raise DwdpConfigError(
+            f"{type(model).__name__} has no FusedMoE layer, so there are no experts to share. "
+            "Serve it without --enable-dwdp."
+        )
+    check_not_sharded(model)
+    check_heads(model, get_parallel().tp_size)
+    check_layer_numbers(layers)
+    on_gpu = any(parameter.is_cuda for parameter in layers[0].parameters())
+    for layer in layers:
+        check_own_forward(layer)
+        if on_gpu:
+            backend_of_layer(layer)
+        elif type(layer.quant_method).__name__ != "UnquantizedFusedMoEMethod":
+            raise DwdpConfigError(
+                f"layer {layer.layer_id}: the CPU engine has no kernels for the experts of "
+                f"{type(layer.quant_method).__name__} that need no AMX. Use a plain checkpoint, or GPUs."
+            )
+        if layer.num_fused_shared_experts:
+            raise DwdpConfigError(
+                f"layer {layer.layer_id} fuses shared experts into the routed ones. "
+                "Add --disable-shared-experts-fusion."
+            )
+
+
+def check_not_sharded(model: torch.nn.Module) -> None:
+    """Check that every rank has all of the model.
+
     Raises:
         DwdpConfigError: SGLang's code of this model shards it over all ranks even with attention data parallelism,
             so a rank could not run a request alone. Such models shard their embedding, which is easy to see.
@@ -30,10 +65,32 @@ def refuse_sharded(model: torch.nn.Module) -> None:
             )
 
 
-def refuse_same_number(layers: Sequence[Any]) -> None:
-    """
+def check_heads(model: torch.nn.Module, ranks: int) -> None:
+    """Check that every rank has all attention heads.
+
+    Args:
+        model: A constructed model, with the checkpoint's config.
+        ranks: Ranks that a model would divide heads among.
+
     Raises:
-        DwdpConfigError: two layers have one number, by which the runtime tells them apart.
+        DwdpConfigError: SGLang's code of this model divides them, so a rank would compute a part of each token.
+    """
+    config = getattr(model, "config", None)
+    heads = getattr(getattr(config, "text_config", config), "num_attention_heads", None)
+    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    # Models may have layers with fewer heads than the config says; all of them with just this part are divided ones.
+    if heads and ranks > 1 and layers and all(layer.tp_q_head_num * ranks == heads for layer in layers):
+        raise DwdpConfigError(
+            f"SGLang divides the {heads} attention heads of {type(model).__name__} among {ranks} ranks: it has no "
+            "attention data parallelism for this model, which DWDP builds on. Serve it without --enable-dwdp."
+        )
+
+
+def check_layer_numbers(layers: Sequence[Any]) -> None:
+    """Check that the layers' numbers differ.
+
+    Raises:
+        DwdpConfigError: Two layers have one number, by which the runtime tells them apart.
     """
     number, count = Counter(layer.layer_id for layer in layers).most_common(1)[0]
     if count > 1:
@@ -43,10 +100,11 @@ def refuse_same_number(layers: Sequence[Any]) -> None:
         )
 
 
-def refuse_unknown_state(layer: Any) -> None:
-    """
+def check_expert_state(layer: Any) -> None:
+    """Check that all state of a loaded layer's experts is known.
+
     Raises:
-        DwdpConfigError: the layer or its method keeps tensors for the experts that were loaded where neither
+        DwdpConfigError: The layer or its method keeps tensors for the experts that were loaded where neither
             SGLang's list of per-expert tensors nor `rebuild_state` finds them.
     """
     known = {"_cutlass_swiglu_params"}
@@ -66,10 +124,11 @@ def refuse_unknown_state(layer: Any) -> None:
                 )
 
 
-def refuse_own_forward(layer: Any) -> None:
-    """
+def check_own_forward(layer: Any) -> None:
+    """Check that FusedMoE's own code runs the layer.
+
     Raises:
-        DwdpConfigError: the model runs this layer by code of its own, which would not wait for the experts.
+        DwdpConfigError: The model runs this layer by code of its own, which would not wait for the experts.
     """
     own = [name for name in _FORWARD if getattr(type(layer), name) is not getattr(FusedMoE, name)]
     if own:
@@ -79,11 +138,11 @@ def refuse_own_forward(layer: Any) -> None:
         )
 
 
-def way_of_layer(layer: Any) -> Way:
+def backend_of_layer(layer: Any) -> MoeBackend:
     """How a layer runs on a GPU.
 
     Raises:
-        DwdpConfigError: that way cannot read shared experts, or was not examined, as FP8 without scales of blocks.
+        DwdpConfigError: That way cannot read shared experts, or was not examined, as FP8 without scales of blocks.
     """
     backend = getattr(layer.runner_backend, "value", None)
     method = layer.quant_method
@@ -95,4 +154,4 @@ def way_of_layer(layer: Any) -> Way:
             "(weight_block_size in the checkpoint's config); these have others, which were not examined. Use a "
             "checkpoint with block scales, or serve without --enable-dwdp."
         )
-    return check(layer.layer_id, type(method).__name__, backend)
+    return check_backend(layer.layer_id, type(method).__name__, backend)

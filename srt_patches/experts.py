@@ -15,15 +15,10 @@ from sglang.srt.runtime_context import get_parallel
 
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.experts.placement import Placement, balanced
-from sglang_dwdp.srt_patches.checks import (
-    refuse_own_forward,
-    refuse_same_number,
-    refuse_sharded,
-    refuse_unknown_state,
-    way_of_layer,
-)
+from sglang_dwdp.srt_patches.checks import backend_of_layer, check_expert_state
 from sglang_dwdp.srt_patches.hooks import Hook
-from sglang_dwdp.support.backends import Way, is_verified
+from sglang_dwdp.support.backends import MoeBackend, is_validated
+from sglang_dwdp.support.gpu import gpu_generation
 
 logger = logging.getLogger(__name__)
 _WEIGHTS = ("w13_weight", "w2_weight")
@@ -43,9 +38,9 @@ def placement_of(layer: Any) -> Placement:
 class ShardCount:
     """`FusedMoE._num_local_routed`: the experts that a layer has memory for.
 
-    SGLang divides the experts evenly (and asserts that they divide). While a layer is built this answers with
-    the size of the rank's shard instead, so its tensors are created and loaded at that size; binding the full
-    tensors later sets the count of all experts, as SGLang's own code does it.
+    SGLang divides the experts evenly, and asserts that they can be. While a layer is built, this returns the size
+    of the rank's shard instead, so that its tensors are created and loaded at that size; binding the full tensors
+    later sets the count of all experts, as in SGLang's own code.
     """
 
     def __get__(self, layer: Any, owner: type) -> Any:
@@ -61,7 +56,7 @@ class ShardCount:
 
 
 def build(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
-    """Around `FusedMoE.__init__`: every rank runs the whole width of all experts.
+    """Around `FusedMoE.__init__`: every rank runs all experts, at their full width.
 
     The server's arguments leave the MoE's tensor parallelism at tp_size, the only factorisation that SGLang's
     models accept beside expert parallelism; for a rank of DWDP both are 1.
@@ -73,11 +68,12 @@ def build(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) 
 
 
 def check_blocks(runner: Any) -> None:
-    """In place of `ModelRunner.check_quantized_moe_compatibility`, which wants a block's width to divide an expert's
-    width divided by the ranks: here no rank has a part of an expert.
+    """In place of `ModelRunner.check_quantized_moe_compatibility`: no rank has a part of an expert.
+
+    SGLang's own call wants a block's width to divide an expert's width divided by the ranks.
 
     Raises:
-        ValueError: SGLang's, for experts that are no whole number of blocks wide.
+        ValueError: SGLang's, for experts whose width is not a multiple of a block's.
     """
     check_quantized_moe_compatibility(model_config=runner.model_config, tp_size=1, moe_ep_size=1, moe_dp_size=1)
 
@@ -89,7 +85,9 @@ def local_index(layer: Any, expert_id: int) -> int:
 
 def shard_of(layer: Any, param: Any, loaded_weight: torch.Tensor) -> torch.Tensor:
     """This rank's part of a checkpoint's tensor of all experts, as gpt-oss has them, for a `param` of its shard.
-    SGLang slices such tensors by expert parallelism, if at all."""
+
+    SGLang slices such tensors by expert parallelism, if at all.
+    """
     shard = placement_of(layer).shard(rank_in_group())
     if loaded_weight.shape[0] != layer.num_global_routed_experts or param.shape[0] != len(shard):
         return loaded_weight
@@ -124,8 +122,10 @@ def load_fused(
 
 
 def deferred_finalize(original: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around `FusedMoE.forward_deferred_finalize`, which runs experts past `forward_impl`. What it leaves for later
-    reads no weights."""
+    """Around `FusedMoE.forward_deferred_finalize`, which runs experts without `forward_impl`.
+
+    What it leaves for later reads no weights.
+    """
     from sglang_dwdp.srt_patches.forward import current_runtime
 
     if not layer._dwdp_bound:
@@ -175,7 +175,7 @@ class SglangLayer:
 
 
 def rebuild_state(layer: Any) -> None:
-    """Make anew what SGLang keeps for each expert outside of tensors of its own, now for all experts."""
+    """Make what SGLang keeps for each expert outside of the layer's tensors again, now for all experts."""
     if getattr(layer, "_cutlass_swiglu_params", None) is not None:
         from sglang.srt.layers.moe.moe_runner.flashinfer_cutlass import materialize_swiglu_params_for_cutlass
 
@@ -188,41 +188,29 @@ def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:
     """The MoE layers of a model on `device`, in the order in which it runs them.
 
     Raises:
-        DwdpConfigError: there is none, or one that cannot be shared.
+        DwdpConfigError: one that cannot be shared, which could not be seen before the weights were loaded (see
+            `checks.check_constructed`).
     """
     found = [module for module in model.modules() if isinstance(module, FusedMoE)]
-    if not found:
-        raise DwdpConfigError(
-            f"{type(model).__name__} has no FusedMoE layer, so there are no experts to share. "
-            "Serve it without --enable-dwdp."
-        )
-    refuse_sharded(model)
-    refuse_same_number(found)
-    ways = Counter[Way]()
+    backends = Counter[MoeBackend]()
     for layer in found:
-        refuse_own_forward(layer)
         if device == "cuda":
-            ways[way_of_layer(layer)] += 1
-            refuse_unknown_state(layer)
-        if layer.num_fused_shared_experts:
-            raise DwdpConfigError(
-                f"layer {layer.layer_id} fuses shared experts into the routed ones. "
-                "Add --disable-shared-experts-fusion."
-            )
+            backends[backend_of_layer(layer)] += 1
+            check_expert_state(layer)
         missing = [name for name in _WEIGHTS if not isinstance(getattr(layer, name, None), torch.Tensor)]
         if missing:
             raise DwdpConfigError(
                 f"layer {layer.layer_id} has no {' and no '.join(missing)}: the weight format "
-                f"{type(layer.quant_method).__name__} keeps experts in a way that DWDP does not know. Use another "
+                f"{type(layer.quant_method).__name__} keeps experts in a way that DWDP does not support. Use another "
                 "quantization or --moe-runner-backend, or serve without --enable-dwdp."
             )
-    for way, count in ways.items():
-        logger.info("DWDP: %d MoE layers run %s experts with %s", count, way.weights, way.backend)
-        if not is_verified(way, "Hopper" if torch.cuda.get_device_capability()[0] == 9 else "another"):
+    for backend, count in backends.items():
+        logger.info("DWDP: %d MoE layers run %s experts with %s", count, backend.weights, backend.name)
+        if not is_validated(backend, gpu_generation()):
             logger.warning(
-                "DWDP: %s experts with %s have not been compared with a single rank on this kind of GPU yet",
-                way.weights,
-                way.backend,
+                "DWDP: %s experts with %s have not been validated against a single rank on this kind of GPU yet",
+                backend.weights,
+                backend.name,
             )
     return [SglangLayer(layer) for layer in sorted(found, key=lambda layer: int(layer.layer_id))]
 

@@ -1,7 +1,7 @@
 """Block-FP8 experts through FlashInfer: what `--moe-runner-backend flashinfer_cutlass` means for them with DWDP.
 
 SGLang runs these experts on Triton where that backend is asked for. Its registry takes backends from outside, but
-its FP8 method asks for known ones by name, so two of its methods are hooked for the layers of ours.
+its FP8 method asks for known ones by name, so two of its methods are hooked for the layers that run on this one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from sglang_dwdp.block_fp8 import (
     warm_up_tokens,
 )
 from sglang_dwdp.srt_patches.hooks import Hook
-from sglang_dwdp.support.backends import FLASHINFER_FP8
+from sglang_dwdp.support.backends import FLASHINFER_FP8, HOPPER
+from sglang_dwdp.support.gpu import gpu_generation
 
 logger = logging.getLogger(__name__)
 _workspaces: dict[torch.device, Workspace] = {}
@@ -38,7 +39,7 @@ _workspaces: dict[torch.device, Workspace] = {}
 
 @dataclass
 class BlockFp8QuantInfo(MoeQuantInfo):
-    """What the kernel reads; see `moe.block_fp8_moe` for shapes and dtypes."""
+    """What the kernel reads; see `block_fp8.block_fp8_moe` for shapes and dtypes."""
 
     w13_weight: torch.Tensor
     w13_scale: torch.Tensor
@@ -102,7 +103,7 @@ def eligible(method: Any, config: Any) -> str | None:
 
 def create_runner(original: Callable[..., None], method: Any, layer: Any, config: Any) -> None:
     """Around `Fp8MoEMethod.create_moe_runner`."""
-    if not get_moe_runner_backend().is_flashinfer_cutlass() or torch.cuda.get_device_capability()[0] != 9:
+    if not get_moe_runner_backend().is_flashinfer_cutlass() or gpu_generation() != HOPPER:
         original(method, layer, config)
         return
     reason = eligible(method, config)
@@ -116,22 +117,22 @@ def create_runner(original: Callable[..., None], method: Any, layer: Any, config
     method._owns_moe_runner = True
 
 
-def ours(method: Any) -> bool:
-    """Whether a layer's method has our runner."""
+def runs_here(method: Any) -> bool:
+    """Whether a layer's method has the runner of this module."""
     runner = getattr(method, "runner", None)
     return runner is not None and bool(runner.runner_backend.value == FLASHINFER_FP8)
 
 
 def reorder(_result: None, method: Any, layer: Any) -> None:
     """After `Fp8MoEMethod.process_weights_after_loading`: [gate; up], as loaded, becomes [up; gate]."""
-    if ours(method):
+    if runs_here(method):
         swap_halves(layer.w13_weight.data)
         swap_halves(layer.w13_weight_scale_inv.data)
 
 
 def apply(original: Callable[..., Any], method: Any, layer: Any, dispatch_output: Any) -> Any:
     """Around `Fp8MoEMethod.apply`."""
-    if not ours(method):
+    if not runs_here(method):
         return original(method, layer, dispatch_output)
     return method.runner.run(dispatch_output, quant_info_of(layer))
 
@@ -144,13 +145,13 @@ def quant_info_of(layer: Any) -> BlockFp8QuantInfo:
 def warm_up(model: torch.nn.Module, max_tokens: int) -> None:
     """Compile what FlashInfer compiles at run time, before graphs are captured and requests wait for it.
 
-    Runs one layer of each size that is ours, on its direct view. Without `nvcc` FlashInfer is told to use the kernel
-    that its module has.
+    Runs one layer of each size on its direct view. Without `nvcc` FlashInfer is told to use the kernel that its module
+    has.
     """
     compiles = run_time_compiler(os.environ) is not None
     done: set[Sizes] = set()
     for layer in model.modules():
-        if not isinstance(layer, FusedMoE) or not ours(layer.quant_method):
+        if not isinstance(layer, FusedMoE) or not runs_here(layer.quant_method):
             continue
         info = quant_info_of(layer)
         sizes = sizes_of(info, layer.top_k)

@@ -21,10 +21,11 @@ from sglang.srt.runtime_context import (
 from sglang_dwdp.memory import memory_for
 from sglang_dwdp.runtime import DwdpRuntime
 from sglang_dwdp.srt_patches import flashinfer_fp8
+from sglang_dwdp.srt_patches.attached import config_of
 from sglang_dwdp.srt_patches.experts import collect, rank_in_group
 from sglang_dwdp.srt_patches.hooks import Hook
-from sglang_dwdp.srt_patches.planned import why_direct_limit
-from sglang_dwdp.srt_patches.resolve import config_of
+from sglang_dwdp.srt_patches.loading import check_loaded
+from sglang_dwdp.srt_patches.weights import declare_fixed
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def set_up(runner: Any) -> None:
         return
     config = config_of(runner.server_args)
     assert config is not None
+    check_loaded(runner.model)
     layers = collect(runner.model, runner.device)
     parallel = get_parallel()
     index = torch.cuda.current_device() if runner.device == "cuda" else 0
@@ -68,9 +70,10 @@ def set_up(runner: Any) -> None:
         from sglang_dwdp.srt_patches import exchange
 
         exchange.set_up(runtime, runner, name)
-    if config.view == "auto" and config.has_direct:
-        why = why_direct_limit(runner.server_args)
-        logger.info("DWDP reads experts in place in forwards of up to %d tokens (%s).", config.direct_limit, why)
+    declare_fixed(runner.model)
+    views = config.views(maps=memory.maps)
+    if views.direct and views.staged:
+        logger.info("DWDP reads experts in place in forwards of up to %d tokens.", views.max_tokens)
     if runner.device == "cuda":
         # Without chunks (--chunked-prefill-size -1) a prefill is as large as the scheduler makes it.
         flashinfer_fp8.warm_up(runner.model, max(1, max_prefill_buffer_tokens() or get_schedule().max_prefill_tokens))

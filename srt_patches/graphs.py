@@ -24,7 +24,7 @@ def requested_backend(view: Any, phase: str) -> str | None:
     return None if found is None else str(getattr(found, "value", found))
 
 
-def reject_graph_backends(view: Any) -> None:
+def check_graph_backends(view: Any) -> None:
     """Check the prefill graphs that were asked for.
 
     Args:

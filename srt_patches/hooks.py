@@ -1,7 +1,7 @@
-"""Installing hooks, and making sure that they took.
+"""Installs hooks, and makes sure that they are in place.
 
 SGLang's registry logs a hook that could not be applied and goes on without it. A server that was asked for
-DWDP must not, so every installation here is verified.
+DWDP must not, so every installation here is checked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _SOURCE = HookSource("dwdp", "sglang-dwdp")
 class Hook:
     """One hooked function or method of SGLang.
 
-    target: its dotted path.  kind: how `function` meets it (see SGLang's HookType).
+    Attributes:
+        target: its dotted path.
+        kind: how `function` is combined with it (see SGLang's HookType).
+        function: called in its place, around, before or after it.
     """
 
     target: str
@@ -31,7 +34,7 @@ class Hook:
 
 
 def install(hooks: Sequence[Hook]) -> None:
-    """Apply `hooks` at once, in this order, those that are in place already excepted, and verify all of them.
+    """Apply the `hooks` that are not in place yet, at once and in this order, and check all of them.
 
     Raises:
         DwdpRuntimeError: SGLang lacks a target, or cannot be hooked there.
@@ -50,8 +53,8 @@ def install(hooks: Sequence[Hook]) -> None:
     if failed:
         raise DwdpRuntimeError(
             f"these parts of SGLang could not be hooked: {', '.join(failed)}. This SGLang is not one that "
-            "sglang-dwdp was verified with (see srt_patches/ledger.md), or another plugin changed them: install "
-            "a verified release, leave the other plugin out with SGLANG_PLUGINS, or serve without --enable-dwdp."
+            "sglang-dwdp supports (see srt_patches/ledger.md), or another plugin changed them: install "
+            "a supported release, leave the other plugin out with SGLANG_PLUGINS, or serve without --enable-dwdp."
         )
 
 

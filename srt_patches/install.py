@@ -1,6 +1,6 @@
-"""Which hooks each of a server's processes gets, once it knows that DWDP is on.
+"""Which hooks each process of a server gets, once it knows that DWDP is on.
 
-SGLang publishes the server arguments first thing in every process, under the process's role.
+The first thing that every process of SGLang does is to publish the server arguments, under its role.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.errors import DwdpRuntimeError
+from sglang_dwdp.srt_patches.attached import config_of
 from sglang_dwdp.srt_patches.hooks import Hook, install
-from sglang_dwdp.srt_patches.resolve import config_of
 
 
 def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_kwargs: Any) -> None:
     """After `runtime_context.publish`.
 
     Raises:
-        DwdpRuntimeError: a hook did not take. The process ends, and SGLang ends the server.
+        DwdpRuntimeError: a hook could not be put in place. The process ends, and SGLang ends the server.
     """
     config = config_of(server_args)
     if config is None:
@@ -38,19 +38,32 @@ def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_
 
 def _install(role: str, config: DwdpConfig, device: str | None) -> None:
     if role == "scheduler":
-        from sglang_dwdp.srt_patches import audit, experts, forward, linear, reports, steps, weights
+        from sglang_dwdp.srt_patches import (
+            collectives,
+            experts,
+            forward,
+            linear,
+            loading,
+            recorder,
+            reports,
+            sessions,
+            steps,
+            weights,
+        )
 
         if device == "cuda":
-            from sglang_dwdp.kernels_build import load
             from sglang_dwdp.srt_patches import flashinfer_fp8, prefill_graphs
+            from sglang_dwdp.support import flashinfer_modules
 
-            load.install()  # before weights are loaded: FlashInfer prepares MXFP4 weights with its module
+            flashinfer_modules.install()  # before weights are loaded: FlashInfer prepares MXFP4 weights with its module
             flashinfer_fp8.register()
             install((*flashinfer_fp8.HOOKS, *prefill_graphs.HOOKS))
 
         experts.install_shard_count()
-        install((*linear.HOOKS, *steps.HOOKS, *experts.HOOKS, *forward.HOOKS))
+        install((*linear.HOOKS, *steps.HOOKS, *experts.HOOKS, *loading.HOOKS, *forward.HOOKS))
         install((*reports.SCHEDULER_HOOKS, *weights.SCHEDULER_HOOKS))
+        install((*sessions.SCHEDULER_HOOKS, *recorder.SCHEDULER_HOOKS))
+        collectives.guard_collectives(device)
         if config.exchange == "auto":
             from sglang_dwdp.srt_patches import exchange
 
@@ -59,18 +72,16 @@ def _install(role: str, config: DwdpConfig, device: str | None) -> None:
                 install(exchange.GPU_HOOKS)
         if config.audit:
             install(experts.AUDIT_HOOKS)
-            audit.count_collectives()
     elif role == "dp_controller":
-        from sglang_dwdp.srt_patches import controller, reports
+        from sglang_dwdp.srt_patches import controller, reports, sessions
 
-        install((*controller.HOOKS, *reports.CONTROLLER_HOOKS))
+        install((*controller.HOOKS, *reports.CONTROLLER_HOOKS, *sessions.CONTROLLER_HOOKS))
     elif role == "tokenizer":
         from sglang_dwdp import cleanup
-        from sglang_dwdp.srt_patches import weights
+        from sglang_dwdp.srt_patches import recorder, weights
 
         cleanup.watch()
-
-        install(weights.TOKENIZER_HOOKS)
+        install((*weights.TOKENIZER_HOOKS, *recorder.TOKENIZER_HOOKS))
 
 
 HOOKS = (Hook("sglang.srt.runtime_context.publish", HookType.AFTER, install_for_role),)

@@ -1,7 +1,7 @@
-"""Linear layers: a DWDP rank runs its requests alone, so each of its layers is whole.
+"""Linear layers: a DWDP rank runs its requests alone, so none of its layers is sharded.
 
 SGLang takes care of attention, of dense layers and of the LM head by the server's arguments, but shards some
-layers over the tensor-parallel group all the same: the shared experts of DeepSeek and Qwen2-MoE, for instance,
+layers over the tensor-parallel group nevertheless: the shared experts of DeepSeek and Qwen2-MoE, for instance,
 whose partial sums nobody would add up (wrong tokens and no error with SGLang's own --dwdp-size), and the LM head of
 MiniMax-M2.
 """
@@ -16,17 +16,17 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang_dwdp.srt_patches.hooks import Hook
 
 
-def whole(original: Callable[[Any], Any], parallel_group: Any) -> Any:
+def unsharded_group(original: Callable[[Any], Any], parallel_group: Any) -> Any:
     """Around `_resolve_linear_group`: no group to shard over, except attention's, which has one rank."""
     return original(parallel_group) if parallel_group == "attn_tp" else None
 
 
-def whole_head(original: Callable[..., None], head: Any, *args: Any, **kwargs: Any) -> None:
+def unsharded_head(original: Callable[..., None], head: Any, *args: Any, **kwargs: Any) -> None:
     """Around `ParallelLMHead.__init__`: sharded over attention's group at most, which has one rank."""
     original(head, *args, **kwargs | {"use_attn_tp_group": kwargs.get("enable_tp", True)})
 
 
 HOOKS = (
-    Hook("sglang.srt.layers.linear._resolve_linear_group", HookType.AROUND, whole),
-    Hook("sglang.srt.layers.vocab_parallel_embedding.ParallelLMHead.__init__", HookType.AROUND, whole_head),
+    Hook("sglang.srt.layers.linear._resolve_linear_group", HookType.AROUND, unsharded_group),
+    Hook("sglang.srt.layers.vocab_parallel_embedding.ParallelLMHead.__init__", HookType.AROUND, unsharded_head),
 )

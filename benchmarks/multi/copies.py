@@ -12,11 +12,12 @@ from benchmarks.multi.bench import Bench
 from benchmarks.multi.experts import WHOLE, Shape, SharedLayer
 from benchmarks.multi.reference import copies_of_ranks, joined, large_copies
 from benchmarks.multi.together import gathered, together
-from sglang_dwdp.config import KIB, DwdpConfig
+from sglang_dwdp.config import KIB
+from sglang_dwdp.experts.layout import MIN_SLICE_BYTES
 from sglang_dwdp.memory.base import CopyEngine
 from sglang_dwdp.memory.handshake import Exchange
 
-DEFAULT_KIB = DwdpConfig().slice_kib
+DEFAULT_KIB = MIN_SLICE_BYTES // KIB
 SLICES_KIB = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 WHOLE_KIB = 0
 # name: (streams, one driver call for a plan, the hint to leave multiprocessors alone)

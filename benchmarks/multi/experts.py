@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.multi.bench import Bench
 from sglang_dwdp.config import DwdpConfig
-from sglang_dwdp.experts.layer import specs_of
+from sglang_dwdp.experts.layer import tensors_of
 from sglang_dwdp.experts.layout import TensorLayout, copy_order, tensor_layout
 from sglang_dwdp.experts.placement import Placement, balanced
 from sglang_dwdp.experts.share import SharedExperts, share_experts
@@ -82,10 +82,9 @@ class SharedLayer:
         layer = PlainLayer(
             self.placement, {name: full[mine.start : mine.stop].clone() for name, full in self.full.items()}
         )
-        specs = specs_of(layer, self.rank, bench.memory.page_bytes)
         self.layouts: dict[str, TensorLayout] = {
-            spec.name: tensor_layout(self.placement, spec.layout.expert_bytes, bench.memory.page_bytes)
-            for spec in specs
+            tensor.name: tensor_layout(self.placement, tensor.expert_bytes, bench.memory.page_bytes)
+            for tensor in tensors_of(layer, self.rank)
         }
         self._shared: SharedExperts = share_experts(DwdpConfig(view="auto"), bench.memory, exchange, [layer])
         self.direct, self.staged = self._shared.layers[0].direct, self._shared.layers[0].staged

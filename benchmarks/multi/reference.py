@@ -17,7 +17,6 @@ import torch
 
 from benchmarks.multi.bench import Bench
 from benchmarks.multi.together import gathered, together
-from sglang_dwdp.experts.layout import Span
 from sglang_dwdp.memory.handles import agree_on_handles, swap_blocks
 from sglang_dwdp.memory.handshake import Exchange
 
@@ -62,10 +61,9 @@ def copies_of_ranks(bench: Bench, exchange: Exchange) -> list[dict[str, Any]]:
         return []
     with ExitStack() as stack:
         kind = agree_on_handles(memory, exchange)
-        wanted = {rank: [("", Span(0, NBYTES))] for rank in range(exchange.size)}
-        blocks = swap_blocks(memory, exchange, kind, wanted, stack)
+        blocks = swap_blocks(memory, exchange, kind, [[NBYTES]] * exchange.size, stack)
         stack.callback(exchange.barrier)  # no block is given back while a peer reads it
-        sources = [blocks[rank][0][2].tensor() for rank in range(exchange.size)]
+        sources = [blocks[rank][0].tensor() for rank in range(exchange.size)]
         sources[exchange.rank].random_(0, 256)
         memory.finish_writes()
         exchange.barrier()

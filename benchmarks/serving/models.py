@@ -48,7 +48,8 @@ def _make(model: Model, folder: Path, say: Callable[[str], None]) -> None:
     dtype = getattr(torch, settings.pop("dtype", "bfloat16"))
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
-        make_checkpoint(partial, settings.pop("family", "qwen3_moe"), dtype=dtype, **settings)
+        settings.pop("family", None)  # read.py has checked it
+        make_checkpoint(partial, dtype=dtype, **settings)
         partial.rename(folder)
     except ValueError as error:
         raise ScenarioError(f"model.make cannot work: {error}") from None

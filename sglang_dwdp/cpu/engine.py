@@ -1,8 +1,8 @@
 """Runs SGLang's CPU engine on a machine without a GPU, so that tests and the demo can use it.
 
-SGLang was made for a CPU with Intel AMX and one rank per NUMA node. Anywhere else it needs a few
-environment variables, and a stand-in for a package that wants the CUDA driver. All of them have to
-be there before SGLang is imported, in every process of a server.
+SGLang's CPU engine is for processors with Intel AMX and one rank per NUMA node. Anywhere else it needs a few
+environment variables, and a stub of a package that wants the CUDA driver. All of them have to be there before SGLang
+is imported, in every process of a server.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-# A directory of stand-ins; not a package, so nothing can import it by way of sglang_dwdp.
+# A directory of stubs; not a package, so nothing can import it by way of sglang_dwdp.
 STUBS = Path(__file__).resolve().parent / "stubs"
 _USE_CPU_ENGINE = "SGLANG_USE_CPU_ENGINE"
 _THREADS_BIND = "SGLANG_CPU_OMP_THREADS_BIND"
@@ -22,10 +22,13 @@ _arranged: dict[str, str] = {}
 
 
 def needed(device: str | None) -> bool:
-    """Whether a server started with this `--device` (None: not given) runs on the CPU engine.
+    """Whether a server runs on the CPU engine.
 
-    SGLang itself asks for both the flag and the environment variable. One is enough here; a device
-    other than the CPU that was asked for by name wins over the variable.
+    SGLang itself asks for both `--device cpu` and an environment variable. One is enough here; a device other than
+    the CPU that was asked for by name wins over the variable.
+
+    Args:
+        device: the value of `--device`; None: not given.
     """
     if device is not None:
         return device == "cpu"
@@ -45,9 +48,15 @@ def default_flags() -> dict[str, str | int]:
 
 
 def environment(num_ranks: int, base: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The variables to add to `base` (default: this process's) for a server of `num_ranks` ranks.
+    """The variables to add for a server.
 
-    What is set in `base` stays as it is and is not in the result; PYTHONPATH is put in front of.
+    Args:
+        num_ranks: of the server.
+        base: the variables to add to; None: this process's. What is set there stays as it is and is not in the
+            result, except for PYTHONPATH, which a folder is put in front of.
+
+    Raises:
+        ValueError: the server has no ranks.
     """
     if num_ranks < 1:
         raise ValueError(f"num_ranks={num_ranks}: a server has at least one rank")
@@ -61,7 +70,7 @@ def environment(num_ranks: int, base: Mapping[str, str] | None = None) -> dict[s
     }
     cores = sorted(os.sched_getaffinity(0))
     if num_ranks > numa_nodes(cores):
-        # SGLang refuses more ranks than NUMA nodes unless it is told every rank's cores. Where its
+        # SGLang rejects more ranks than NUMA nodes unless it is told every rank's cores. Where its
         # own division by nodes works it is better: it knows hyper-threads and each node's memory.
         wanted[_THREADS_BIND] = thread_binding(num_ranks, cores)
         # Without AMX SGLang checks that binding but does not apply it, so every rank would compute
@@ -77,13 +86,13 @@ def environment(num_ranks: int, base: Mapping[str, str] | None = None) -> dict[s
 
 
 def arrange(num_ranks: int) -> None:
-    """Applies `environment` to this process, and so to the children that it starts.
+    """Apply `environment` to this process, and so to the children that it starts.
 
     Call it before anything imports `sglang.srt`: SGLang reads the variables when it is imported. Servers do so by
     themselves; a program that uses `sglang.Engine` on a machine without the CUDA driver has to, because SGLang imports
     its kernels there before it loads plugins.
     """
-    # What an earlier call set is no wish of the user's: the next server may have another number of ranks.
+    # What an earlier call set was not set by the user: the next server may have another number of ranks.
     additions = environment(num_ranks, {name: v for name, v in os.environ.items() if _arranged.get(name) != v})
     os.environ.update(additions)
     _arranged.update({name: value for name, value in additions.items() if name != "PYTHONPATH"})

@@ -23,7 +23,11 @@ from sglang_dwdp.demo.server import Server
 class Answers:
     """What a server answered.
 
-    generated: `[ranks][prompts]`, tokens.
+    Attributes:
+        generated: `[ranks][prompts]`, tokens of `/generate`.
+        chat: the text of a chat completion.
+        frontend: the texts of a program that forks: both branches, and what follows after they joined.
+        reports: the ranks' DWDP counters, in rank order; none of a single rank.
     """
 
     generated: list[list[list[int]]]
@@ -33,7 +37,7 @@ class Answers:
 
 
 def run(args: Namespace) -> int:
-    """The whole demo; 0 where all tokens agree and no collective was counted."""
+    """Run the demo; 0 if all tokens agree and no collective was counted, otherwise 1."""
     console = Console()
     if args.out is not None:
         Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -46,14 +50,14 @@ def _run(args: Namespace, console: Console, out: Path) -> int:
     model = out / "model"
     console.print(f"Making a random Qwen3-MoE checkpoint with {args.experts} experts, and training its tokenizer")
     # float32: in bfloat16 two tokens of a random model tie now and then, and a tie is decided by rounding.
-    make_checkpoint(model, "qwen3_moe", num_experts=args.experts, dtype=torch.float32)
+    make_checkpoint(model, num_experts=args.experts, dtype=torch.float32)
     flags = ("--dtype", "float32")
     dwdp = Server(model, args.ranks, out / "dwdp.log", dwdp=("--dwdp-audit", "--dwdp-view", args.view), flags=flags)
-    ours = _ask(dwdp, f"{args.ranks} ranks with DWDP", console)
+    shared = _ask(dwdp, f"{args.ranks} ranks with DWDP", console)
     single = Server(model, 1, out / "single.log", flags=flags)
     reference = _ask(single, "one rank with all experts", console)
-    console.print(_table(ours, reference))
-    return 0 if _agree(ours, reference) else 1
+    console.print(_table(shared, reference))
+    return 0 if _agree(shared, reference) else 1
 
 
 def _ask(server: Server, name: str, console: Console) -> Answers:
@@ -78,15 +82,15 @@ def _ask(server: Server, name: str, console: Console) -> Answers:
     return Answers(generated, chat, frontend, reports)
 
 
-def _agree(ours: Answers, reference: Answers) -> bool:
+def _agree(shared: Answers, reference: Answers) -> bool:
     return (
-        all(tokens == reference.generated[0] for tokens in ours.generated)
-        and (ours.chat, ours.frontend) == (reference.chat, reference.frontend)
-        and not any(report["collectives"] for report in ours.reports)
+        all(tokens == reference.generated[0] for tokens in shared.generated)
+        and (shared.chat, shared.frontend) == (reference.chat, reference.frontend)
+        and not any(report["collectives"] for report in shared.reports)
     )
 
 
-def _table(ours: Answers, reference: Answers) -> Table:
+def _table(shared: Answers, reference: Answers) -> Table:
     table = Table(title="DWDP against one rank that holds all experts, greedy")
     # Narrow enough for a terminal of 80 columns.
     for heading in (
@@ -98,7 +102,7 @@ def _table(ours: Answers, reference: Answers) -> Table:
         "collectives\nin forwards",
     ):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
-    for report, tokens in zip(ours.reports, ours.generated, strict=True):
+    for report, tokens in zip(shared.reports, shared.generated, strict=True):
         same = sum(a == b for a, b in zip(tokens, reference.generated[0], strict=True))
         table.add_row(
             f"rank {report['rank']} /generate",
@@ -108,6 +112,6 @@ def _table(ours: Answers, reference: Answers) -> Table:
             f"{report['bytes_read_in_place'] / MIB:.1f} MiB",
             str(report["collectives"]),
         )
-    table.add_row("chat completions", "yes" if ours.chat == reference.chat else "no")
-    table.add_row("frontend, forked", "yes" if ours.frontend == reference.frontend else "no")
+    table.add_row("chat completions", "yes" if shared.chat == reference.chat else "no")
+    table.add_row("frontend, forked", "yes" if shared.frontend == reference.frontend else "no")
     return table

@@ -21,6 +21,8 @@ import requests
 from sglang_dwdp.cpu import engine as cpu_engine
 from sglang_dwdp.errors import DwdpError
 
+# A folder of packages that need not be imported; not a package itself.
+STUBS = Path(__file__).resolve().parent / "stubs"
 # What the log says on the way up, in this order, and what that means.
 MILESTONES = (
     ("Init parallel begin", "process groups"),
@@ -30,7 +32,7 @@ MILESTONES = (
     ("Uvicorn running", "first request"),
 )
 
-# SGLang's modules for the families in families.py (DeepSeek-V3's class is in V2's module).
+# SGLang's modules for the families of the demo and the tests (DeepSeek-V3's class is in V2's module).
 MODEL_MODULES = (
     "deepseek_v2",
     "glm4_moe",
@@ -51,8 +53,16 @@ class ServerFailed(DwdpError):
 class Server:
     """`python -m sglang.launch_server` in a process group of its own, and its log.
 
-    dwdp: the options of DWDP as command-line arguments, None for a plain server.  environment: variables to add.
     The context manager stops the server, by force after a while if need be.
+
+    Args:
+        model: folder of the checkpoint.
+        ranks: of the server, each with its own attention.
+        log: file for all that the server writes.
+        dwdp: the options of DWDP as command-line arguments; None for a plain server.
+        flags: further command-line arguments.
+        environment: variables to add.
+        cwd: where the server runs.
     """
 
     def __init__(
@@ -73,6 +83,7 @@ class Server:
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu"]
         command += ["--tp", str(ranks), "--host", "127.0.0.1", "--port", str(self.port), *flags]
         variables = {**fewer_models(), **os.environ, **(environment or {})}
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(STUBS), variables.get("PYTHONPATH"))))
         if dwdp is None:
             # What the plugin arranges by itself where DWDP is on.
             variables |= cpu_engine.environment(ranks, variables)
@@ -89,7 +100,11 @@ class Server:
             )
 
     def wait(self, timeout_s: float = 300.0, progress: Callable[[str], None] = lambda _stage: None) -> None:
-        """Return when the server answers; `progress` hears what it is at.
+        """Return when the server answers.
+
+        Args:
+            timeout_s: after which this fails.
+            progress: called with the stage that the start has reached.
 
         Raises:
             ServerFailed: it ended, or did not answer in time.
@@ -168,7 +183,7 @@ class Server:
 
 
 def fewer_models() -> dict[str, str]:
-    """The variable that keeps SGLang from importing models that the demo has no checkpoints of.
+    """The variable that keeps SGLang from importing models that neither the demo nor the tests serve.
 
     Each process of a server imports all of them otherwise, which takes longer than everything else at its start.
     """

@@ -117,6 +117,7 @@ class FlashInferInbox:
         self.rank, self.size, self.shape = handshake.rank, handshake.size, shape
         self._layer_ids = list(layer_ids)
         self._lost = lost
+        self._void = False
         device = torch.cuda.current_device()
         params = MoEEpCommParams(
             num_experts=num_experts,
@@ -155,23 +156,15 @@ class FlashInferInbox:
         return result
 
     def wait(self, done: Any, limit_s: float) -> None:
-        """Wait for a joint forward; call this before its result is asked for.
-
-        Args:
-            done: A `torch.cuda.Event`, recorded after the forward.
-            limit_s: Seconds after which peers that have sent nothing are given up.
-
-        Raises:
-            DwdpRuntimeError: A peer ended or did not come. The forward's result is void, and this inbox must not be
-                used any more.
-        """
+        """See `Inbox.wait`."""
         start = look = time.monotonic()
         while not done.query():
             now = time.monotonic()
             if now > look:
                 lost = self._lost()
-                if lost or now > start + limit_s:
-                    raise self._give_up(done, f"ranks {lost} ended" if lost else f"nothing came within {limit_s:g} s")
+                # Forwards that were launched before one that failed need not wait as long again.
+                if lost or self._void or now > start + limit_s:
+                    self._give_up(done, f"ranks {lost} ended" if lost else f"nothing came within {limit_s:g} s")
                 look = now + _LOOK_S
             if now > start + _SPIN_S:
                 time.sleep(_NAP_S)
@@ -180,9 +173,12 @@ class FlashInferInbox:
         """See `Inbox.close`. FlashInfer keeps the memory itself, in a cache of its own, until the process ends."""
         self._all_to_all.destroy()
 
-    def _give_up(self, done: Any, why: str) -> DwdpRuntimeError:
-        """Let the forward run through; the error to raise."""
+    def _give_up(self, done: Any, why: str) -> None:
+        """Let the forward run through, and raise; unless what it waited for has come after all."""
         step, missing = self._read()
+        if not missing or done.query():
+            return
+        self._void = True
         now = step
         while not done.query():
             # Flags of peers that do come are overwritten too: the result is void, and the next turn mends it.
@@ -192,7 +188,7 @@ class FlashInferInbox:
                     flags.copy_(self._host_flags, non_blocking=True)
             now, _ = self._read()
         layer = self._layer_ids[(step - 1) // _STEPS_PER_LAYER % len(self._layer_ids)]
-        return DwdpRuntimeError(
+        raise DwdpRuntimeError(
             f"rank {self.rank}: MoE layer {layer} of a joint forward waited for ranks {missing}: {why}."
         )
 

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import torch
 
@@ -89,6 +90,9 @@ class HostInbox:
         for peer in range(self.size):
             total += self._sums[peer, self.rank, :sent]
         return total.to(self.shape.dtype)
+
+    def wait(self, done: Any, limit_s: float) -> None:
+        """See `Inbox.wait`."""
 
     def close(self) -> None:
         """See `Inbox.close`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -40,7 +40,10 @@ class Received(NamedTuple):
 
 
 class Inbox(Protocol):
-    """One rank's rows on their way. All ranks call `dispatch`, then `combine`, for the same layers in one order."""
+    """One rank's rows on their way. All ranks call `dispatch`, then `combine`, for the same layers in one order.
+
+    After an error it must not be used any more: ranks no longer agree on which layer is next.
+    """
 
     def dispatch(
         self, layer_id: int, bucket: int, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
@@ -58,8 +61,8 @@ class Inbox(Protocol):
             What the ranks sent; valid until `combine` is called.
 
         Raises:
-            DwdpRuntimeError: A peer sent nothing within the limit, or ended; it is named, and so is the layer. (A
-                transport whose waits are a GPU's raises it later, where the GPU's result is asked for.)
+            DwdpRuntimeError: A peer sent nothing within the limit, or ended; it is named, and so is the layer. (Where
+                the GPU waits, `wait` raises it.)
         """
         ...
 
@@ -75,6 +78,18 @@ class Inbox(Protocol):
 
         Raises:
             DwdpRuntimeError: As `dispatch`.
+        """
+        ...
+
+    def wait(self, done: Any, limit_s: float) -> None:
+        """Wait for a joint forward on a GPU; call this before its result is asked for. Nothing to do on the host.
+
+        Args:
+            done: A `torch.cuda.Event`, recorded after the forward.
+            limit_s: Seconds after which peers that have sent nothing are given up.
+
+        Raises:
+            DwdpRuntimeError: A peer ended or did not come; named with the layer. The forward's result is void.
         """
         ...
 

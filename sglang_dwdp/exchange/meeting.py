@@ -13,12 +13,12 @@ from collections.abc import Callable
 
 from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.exchange.page import Page
-from sglang_dwdp.exchange.policy import StepTimes, deadline_us, patient_again_us
+from sglang_dwdp.exchange.policy import StepTimes, after_waiting, deadline_us
 from sglang_dwdp.exchange.round import Joint, Phase, Round
 
 _SPIN_US = 50
 _NAP_S = 20e-6
-_HELP_US = 200  # an idle rank's scheduler has requests to look for
+_HELP_US = 2000  # at a time: an idle rank's scheduler has requests to look for
 
 
 def _clock_us() -> int:
@@ -60,7 +60,8 @@ class Meeting:
         self.counters = RoundCounters()
         self.ended = False
         self._clock_us = clock_us
-        self._patient_from_us = 0
+        self._patient_from_us = (0,) * page.size
+        self._wanted = False  # peers waited when this rank, idle, looked last
         self._closed = False
 
     def meet(self, bucket: int) -> Joint | None:
@@ -75,18 +76,20 @@ class Meeting:
         if self.ended:
             self.counters.alone_rounds += 1
             return None
+        rank = self.page.rank
         start = self._clock_us()
-        joint, waited_us = self._meet(
+        state, waited_us = self._meet(
             bucket,
-            lambda state: deadline_us(state, self.page.rank, bucket, start, self.times, self._patient_from_us),
+            lambda state: deadline_us(state, rank, bucket, start, self.times, self._patient_from_us),
             self.times.alone_us(bucket),
         )
+        joint = state.joint_of(rank)
         self.counters.round_wait_us += waited_us
         if joint is not None:
             self.counters.joint_rounds += 1
         elif waited_us:
             self.counters.withdrawn_rounds += 1
-            self._patient_from_us = patient_again_us(start, start + waited_us)
+            self._patient_from_us = after_waiting(state, rank, start, start + waited_us, self._patient_from_us)
         else:
             self.counters.alone_rounds += 1
         return joint
@@ -94,20 +97,25 @@ class Meeting:
     def help(self) -> Joint | None:
         """An idle rank looks whether peers wait for it. Costs one read of memory while nothing changes.
 
+        Where others are missing too it waits with those that do, for at most some milliseconds at a time.
+
         Returns:
             The joint round to run with no rows of its own, or None.
 
         Raises:
             DwdpRuntimeError: As `meet`.
         """
-        if self.ended or self.page.version == self.page.seen:
+        if self.ended or (self.page.version == self.page.seen and not self._wanted):
             return None
         rank = self.page.rank
-        joint = None
-        if self._change(lambda state: state).wants_help(rank):
-            end = self._clock_us() + _HELP_US
-            joint, waited_us = self._meet(0, lambda state: end if state.wants_help(rank) else 0, 0)
-            self.counters.round_wait_us += waited_us
+        state = self._change(lambda state: state)
+        self._wanted = state.wants_help(rank)
+        if not self._wanted:
+            return None
+        end = self._clock_us() + _HELP_US
+        state, waited_us = self._meet(0, lambda state: end if state.wants_help(rank) else 0, 0)
+        self.counters.round_wait_us += waited_us
+        joint = state.joint_of(rank)
         if joint is not None:
             self.counters.helped_rounds += 1
             self.counters.helped_rows += sum(joint.buckets)
@@ -123,24 +131,24 @@ class Meeting:
             back_us = self._clock_us() + int(duration_us)
             self._change(lambda state: state.publish(self.page.rank, back_us))
 
-    def end(self, rank: int) -> None:
-        """`rank` failed a joint forward: no further round is joint, on any rank.
+    def end(self) -> None:
+        """A joint forward failed here: no further round is joint, on any rank.
 
         Raises:
             DwdpRuntimeError: As `meet`.
         """
-        self._change(lambda state: state.depart(rank))
+        self._change(lambda state: state.depart(self.page.rank))
 
     def close(self) -> None:
         """Leave for good; peers go on alone. Idempotent."""
         if not self._closed:
             self._closed = True
             with contextlib.suppress(DwdpRuntimeError):  # peers see it by the page's lock as well
-                self.end(self.page.rank)
+                self.end()
             self.page.close()
 
-    def _meet(self, bucket: int, deadline: Callable[[Round], int], alone_us: float) -> tuple[Joint | None, int]:
-        """Enter and wait; the joint round, and microseconds waited."""
+    def _meet(self, bucket: int, deadline: Callable[[Round], int], alone_us: float) -> tuple[Round, int]:
+        """Enter and wait; the state at the end, and microseconds waited."""
         rank = self.page.rank
         start = self._clock_us()
 
@@ -170,7 +178,7 @@ class Meeting:
                 self._wait(end)
                 state = self._change(lambda state: state)
             waited_us = max(self._clock_us() - start, 1)
-        return state.joint_of(rank), waited_us
+        return state, waited_us
 
     def _without_lost(self, state: Round) -> Round:
         for peer in self.page.lost():

@@ -4,7 +4,7 @@ A rank waits only where that is sooner than running alone: where the last missin
 forward done, before a forward alone would be. So it waits at most for what a joint forward saves, and where peers keep
 what they published it never loses by waiting. A peer that is overdue may come at any moment or not for long; it is
 worth the same limit (which at most doubles the time of that forward, as in the ski-rental problem), but after a wait
-in vain no other is begun before `PATIENCE` times as long has passed.
+for it in vain no other is begun before `PATIENCE` times as long has passed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class StepTimes:
         return interpolate(self.joint, bucket)
 
 
-def deadline_us(state: Round, rank: int, bucket: int, start_us: int, times: StepTimes, patient_from_us: int = 0) -> int:
+def deadline_us(
+    state: Round, rank: int, bucket: int, start_us: int, times: StepTimes, patient_from_us: Sequence[int]
+) -> int:
     """Until when a rank that is there since `start_us` should wait for its peers.
 
     Args:
@@ -70,22 +72,39 @@ def deadline_us(state: Round, rank: int, bucket: int, start_us: int, times: Step
         bucket: Rows that it has.
         start_us: When it came.
         times: How long forwards take.
-        patient_from_us: Before this time it does not wait for peers that are overdue.
+        patient_from_us: For each rank, before which time it is not waited for if it is overdue.
 
     Returns:
         Microseconds of the clock of `start_us`; `start_us` itself if it should not wait.
     """
-    peers = [seat for peer, seat in enumerate(state.seats) if peer != rank]
-    largest = max(bucket, *(seat.bucket for seat in peers if seat.phase is Phase.ENTERED), 0)
+    peers = [(peer, seat) for peer, seat in enumerate(state.seats) if peer != rank]
+    largest = max(bucket, *(seat.bucket for _, seat in peers if seat.phase is Phase.ENTERED), 0)
     saving = times.alone_us(bucket) - times.joint_us(largest)
-    missing = [seat.back_us for seat in peers if seat.phase is not Phase.ENTERED]
-    if saving <= 0 or any(back - start_us >= saving for back in missing):
+    missing = [(peer, seat.back_us) for peer, seat in peers if seat.phase is not Phase.ENTERED]
+    if saving <= 0 or any(back - start_us >= saving for _, back in missing):
         return start_us
-    if start_us < patient_from_us and any(back <= start_us for back in missing):
+    if any(back <= start_us < patient_from_us[peer] for peer, back in missing):
         return start_us
     return start_us + int(saving)
 
 
-def patient_again_us(start_us: int, now_us: int) -> int:
-    """From when a rank that has waited in vain since `start_us` should wait for overdue peers again."""
-    return now_us + PATIENCE * (now_us - start_us)
+def after_waiting(
+    state: Round, rank: int, start_us: int, now_us: int, patient_from_us: Sequence[int]
+) -> tuple[int, ...]:
+    """The new `patient_from_us` of a rank that has waited in vain since `start_us`.
+
+    Args:
+        state: As the rank left it.
+        rank: This rank.
+        start_us: When it came.
+        now_us: When it left.
+        patient_from_us: As before.
+
+    Returns:
+        For each rank, when a wait for it may begin though it is overdue.
+    """
+    again = now_us + PATIENCE * (now_us - start_us)
+    return tuple(
+        again if peer != rank and seat.phase is not Phase.ENTERED and seat.back_us <= now_us else before
+        for peer, (seat, before) in enumerate(zip(state.seats, patient_from_us, strict=True))
+    )

@@ -2,75 +2,57 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.errors import DwdpConfigError
-from sglang_dwdp.experts.layout import TensorLayout, footprint, tensor_layout
-from sglang_dwdp.experts.placement import Placement
+from sglang_dwdp.experts.layout import footprint, tensor_layout
+from sglang_dwdp.experts.placement import Placement, check_local_experts, min_local_experts
 
 GIB = 1 << 30
+LayerSizes = tuple[Placement, Mapping[str, int]]
+"""A layer's placement and, for each of its shared tensors, the bytes of one expert."""
 
 
-def least_local_experts(num_experts: int, group_size: int) -> int:
-    """The experts that a rank must keep for the group to have them all."""
-    return -(-num_experts // group_size)
+def largest_footprint(layers: Sequence[LayerSizes], page_bytes: int, local_experts: int, depth: int) -> int:
+    """Bytes of experts and of `depth` slots on the rank that needs most, if every rank keeps `local_experts`."""
+    layouts = [
+        {name: tensor_layout(placement, nbytes, page_bytes, local_experts) for name, nbytes in sizes.items()}
+        for placement, sizes in layers
+    ]
+    return max(footprint(layouts, rank, depth) for rank in range(layers[0][0].group_size))
 
 
-def refuse_local_experts(wanted: int | None, num_experts: int, group_size: int) -> None:
-    """
-    Raises:
-        DwdpConfigError: no group of this size can keep `wanted` experts on each rank.
-    """
-    if wanted is not None and not least_local_experts(num_experts, group_size) <= wanted <= num_experts:
-        raise DwdpConfigError(
-            f"--dwdp-local-experts {wanted}: a group of {group_size} ranks keeps all {num_experts} experts when each "
-            f"rank keeps at least {least_local_experts(num_experts, group_size)}, and there are no more than "
-            f"{num_experts} to keep. Choose a number between."
-        )
-
-
-class Tensors:
-    """The shared expert tensors of all layers, to be laid out for any number of local experts.
-
-    layers: `[num_layers]`, the placement and, by tensor name, the bytes of one expert.
-    """
-
-    def __init__(self, layers: Sequence[tuple[Placement, Mapping[str, int]]], page_bytes: int) -> None:
-        self._layers = layers
-        self._page_bytes = page_bytes
-
-    def layouts(self, local_experts: int | None) -> list[dict[str, TensorLayout]]:
-        """`[num_layers]`, by tensor name."""
-        return [
-            {name: tensor_layout(placement, nbytes, self._page_bytes, local_experts) for name, nbytes in sizes.items()}
-            for placement, sizes in self._layers
-        ]
-
-    def footprint(self, local_experts: int | None, slots: int) -> int:
-        """Bytes that the rank which takes most of them takes."""
-        layers = self.layouts(local_experts)
-        return max(footprint(layers, rank, slots) for rank in range(self._layers[0][0].group_size))
-
-
-def local_experts(config: DwdpConfig, tensors: Tensors, num_experts: int, group_size: int) -> int | None:
+def choose_local_experts(config: DwdpConfig, layers: Sequence[LayerSizes], page_bytes: int) -> int | None:
     """How many experts of each layer every rank keeps; None for its shard alone.
 
-    num_experts: of the layer that has most of them.
+    Args:
+        config: has the number, or a memory budget.
+        layers: `[num_layers]`.
+        page_bytes: the smallest unit that memory is mapped in.
 
     Raises:
         DwdpConfigError: the number is out of range, or the budget is too small for the shards and the slots.
     """
-    if config.memory_bytes is None:
-        refuse_local_experts(config.local_experts, num_experts, group_size)
+    placement = max((placement for placement, _ in layers), key=lambda placement: placement.num_experts)
+    num_experts, group_size = placement.num_experts, placement.group_size
+    budget = config.memory_bytes
+    if budget is None:
+        check_local_experts(config.local_experts, num_experts, group_size)
         return config.local_experts
-    slots = 0 if config.view == "direct" else config.depth
-    least = least_local_experts(num_experts, group_size)
-    for wanted in range(num_experts, least - 1, -1):
-        if tensors.footprint(wanted, slots) <= config.memory_bytes:
-            return wanted
-    needed = tensors.footprint(least, slots)
-    raise DwdpConfigError(
-        f"--dwdp-memory-gib {config.memory_gib:g} is too little: {least} experts of each layer and {slots} slots take "
-        f"{needed / GIB:.2f} GiB on a rank. Allow that much, lower --dwdp-depth, or take more ranks."
-    )
+    depth = config.depth if config.views().staged else 0
+
+    def needed(local_experts: int) -> int:
+        return largest_footprint(layers, page_bytes, local_experts, depth)
+
+    least = min_local_experts(num_experts, group_size)
+    # What a layer keeps and what is remote of it add up to a constant, and a slot is shared by layers: a footprint
+    # grows with the number of experts kept.
+    fitting = bisect_right(range(least, num_experts + 1), budget, key=needed)
+    if fitting == 0:
+        raise DwdpConfigError(
+            f"--dwdp-memory-gib {config.memory_gib:g} is too little: {least} experts of each layer and {depth} slots "
+            f"take {needed(least) / GIB:.2f} GiB on a rank. Allow that much, lower --dwdp-depth, or use more ranks."
+        )
+    return least + fitting - 1

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import pairwise, zip_longest
 
 from sglang_dwdp.experts.placement import Placement
+
+# A copy costs the driver about 4 us to start, and 32 MiB at a time already run at the speed of one large copy.
+MIN_SLICE_BYTES = 32 << 20
+# Enough for peers to take turns, and few enough for one driver call to hold a layer's copies from many peers.
+SLICES_PER_PEER = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +36,7 @@ class Slice:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TensorLayout:
     """How the address range of one expert tensor `[num_experts, …]` is divided among the ranks of a group.
 
@@ -41,9 +47,12 @@ class TensorLayout:
     With redundant placement a rank also keeps replicas: copies of the pages that follow its segment (past the
     end they go on at 0), which it then reads from its own memory and not from their owner.
 
-    expert_bytes: bytes of one expert.  page_bytes: the smallest unit that memory is mapped in.
-    segments: `[group_size]`, in rank order; one is empty where a rank's experts fit in its neighbour's page.
-    replicas: `[group_size]`, each at most two runs of pages.
+    Attributes:
+        expert_bytes: bytes of one expert.
+        page_bytes: the smallest unit that memory is mapped in.
+        num_experts: experts in the tensor.
+        segments: `[group_size]`, in rank order; one is empty where a rank's experts fit in its neighbour's page.
+        replicas: `[group_size]`, each at most two runs of pages.
     """
 
     expert_bytes: int
@@ -70,29 +79,46 @@ class TensorLayout:
         """What `rank` keeps: its segment and its replicas."""
         return self.segments[rank].nbytes + sum(run.nbytes for run in self.replicas[rank])
 
-    def blocks(self, rank: int) -> tuple[Span, ...]:
-        """The segment of `rank`, cut wherever somebody's replicas begin or end.
+    @cached_property
+    def blocks(self) -> tuple[tuple[Span, ...], ...]:
+        """`[group_size]`: each rank's segment, cut wherever any rank's replicas begin or end.
 
-        A block of memory can only be mapped whole, and every rank maps each of these or has a replica of it.
+        A block of memory can only be mapped as a whole, and every rank either maps each of these or has a replica
+        of it.
         """
-        own = self.segments[rank]
-        edges = {edge for runs in self.replicas for run in runs for edge in (run.offset, run.end)}
-        points = [own.offset, *sorted(edge for edge in edges if own.offset < edge < own.end), own.end]
-        return tuple(Span(low, high - low) for low, high in pairwise(points) if high > low)
+        edges = sorted({edge for runs in self.replicas for run in runs for edge in (run.offset, run.end)})
 
-    def remote_runs(self, rank: int) -> tuple[Span, ...]:
-        """What `rank` reads from peers, as at most two contiguous runs of pages."""
+        def cut_segment(own: Span) -> tuple[Span, ...]:
+            points = [own.offset, *(edge for edge in edges if own.offset < edge < own.end), own.end]
+            return tuple(Span(low, high - low) for low, high in pairwise(points) if high > low)
+
+        return tuple(map(cut_segment, self.segments))
+
+    @cached_property
+    def remote_runs(self) -> tuple[tuple[Span, ...], ...]:
+        """`[group_size]`: what each rank reads from peers, as at most two contiguous runs of pages."""
+        return tuple(map(self._remote_runs, range(len(self.segments))))
+
+    def _remote_runs(self, rank: int) -> tuple[Span, ...]:
         local = sorted((self.segments[rank], *self.replicas[rank]), key=lambda span: (span.offset, span.nbytes))
         edges = [0, *(edge for span in local if span.nbytes for edge in (span.offset, span.end)), self.reserved_bytes]
         return tuple(Span(low, high - low) for low, high in zip(edges[::2], edges[1::2], strict=True) if high > low)
 
 
+@lru_cache(maxsize=256)  # layers are alike, and a memory budget is tried with several numbers of local experts
 def tensor_layout(
     placement: Placement, expert_bytes: int, page_bytes: int, local_experts: int | None = None
 ) -> TensorLayout:
-    """The layout of an expert tensor of `expert_bytes` per expert in pages of `page_bytes`.
+    """The layout of an expert tensor.
 
-    local_experts: how many experts every rank keeps, its shard included; None for its shard alone.
+    Args:
+        placement: which rank stores which experts.
+        expert_bytes: bytes of one expert.
+        page_bytes: the smallest unit that memory is mapped in.
+        local_experts: how many experts every rank keeps, its shard included; None for its shard alone.
+
+    Raises:
+        ValueError: a size is below 1.
     """
     if expert_bytes < 1 or page_bytes < 1:
         raise ValueError(f"expert_bytes {expert_bytes} and page_bytes {page_bytes} must be at least 1")
@@ -130,52 +156,70 @@ def overlap(a: Span, b: Span) -> Span:
     return Span(low, max(0, min(a.end, b.end) - low))
 
 
-def copy_order(layouts: dict[str, TensorLayout], rank: int, slice_bytes: int, *, own: bool = False) -> Sequence[Slice]:
+def slice_bytes_for(peer_bytes: int) -> int:
+    """The size of the slices in which `peer_bytes` bytes of one layer are copied from one peer."""
+    return max(MIN_SLICE_BYTES, -(-peer_bytes // SLICES_PER_PEER))
+
+
+def copy_order(
+    layouts: Mapping[str, TensorLayout], rank: int, slice_bytes: int | None = None, *, own: bool = False
+) -> Sequence[Slice]:
     """The slices that fill one layer's slot on `rank`, in the order in which they are copied.
 
     Peers take turns slice by slice, and every rank begins with the peer after itself, so that no source is
     read by all ranks at once (the contention fix of arXiv 2604.01621, section 4.3). Every byte that `rank`
     does not keep appears exactly once.
 
-    own: copy the rank's own segments too, first; for slots with room for all of a tensor.
+    Args:
+        layouts: of the layer's shared tensors, by name.
+        rank: whose slot is filled.
+        slice_bytes: about the size of a slice; None for what suits the bytes of each peer (`slice_bytes_for`).
+        own: copy the rank's own segments too, first; for slots with room for all of a tensor.
     """
     group_size = len(next(iter(layouts.values())).segments) if layouts else 0
-    mine = [Slice(name, rank, layout.segments[rank]) for name, layout in layouts.items()] if own else []
+    own_slices = [Slice(name, rank, layout.segments[rank]) for name, layout in layouts.items()] if own else []
     by_peer: list[list[Slice]] = []
     for step in range(1, group_size):
         peer = (rank + step) % group_size
         wanted = [
             (name, overlap(layout.segments[peer], run))
             for name, layout in layouts.items()
-            for run in layout.remote_runs(rank)
+            for run in layout.remote_runs[rank]
         ]
+        size = slice_bytes or slice_bytes_for(sum(span.nbytes for _, span in wanted))
         by_peer.append(
-            [
-                Slice(name, peer, piece)
-                for name, span in wanted
-                for piece in cut(span, slice_bytes, layouts[name].page_bytes)
-            ]
+            [Slice(name, peer, piece) for name, span in wanted for piece in cut(span, size, layouts[name].page_bytes)]
         )
-    return [*mine, *(piece for turn in zip_longest(*by_peer) for piece in turn if piece is not None)]
+    return [*own_slices, *(piece for turn in zip_longest(*by_peer) for piece in turn if piece is not None)]
 
 
 def remote_bytes_of_experts(layout: TensorLayout, rank: int) -> list[int]:
     """`[num_experts]`: how many bytes of each expert `rank` reads from peers."""
-    runs = layout.remote_runs(rank)
+    runs = layout.remote_runs[rank]
     experts = [layout.expert_span(range(expert, expert + 1)) for expert in range(layout.num_experts)]
     return [sum(overlap(span, run).nbytes for run in runs) for span in experts]
 
 
-def footprint(layers: Sequence[Mapping[str, TensorLayout]], rank: int, slots: int) -> int:
-    """Bytes that `rank` takes for the expert tensors of all layers: what it keeps, and `slots` slots.
+def slot_of(position: int, depth: int) -> int:
+    """The slot that the layer at `position` (in the order of layers) uses, of `depth` slots."""
+    return position % depth
 
-    A slot has room for the largest set of remote pages of each layer shape that uses it (see `SlotMemory`).
+
+def footprint(layers: Sequence[Mapping[str, TensorLayout]], rank: int, depth: int) -> int:
+    """Bytes that `rank` takes for the expert tensors of all layers: what it keeps, and `depth` slots.
+
+    A slot has a block for each remote run of each layer shape that uses it (see `SlotMemory`).
+
+    Args:
+        layers: `[num_layers]`, layouts by tensor name.
+        rank: whose bytes are counted.
+        depth: slots; 0 if no forward is staged.
     """
     kept = sum(layout.stored_bytes(rank) for layer in layers for layout in layer.values())
     blocks = {
-        (position % slots, name, index, run.nbytes)
-        for position, layer in enumerate(layers if slots else ())
+        (slot_of(position, depth), name, index, run.nbytes)
+        for position, layer in enumerate(layers if depth else ())
         for name, layout in layer.items()
-        for index, run in enumerate(layout.remote_runs(rank))
+        for index, run in enumerate(layout.remote_runs[rank])
     }
     return kept + sum(nbytes for *_, nbytes in blocks)

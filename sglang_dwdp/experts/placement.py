@@ -13,7 +13,8 @@ from sglang_dwdp.errors import DwdpConfigError
 class Placement:
     """Rank r of a group stores experts `boundaries[r] .. boundaries[r + 1] - 1`: its shard.
 
-    boundaries: `[group_size + 1]`, from 0 to num_experts, strictly increasing.
+    Attributes:
+        boundaries: `[group_size + 1]`, from 0 to num_experts, strictly increasing.
     """
 
     boundaries: tuple[int, ...]
@@ -42,9 +43,9 @@ class Placement:
         return bisect_right(self.boundaries, expert) - 1
 
     def local_index(self, rank: int, expert: int) -> int:
-        """The index of `expert` among those that `rank` stores, or -1 where it stores it not.
+        """The index of `expert` among those that `rank` stores, or -1 if `rank` does not store it.
 
-        -1 is what SGLang's weight loader takes as "not mine".
+        SGLang's weight loader skips an expert whose index is -1.
         """
         shard = self.shard(rank)
         return expert - shard.start if expert in shard else -1
@@ -62,3 +63,23 @@ def balanced(num_experts: int, group_size: int) -> Placement:
             f"Lower --dwdp-group-size, or --tp-size, to {max(num_experts, 1)} or less."
         )
     return Placement(tuple(rank * num_experts // group_size for rank in range(group_size + 1)))
+
+
+def min_local_experts(num_experts: int, group_size: int) -> int:
+    """The fewest experts that each rank may keep if the group is to have them all: the size of the largest shard."""
+    return -(-num_experts // group_size)
+
+
+def check_local_experts(local_experts: int | None, num_experts: int, group_size: int) -> None:
+    """Check `--dwdp-local-experts` (None: not given) against the model and the group.
+
+    Raises:
+        DwdpConfigError: ranks of this group cannot keep `local_experts` experts each.
+    """
+    least = min_local_experts(num_experts, group_size)
+    if local_experts is not None and not least <= local_experts <= num_experts:
+        raise DwdpConfigError(
+            f"--dwdp-local-experts {local_experts}: a group of {group_size} ranks needs at least {least} on each rank "
+            f"to have all {num_experts} experts, and a rank cannot keep more than {num_experts}. "
+            f"Choose a number from {least} to {num_experts}."
+        )

@@ -1,13 +1,14 @@
 """Sharing the experts of a model among the ranks of a group: once, before serving.
 
-Layer by layer, every rank makes blocks for its segment of each expert tensor, swaps handles with its peers, puts
-its experts in place (`placing`), and lets the engine free its own copy. So set-up never holds much more than the
-experts that the rank keeps, the slots and one layer. Replicas are fetched from their owners when all have written.
+The ranks decide how many experts each keeps, agree on what they have loaded, and lay the tensors out. Then, layer by
+layer, every rank makes blocks for its segment of each tensor, swaps handles with its peers, stores its experts
+(`stores`), and lets the engine free its own copy. So set-up never holds much more than the experts that the rank
+keeps, the slots and one layer. Replicas are fetched from their owners when all have written.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,10 +18,10 @@ import torch
 
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.errors import DwdpConfigError, DwdpSetupError
-from sglang_dwdp.experts.backing import Mapped, Placed, Placer, Unmapped
-from sglang_dwdp.experts.budget import Tensors, local_experts
-from sglang_dwdp.experts.layer import ExpertLayer, describe, specs_of
-from sglang_dwdp.experts.layout import Span, copy_order, remote_bytes_of_experts, tensor_layout
+from sglang_dwdp.experts.budget import choose_local_experts
+from sglang_dwdp.experts.layer import ExpertLayer, ExpertTensor, describe, tensors_of
+from sglang_dwdp.experts.layout import Span, copy_order, remote_bytes_of_experts, slot_of, tensor_layout
+from sglang_dwdp.experts.stores import ExpertStore, MappedStore, Parts, SharedTensor, UnmappedStore
 from sglang_dwdp.experts.views import SlotMemory, TensorSpec
 from sglang_dwdp.memory.base import Block, CopyList, Memory
 from sglang_dwdp.memory.handles import agree_on_handles, swap_blocks
@@ -31,10 +32,13 @@ from sglang_dwdp.memory.handshake import Exchange
 class SharedLayer:
     """A MoE layer whose experts are shared.
 
-    direct, staged: the tensors that either kind of forward binds, by name (staged: only the shared ones, and
-    empty where no forward is staged). Where memory cannot be mapped, `direct` has the staged ones.
-    copies: what fills the layer's slot.  copy_bytes: its size.
-    remote_bytes: `[num_experts]`, bytes of each expert that lie in peers' memory.
+    Attributes:
+        layer: the engine's layer.
+        direct: the tensors that direct forwards bind, by name; the staged ones where memory cannot be mapped.
+        staged: those that staged forwards bind: only the shared ones, and none where no forward is staged.
+        copies: what fills the layer's slot.
+        copy_bytes: its size.
+        remote_bytes: `[num_experts]`, bytes of each expert that lie in peers' memory.
     """
 
     layer: ExpertLayer
@@ -52,8 +56,13 @@ Ready = Callable[[Sequence[SharedLayer]], None]
 class SharedExperts:
     """Everything that set-up made; `close` takes it down in reverse order.
 
-    local_experts: how many experts of a layer this rank keeps.
-    peak_bytes: the most that set-up held for experts at a time, with what the engine had loaded.
+    Attributes:
+        layers: in the order in which the model runs them.
+        local_experts: how many experts of a layer this rank keeps.
+        stored_bytes: what this rank keeps of shared tensors.
+        slot_bytes: what the slots take.
+        replicated_bytes: what tensors take that every rank has a copy of.
+        peak_bytes: the most that set-up held for experts at a time, with what the engine had loaded.
     """
 
     layers: list[SharedLayer]
@@ -79,14 +88,14 @@ class _Sharing:
         self, config: DwdpConfig, memory: Memory, exchange: Exchange, owned: ExitStack, ready: Ready | None
     ) -> None:
         self.config, self.memory, self.exchange, self.owned, self.ready = config, memory, exchange, owned, ready
-        self.of_small = owned.enter_context(ExitStack())  # blocks that are of no use once replicas are made
+        self.temporary = owned.enter_context(ExitStack())  # blocks that are of no use once replicas are made
         self.rank = exchange.rank
         self.slots = SlotMemory(memory, self.rank)
-        self.placer: Placer = (
-            Mapped(memory, self.rank, self.slots, owned) if memory.maps else Unmapped(self.rank, self.slots)
+        self.store: ExpertStore = (
+            MappedStore(memory, self.rank, self.slots, owned) if memory.maps else UnmappedStore(self.rank, self.slots)
         )
         self.layers: list[SharedLayer] = []
-        self.copies_of_small: list[tuple[SharedLayer, str, Callable[[], torch.Tensor]]] = []
+        self.replicas: list[tuple[SharedLayer, str, Callable[[], torch.Tensor]]] = []
         self.stored_bytes = 0
         self.held_at_start = 0
         self.peak_bytes = 0
@@ -95,28 +104,28 @@ class _Sharing:
     def run(self, layers: Sequence[ExpertLayer]) -> SharedExperts:
         self.exchange.connect()
         self.handles = agree_on_handles(self.memory, self.exchange)
-        plain = [specs_of(layer, self.rank, self.memory.page_bytes) for layer in layers]
-        kept, specs = self._keep(layers, plain)
-        self._agree(layers, specs)
+        tensors = [tensors_of(layer, self.rank) for layer in layers]
+        kept = self._local_experts(layers, tensors)
+        self._agree(layers, tensors, kept)
         self.memory.trim()
         loaded = sum(tensor.nbytes for layer in layers for tensor in layer.shards().values())
         self.held_at_start = self.memory.held_bytes - loaded
         for position, layer in enumerate(layers):
             self.at = f"layer {layer.layer_id}"
-            self._share(position, layer, specs[position])
+            self._share(position, layer, [self._lay_out(layer, tensor, kept) for tensor in tensors[position]])
         self.at = "last steps"
         self.memory.finish_writes()
         self.exchange.barrier()  # every rank has written its experts
         replicated_bytes = self._replicate()
-        self.placer.finish()
+        self.store.finish()
         self.memory.finish_writes()
         if self.ready is not None:
             self.ready(self.layers)
         self.exchange.barrier()  # no rank serves while another may still fail
-        self.of_small.close()
+        self.temporary.close()
         return SharedExperts(
             self.layers,
-            kept,
+            kept or max(len(layer.placement.shard(self.rank)) for layer in layers),
             self.stored_bytes,
             self.slots.nbytes,
             replicated_bytes,
@@ -124,96 +133,97 @@ class _Sharing:
             self.owned.pop_all(),
         )
 
-    def _keep(
-        self, layers: Sequence[ExpertLayer], specs: Sequence[Sequence[TensorSpec]]
-    ) -> tuple[int, list[list[TensorSpec]]]:
-        """How many experts of a layer this rank keeps, and the specs laid out for that."""
-        shared = [
-            {spec.name: spec.layout.expert_bytes for spec in of_layer if not self._is_small(layer, spec)}
-            for layer, of_layer in zip(layers, specs, strict=True)
+    def _local_experts(self, layers: Sequence[ExpertLayer], tensors: Sequence[Sequence[ExpertTensor]]) -> int | None:
+        sizes = [
+            (layer.placement, {tensor.name: tensor.expert_bytes for tensor in of_layer if not tensor.replicated})
+            for layer, of_layer in zip(layers, tensors, strict=True)
         ]
-        largest = max(layers, key=lambda layer: layer.placement.num_experts).placement
-        tensors = Tensors(
-            [(layer.placement, sizes) for layer, sizes in zip(layers, shared, strict=True)], self.memory.page_bytes
-        )
-        kept = local_experts(self.config, tensors, largest.num_experts, largest.group_size)
+        return choose_local_experts(self.config, sizes, self.memory.page_bytes)
 
-        def laid_out(layer: ExpertLayer, spec: TensorSpec) -> TensorSpec:
-            if self._is_small(layer, spec):
-                return spec
-            layout = tensor_layout(layer.placement, spec.layout.expert_bytes, spec.layout.page_bytes, kept)
-            return dataclasses.replace(spec, layout=layout)
+    def _agree(
+        self, layers: Sequence[ExpertLayer], tensors: Sequence[Sequence[ExpertTensor]], kept: int | None
+    ) -> None:
+        lines = [describe(*pair, kept, self.memory.page_bytes) for pair in zip(layers, tensors, strict=True)]
+        text = "\n".join(lines).encode()
+        if len(set(self.exchange.all_gather(hashlib.sha256(text).digest()))) == 1:
+            return
+        texts = self.exchange.all_gather(text)
+        peer = next(peer for peer, other in enumerate(texts) if other != text)
+        pairs = zip_longest(lines, texts[peer].decode().split("\n"), fillvalue="no such layer")
+        here, there = next(pair for pair in pairs if pair[0] != pair[1])
+        raise DwdpSetupError(f"rank {peer} loaded other experts: here {here}, there {there}")
 
-        result = [[laid_out(layer, spec) for spec in mine] for layer, mine in zip(layers, specs, strict=True)]
-        return kept or len(largest.shard(self.rank)), result
-
-    def _agree(self, layers: Sequence[ExpertLayer], specs: Sequence[Sequence[TensorSpec]]) -> None:
-        mine = "\n".join(describe(layer.layer_id, s) for layer, s in zip(layers, specs, strict=True))
-        for peer, theirs in enumerate(self.exchange.all_gather(mine.encode())):
-            if theirs != mine.encode():
-                pairs = zip_longest(mine.split("\n"), theirs.decode().split("\n"), fillvalue="no such layer")
-                here, there = next(pair for pair in pairs if pair[0] != pair[1])
-                raise DwdpSetupError(f"rank {peer} loaded other experts: here {here}, there {there}")
+    def _lay_out(self, layer: ExpertLayer, tensor: ExpertTensor, kept: int | None) -> TensorSpec:
+        # Of a replicated tensor every rank has everything in the end; it is shared by shards until then.
+        local_experts = None if tensor.replicated else kept
+        layout = tensor_layout(layer.placement, tensor.expert_bytes, self.memory.page_bytes, local_experts)
+        return TensorSpec(tensor, layout)
 
     def _share(self, position: int, layer: ExpertLayer, specs: Sequence[TensorSpec]) -> None:
         shared = SharedLayer(layer, {}, {}, (), 0, [0] * layer.placement.num_experts)
-        placed: dict[str, Placed] = {}
+        results: dict[str, SharedTensor] = {}
         first = layer.placement.shard(self.rank).start
-        slot = None if self.config.view == "direct" else position % self.config.depth
-        ranks = range(self.exchange.size)
-        with ExitStack() as passing:
+        staged = self.config.views(maps=self.memory.maps).staged
+        slot = slot_of(position, self.config.depth) if staged else None
+        with ExitStack() as mapped:
             # Mappings hold memory by themselves; what cannot be mapped is held by its blocks.
-            holders = [(passing, list(specs))]
-            if not self.memory.maps:
-                small = [spec for spec in specs if self._is_small(layer, spec)]
-                holders = [(self.owned, [spec for spec in specs if spec not in small]), (self.of_small, small)]
-            found: list[tuple[str, int, Span, Block]] = []
-            for holder, held in holders:
-                if held:
-                    wanted = {r: [(spec.name, span) for spec in held for span in spec.layout.blocks(r)] for r in ranks}
-                    blocks = swap_blocks(self.memory, self.exchange, self.handles, wanted, holder)
-                    found += [(name, rank, span, block) for rank in ranks for name, span, block in blocks[rank]]
+            if self.memory.maps:
+                parts = self._blocks(specs, mapped)
+            else:
+                parts = self._blocks([spec for spec in specs if not spec.tensor.replicated], self.owned)
+                parts |= self._blocks([spec for spec in specs if spec.tensor.replicated], self.temporary)
             for spec in specs:
                 self.at = f"layer {layer.layer_id}, {spec.name}"
-                parts = [(rank, span, block) for name, rank, span, block in found if name == spec.name]
                 shard = layer.shards()[spec.name]
-                if self._is_small(layer, spec):
-                    self.copies_of_small.append((shared, spec.name, self.placer.replicate(spec, parts, shard, first)))
-                    shared.direct[spec.name] = shard.new_empty(layer.placement.num_experts, *spec.tail)
+                if spec.tensor.replicated:
+                    copy = self.store.replicate(spec, parts[spec.name], shard, first)
+                    self.replicas.append((shared, spec.name, copy))
+                    shared.direct[spec.name] = shard.new_empty(layer.placement.num_experts, *spec.tensor.expert_shape)
                     continue
                 self._count(shared, spec)
-                placed[spec.name] = self.placer.share(spec, parts, shard, first, slot)
-        for name, result in placed.items():
+                results[spec.name] = self.store.share(spec, parts[spec.name], shard, first, slot)
+        for name, result in results.items():
             shared.direct[name] = result.direct
             if result.staged is not None:
                 shared.staged[name] = result.staged
         if slot is not None:
-            self._plan(shared, [spec for spec in specs if spec.name in placed], placed)
+            self._plan(shared, [spec for spec in specs if spec.name in results], results)
         self.peak_bytes = max(self.peak_bytes, self.memory.held_bytes - self.held_at_start)
-        self.layers.append(shared)  # before it is bound: a failure half-way has to be undone too
+        self.layers.append(shared)  # before it is bound: if binding fails, it has to be undone too
         layer.bind(shared.direct)
         self.memory.trim()  # what the layer held, before the next one takes its blocks
 
-    def _is_small(self, layer: ExpertLayer, spec: TensorSpec) -> bool:
-        return not layer.is_weight(spec.name) and spec.layout.nbytes < self.config.replicate_below_bytes
+    def _blocks(self, specs: Sequence[TensorSpec], stack: ExitStack) -> dict[str, Parts]:
+        """The blocks of all ranks for these tensors, by name; `stack` closes them."""
+        if not specs:
+            return {}
+        ranks = range(self.exchange.size)
+        spans = [[(spec.name, span) for spec in specs for span in spec.layout.blocks[rank]] for rank in ranks]
+        sizes = [[span.nbytes for _, span in of_rank] for of_rank in spans]
+        blocks = swap_blocks(self.memory, self.exchange, self.handles, sizes, stack)
+        parts: dict[str, list[tuple[int, Span, Block]]] = {spec.name: [] for spec in specs}
+        for rank in ranks:
+            for (name, span), block in zip(spans[rank], blocks[rank], strict=True):
+                parts[name].append((rank, span, block))
+        return dict(parts)
 
     def _count(self, shared: SharedLayer, spec: TensorSpec) -> None:
         self.stored_bytes += spec.layout.stored_bytes(self.rank)
         for expert, nbytes in enumerate(remote_bytes_of_experts(spec.layout, self.rank)):
             shared.remote_bytes[expert] += nbytes
 
-    def _plan(self, shared: SharedLayer, specs: Sequence[TensorSpec], placed: dict[str, Placed]) -> None:
+    def _plan(self, shared: SharedLayer, specs: Sequence[TensorSpec], results: dict[str, SharedTensor]) -> None:
         layouts = {spec.name: spec.layout for spec in specs}
-        order = copy_order(layouts, self.rank, self.config.slice_bytes, own=not self.memory.maps)
-        pairs = [placed[piece.tensor].pieces(piece) for piece in order]
+        order = copy_order(layouts, self.rank, own=not self.memory.maps)
+        pairs = [results[piece.tensor].pieces(piece) for piece in order]
         # Nothing is left of a slice that lies past the tensor, in its last page.
         shared.copies = [(to, source) for to, source in pairs if source.numel()]
         shared.copy_bytes = sum(source.numel() for _, source in shared.copies)
 
     def _replicate(self) -> int:
-        """Give every rank its own copy of the small tensors; returns their bytes."""
+        """Give every rank its own copy of the replicated tensors; returns their bytes."""
         nbytes = 0
-        for shared, name, copy in self.copies_of_small:
+        for shared, name, copy in self.replicas:
             full = copy()
             shared.direct[name] = full
             shared.layer.use({name: full})
@@ -230,10 +240,15 @@ def share_experts(
 ) -> SharedExperts:
     """Share the experts of `layers` with the group; all its ranks call this together.
 
-    ready: what else has to work before any rank may serve; called with the layers when they are shared.
+    Args:
+        config: the options, the same on all ranks.
+        memory: of this rank.
+        exchange: with the ranks of the group, not connected yet.
+        layers: in the order in which the model runs them.
+        ready: what else has to work before any rank may serve; called with the layers when they are shared.
 
     Raises:
-        DwdpConfigError: the layers cannot be shared. Nothing was allocated.
+        DwdpConfigError: the layers cannot be shared; nothing was allocated.
         DwdpSetupError: something failed here or on a peer, named with its layer and tensor. Everything that
             was mapped is unmapped again; the model cannot run.
     """

@@ -14,25 +14,30 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_dwdp.experts.layer import ExpertTensor
 from sglang_dwdp.experts.layout import Span, TensorLayout
 from sglang_dwdp.memory.base import Block, Memory, Range
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One expert tensor of a layer, the same on all ranks.
+    """An expert tensor and how it is laid out.
 
-    tail: shape of one expert's part.
+    Attributes:
+        tensor: name, dtype and the shape of an expert.
+        layout: where its bytes lie.
     """
 
-    name: str
-    dtype: torch.dtype
-    tail: tuple[int, ...]
+    tensor: ExpertTensor
     layout: TensorLayout
 
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
     def shape(self, raw: torch.Tensor) -> torch.Tensor:
-        """`raw`, uint8 `[nbytes]`, as the tensor `[num_experts, *tail]` of this dtype. No copy."""
-        return raw.view(self.dtype).view(self.layout.num_experts, *self.tail)
+        """`raw`, uint8 `[nbytes]`, as the tensor `[num_experts, *expert_shape]` of its dtype. No copy."""
+        return raw.view(self.tensor.dtype).view(self.layout.num_experts, *self.tensor.expert_shape)
 
 
 class View:
@@ -52,6 +57,10 @@ class View:
         """Make the whole view read-only in this process."""
         self._pages.protect(0, self._pages.nbytes)
 
+    def protect_span(self, offset: int, nbytes: int) -> None:
+        """Make what one block holds of the view read-only in this process."""
+        self._pages.protect(offset, nbytes)
+
     def close(self) -> None:
         """Unmap. The tensors must not be used any more. Idempotent."""
         empty = torch.empty(0, dtype=torch.uint8)
@@ -60,9 +69,12 @@ class View:
 
 
 def view_of(memory: Memory, spec: TensorSpec, placed: Iterable[tuple[int, Block]]) -> View:
-    """A view on these blocks, writable until `View.protect`.
+    """A view on blocks, writable until `View.protect`.
 
-    placed: (offset, block); together they tile the tensor's range.
+    Args:
+        memory: that the blocks are of.
+        spec: the tensor.
+        placed: (offset, block); together they tile the tensor's range.
     """
     with ExitStack() as undo:
         pages = memory.reserve(spec.layout.reserved_bytes)
@@ -77,8 +89,8 @@ def view_of(memory: Memory, spec: TensorSpec, placed: Iterable[tuple[int, Block]
 class SlotMemory:
     """The blocks of `depth` slots, made when first asked for and shared by all layers that use a slot.
 
-    A handle can only be mapped whole, so a slot has one block for each contiguous run of remote pages. Layers
-    of equal shape share them; a layer of another shape gets blocks of its own.
+    A block can only be mapped as a whole, so a slot has one for each contiguous run of remote pages. Layers of equal
+    shape share them; a layer of another shape gets blocks of its own.
     """
 
     def __init__(self, memory: Memory, rank: int) -> None:
@@ -87,9 +99,12 @@ class SlotMemory:
         self._blocks: dict[tuple[int, str, int, int], Block] = {}
 
     def blocks(self, slot: int, spec: TensorSpec) -> list[tuple[int, Block]]:
-        """(offset, block) of what `spec` has in `slot`: its remote runs where memory can be mapped, else all of it."""
-        whole = (Span(0, spec.layout.reserved_bytes),)
-        runs = spec.layout.remote_runs(self._rank) if self._memory.maps else whole
+        """The blocks that `spec` has in `slot`, as (offset, block).
+
+        They hold its remote runs if memory can be mapped, else all of it.
+        """
+        everything = (Span(0, spec.layout.reserved_bytes),)
+        runs = spec.layout.remote_runs[self._rank] if self._memory.maps else everything
         result = []
         for index, run in enumerate(runs):
             key = (slot, spec.name, index, run.nbytes)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from sglang_dwdp.config import transports_of
 from sglang_dwdp.memory.base import Memory
 
 
 def memory_for(device: str, index: int, transport: str) -> Memory:
-    """The memory of a rank on `device` ("cpu" or "cuda"); `index` is the GPU's, `transport` the option's value."""
+    """The memory of a rank.
+
+    Args:
+        device: "cpu" or "cuda".
+        index: the GPU's.
+        transport: a name of `config.TRANSPORTS`, or "auto" for the device's default.
+    """
+    if transport == "auto":
+        transport = transports_of(device)[0]
+    if transport == "host-shm":
+        from sglang_dwdp.memory.host import HostMemory
+
+        return HostMemory()
     if transport == "cuda-ipc":
         from sglang_dwdp.memory.cuda_ipc import CudaIpcMemory
 
         return CudaIpcMemory(index)
-    if device == "cuda":
-        from sglang_dwdp.memory.cuda import CudaMemory  # needs the CUDA driver
+    from sglang_dwdp.memory.cuda import CudaMemory  # needs the CUDA driver
 
-        return CudaMemory(index)
-    from sglang_dwdp.memory.host import HostMemory
-
-    return HostMemory()
+    return CudaMemory(index)

@@ -1,4 +1,4 @@
-"""What every kind of shared memory can do; the code above knows no other words for it.
+"""What every kind of shared memory can do; the code above it uses nothing else of it.
 
 A Block is physical memory; a Range is a contiguous piece of address space into which blocks are mapped.
 Blocks are the only things that cross processes. Closing a block after it was mapped leaves the mapping:

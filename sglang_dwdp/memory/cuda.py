@@ -1,7 +1,7 @@
 """GPU memory of several processes in one address range: the CUDA driver's virtual memory management.
 
 A block is a driver allocation, exported as a POSIX file descriptor; a peer's block is mapped like one's own, and
-kernels and copy engines read it over the link. The driver wants a handle mapped whole and at offset 0.
+kernels and copy engines read it over the link. The driver maps all of a handle, from offset 0.
 
 Where ranks have a GPU each, a range lies on several GPUs. Only this rank's GPU is given access to it, so only streams
 of that GPU may work on it.
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
+from sglang_dwdp.config import TRANSPORTS
 from sglang_dwdp.memory.base import Block, Handle, Range
 from sglang_dwdp.memory.cuda_copy import CudaCopyEngine
 from sglang_dwdp.memory.cuda_driver import call, make_current, tensor_at, torch_bytes
@@ -107,7 +108,7 @@ class CudaMemory:
     """One GPU's `Memory`."""
 
     transport = "cuda-vmm"
-    maps = True
+    maps = TRANSPORTS[transport].maps
 
     def __init__(self, device: int) -> None:
         make_current(device)
@@ -122,7 +123,7 @@ class CudaMemory:
         return torch_bytes(self._device) + self._created_bytes
 
     def handle_kinds(self) -> Sequence[str]:
-        """Fabric handles where one can be made and exported: a device may say that it has them and refuse both."""
+        """Fabric handles where one can be made and exported: a device may say that it has them and support neither."""
         kind = self._kind
         self.use_handles("fabric")
         try:

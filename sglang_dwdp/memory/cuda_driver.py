@@ -9,10 +9,10 @@ from cuda.bindings import driver
 
 
 def call(function: Any, *arguments: Any) -> Any:
-    """A driver call's result.
+    """The result of a driver call.
 
     Raises:
-        OSError: the driver refused, with the call's and the error's names.
+        OSError: the call failed, with the call's and the error's names.
     """
     status, *values = function(*arguments)
     if status != driver.CUresult.CUDA_SUCCESS:

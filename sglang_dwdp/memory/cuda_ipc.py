@@ -1,4 +1,4 @@
-"""GPU memory shared the older way, CUDA IPC: for drivers and containers that refuse to export driver allocations.
+"""GPU memory shared through CUDA IPC: for drivers and containers that do not let driver allocations be exported.
 
 A block is a plain device allocation; a peer opens it at an address of the driver's choice. It cannot be mapped
 into a range, so there are no views here: all experts are copied into slots, the rank's own too. When the exporting
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from cuda.bindings import driver
 
+from sglang_dwdp.config import TRANSPORTS
 from sglang_dwdp.memory.base import Block, Handle, Range
 from sglang_dwdp.memory.cuda_copy import CudaCopyEngine
 from sglang_dwdp.memory.cuda_driver import call, make_current, tensor_at, torch_bytes
@@ -23,10 +24,15 @@ _CHUNK = 2 << 20
 
 
 class IpcBlock:
-    """A device allocation of this process (`own`) or a peer's."""
+    """A device allocation of this process (`own`) or a peer's.
+
+    One that was handed out is never freed: a peer may still copy from it, and freeing before all of them have closed
+    it is undefined. Its memory goes with the process.
+    """
 
     def __init__(self, address: int, nbytes: int, device: int, *, own: bool) -> None:
         self.nbytes = nbytes
+        self.is_exported = False
         self._address: int | None = address
         self._device = device
         self._own = own
@@ -44,7 +50,8 @@ class IpcBlock:
         if self._address is not None:
             torch.cuda.synchronize(self._device)  # nothing may read what is given back
             address, self._address = self._address, None
-            call(driver.cuMemFree if self._own else driver.cuIpcCloseMemHandle, address)
+            if not self.is_exported:
+                call(driver.cuMemFree if self._own else driver.cuIpcCloseMemHandle, address)
 
 
 class CudaIpcMemory:
@@ -52,7 +59,7 @@ class CudaIpcMemory:
 
     transport = "cuda-ipc"
     page_bytes = 1  # nothing is mapped, so segments end where experts end
-    maps = False
+    maps = TRANSPORTS[transport].maps
 
     def __init__(self, device: int) -> None:
         make_current(device)
@@ -72,13 +79,14 @@ class CudaIpcMemory:
     def create(self, nbytes: int) -> IpcBlock:
         if nbytes < 1:
             raise ValueError(f"a block of {nbytes} bytes")
-        whole = -(-nbytes // _CHUNK) * _CHUNK
-        block = IpcBlock(int(call(driver.cuMemAlloc, whole)), nbytes, self._device, own=True)
-        self._created_bytes += whole
+        allocated = -(-nbytes // _CHUNK) * _CHUNK
+        block = IpcBlock(int(call(driver.cuMemAlloc, allocated)), nbytes, self._device, own=True)
+        self._created_bytes += allocated
         return block
 
     def export(self, block: Block) -> Handle:
         assert isinstance(block, IpcBlock)
+        block.is_exported = True
         return ctypes.string_at(int(call(driver.cuIpcGetMemHandle, block.address).getPtr()), HANDLE_BYTES)
 
     def import_handle(self, handle: Handle, nbytes: int) -> IpcBlock:

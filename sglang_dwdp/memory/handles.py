@@ -1,17 +1,13 @@
-"""Handing blocks to peers: each rank makes its own, and gets everybody else's."""
+"""Handing blocks to peers: each rank makes its own, and gets those of all others."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from sglang_dwdp.errors import DwdpSetupError
-from sglang_dwdp.experts.layout import Span
 from sglang_dwdp.memory.base import Block, Memory
 from sglang_dwdp.memory.handshake import Exchange, close_fds
-
-Wanted = Sequence[tuple[str, Span]]  # (tensor, what the block holds of it), equal on all ranks
-Blocks = Mapping[int, Sequence[tuple[str, Span, Block]]]  # by rank
 
 
 def agree_on_handles(memory: Memory, exchange: Exchange) -> str:
@@ -25,17 +21,25 @@ def agree_on_handles(memory: Memory, exchange: Exchange) -> str:
         if all(kind in offer for offer in offers):
             memory.use_handles(kind)
             return kind
-    raise DwdpSetupError(f"the ranks have no way in common to hand memory to each other: {offers}")
+    raise DwdpSetupError(f"the ranks have no kind of memory handle in common: {offers}")
 
 
 def swap_blocks(
-    memory: Memory, exchange: Exchange, kind: str, wanted: Mapping[int, Wanted], stack: ExitStack
-) -> Blocks:
+    memory: Memory, exchange: Exchange, kind: str, sizes: Sequence[Sequence[int]], stack: ExitStack
+) -> list[list[Block]]:
     """Make this rank's blocks and import its peers'; `stack` closes all of them.
 
     One message for each call, so few descriptors are open at a time.
 
-    wanted: of every rank.  kind: of handle, see `agree_on_handles`.
+    Args:
+        memory: of this rank.
+        exchange: with the peers.
+        kind: of handle, see `agree_on_handles`.
+        sizes: `[group_size]`, the bytes of each of a rank's blocks; the same on all ranks.
+        stack: gets a callback for each block.
+
+    Returns:
+        `[group_size]`, the blocks of each rank.
 
     Raises:
         DwdpSetupError: a peer failed, or sent something else than what was agreed on.
@@ -46,27 +50,28 @@ def swap_blocks(
         stack.callback(block.close)
         return block
 
-    own = [(name, span, kept(memory.create(span.nbytes))) for name, span in wanted[exchange.rank]]
-    handles = [memory.export(block) for _, _, block in own]
+    own = [kept(memory.create(nbytes)) for nbytes in sizes[exchange.rank]]
+    handles = [memory.export(block) for block in own]
     if kind == "fd":
         received: Sequence[Sequence[int | bytes]] = exchange.all_gather_fds([h for h in handles if isinstance(h, int)])
         unclaimed = [fd for fds in received for fd in fds if isinstance(fd, int)]
     else:
         joined = b"".join(h for h in handles if isinstance(h, bytes))
-        received = [_split(data, len(wanted[peer])) for peer, data in enumerate(exchange.all_gather(joined))]
+        received = [_split(data, len(sizes[peer])) for peer, data in enumerate(exchange.all_gather(joined))]
         unclaimed = []
     stack.callback(lambda: close_fds(unclaimed))
-    blocks = {exchange.rank: own}
-    for peer, theirs in enumerate(received):
+    blocks: list[list[Block]] = []
+    for peer, sent in enumerate(received):
         if peer == exchange.rank:
+            blocks.append(own)
             continue
-        if len(theirs) != len(wanted[peer]):
-            raise DwdpSetupError(f"rank {peer} sent {len(theirs)} blocks, {len(wanted[peer])} were agreed on")
-        blocks[peer] = []
-        for (name, span), handle in zip(wanted[peer], theirs, strict=True):
+        if len(sent) != len(sizes[peer]):
+            raise DwdpSetupError(f"rank {peer} sent {len(sent)} blocks, {len(sizes[peer])} were agreed on")
+        blocks.append([])
+        for nbytes, handle in zip(sizes[peer], sent, strict=True):
             if isinstance(handle, int):
                 unclaimed.remove(handle)  # the import takes it over, also where it fails
-            blocks[peer].append((name, span, kept(memory.import_handle(handle, span.nbytes))))
+            blocks[peer].append(kept(memory.import_handle(handle, nbytes)))
     return blocks
 
 

@@ -1,8 +1,7 @@
 """The control plane of a group: a mesh of Unix sockets that carries short messages and file descriptors.
 
-Sockets have abstract names (they are not files, so none can be left behind), accept the same user only, and
-have a deadline on every step. A rank that fails says so, or its sockets close: either way every peer raises
-within the deadline and can name it.
+The ranks meet as `rendezvous` says, and every step has a deadline. A rank that fails says so, or its sockets close:
+either way every peer raises within the deadline and can name it.
 """
 
 from __future__ import annotations
@@ -12,17 +11,15 @@ import contextlib
 import os
 import socket
 import struct
-import time
 from collections.abc import Iterable, Sequence
 
 from sglang_dwdp.errors import DwdpSetupError
+from sglang_dwdp.memory.rendezvous import meet
 
 MAX_FDS = 253  # SCM_MAX_FD: the kernel's limit for one message
 
 _HEADER = struct.Struct("!BIH")  # kind, payload bytes, descriptors
-_HELLO, _DATA, _FAILED = range(3)
-_UNNAMED = -1
-_PEERCRED = struct.Struct("3i")
+_DATA, _FAILED = range(2)
 _CMSG_CLOEXEC = 0x40000000  # MSG_CMSG_CLOEXEC: a received descriptor is not inherited by child processes
 
 
@@ -43,81 +40,43 @@ def _receive_with_fds(connection: socket.socket, nbytes: int) -> tuple[bytes, li
 
 
 class Exchange:
-    """Rank `rank` of `size`, meeting its peers under `name` (the same on all ranks, unique on the host)."""
+    """One rank's connections with all of its peers."""
 
-    def __init__(self, name: str, rank: int, size: int, timeout_s: float) -> None:
+    def __init__(self, secret: str, rank: int, size: int, timeout_s: float) -> None:
+        """Connect nothing yet.
+
+        Args:
+            secret: What only the ranks of this group know, such as a random UUID.
+            rank: This process's rank.
+            size: Ranks of the group.
+            timeout_s: Longest wait in seconds, for all peers to come and for each answer of one.
+        """
         self.rank = rank
         self.size = size
-        self._name = name
+        self._secret = secret
         self._timeout_s = timeout_s
         self._peers: dict[int, socket.socket] = {}
 
     def connect(self) -> None:
-        """Meet all peers: accept those with a higher rank, connect to those with a lower one.
+        """Meet all peers.
 
-        A failure in here is heard by the peers that were met already. A rank that comes later finds nobody, and gives
-        up after its time-out.
+        After a failure in here `fail` reaches the peers that were met already. A rank that comes later finds nobody,
+        and gives up after its time-out.
 
         Raises:
-            DwdpSetupError: a peer did not come in time, or another user came.
+            DwdpSetupError: A peer did not come in time.
         """
-        deadline = time.monotonic() + self._timeout_s
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(self._address(self.rank))
-            listener.listen(self.size)
-            for peer in range(self.rank):
-                self._add(peer, self._connect_to(peer, deadline))
-                self._send(peer, _HELLO, str(self.rank).encode())
-            for _ in range(self.rank + 1, self.size):
-                listener.settimeout(max(deadline - time.monotonic(), 0.001))
-                try:
-                    connection, _ = listener.accept()
-                except TimeoutError:
-                    missing = [r for r in range(self.rank + 1, self.size) if r not in self._peers]
-                    raise DwdpSetupError(
-                        f"rank {self.rank}: ranks {missing} did not come within {self._timeout_s:g} s."
-                    ) from None
-                self._greet(connection)
-
-    def _address(self, rank: int) -> bytes:
-        return f"\0sglang-dwdp.{self._name}.{rank}".encode()
-
-    def _connect_to(self, peer: int, deadline: float) -> socket.socket:
-        while True:
-            connection = socket.socket(socket.AF_UNIX)
-            try:
-                connection.connect(self._address(peer))
-            except ConnectionRefusedError:  # it does not listen yet
-                connection.close()
-                if time.monotonic() > deadline:
-                    raise DwdpSetupError(
-                        f"rank {self.rank}: rank {peer} did not come within {self._timeout_s:g} s, or had given up."
-                    ) from None
-                time.sleep(0.01)
-            else:
-                return connection
-
-    def _greet(self, connection: socket.socket) -> None:
-        self._add(_UNNAMED, connection)
-        payload, _ = self._receive(_UNNAMED)
-        self._peers[int(payload)] = self._peers.pop(_UNNAMED)
-
-    def _add(self, peer: int, connection: socket.socket) -> None:
-        # Names are visible to every user of the host, so whoever listens or comes may be a stranger.
-        _, uid, _ = _PEERCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size))
-        if uid != os.getuid():
-            connection.close()
-            raise DwdpSetupError(f"rank {self.rank}: a process of user {uid} came in a peer's place.")
-        connection.settimeout(self._timeout_s)
-        self._peers[peer] = connection
+        meet(self._secret, self.rank, self.size, self._timeout_s, self._peers)
 
     def all_gather(self, payload: bytes) -> list[bytes]:
         """Every rank's payload, in rank order.
 
         Raises:
-            DwdpSetupError: a peer failed, ended, or did not answer in time.
+            DwdpSetupError: A peer failed, ended, or did not answer in time.
         """
-        return [answer for answer, _ in self._swap(payload, ())]
+        answers = self._swap(payload, ())
+        close_fds([fd for _, fds in answers for fd in fds])  # nobody asked for any
+        return [answer for answer, _ in answers]
 
     def all_gather_fds(self, fds: Sequence[int]) -> list[list[int]]:
         """Every peer's descriptors, in rank order; this rank's own entry is empty.
@@ -126,11 +85,11 @@ class Exchange:
         those of a failed call are closed.
 
         Raises:
-            DwdpSetupError: as `all_gather`.
+            DwdpSetupError: As in `all_gather`.
         """
         if len(fds) > MAX_FDS:
             raise ValueError(f"{len(fds)} descriptors in one message; the kernel takes {MAX_FDS}")
-        return [theirs for _, theirs in self._swap(b"", fds)]
+        return [received for _, received in self._swap(b"", fds)]
 
     def barrier(self) -> None:
         """Return when all ranks have called this."""
@@ -160,9 +119,10 @@ class Exchange:
                 else:
                     answers[peer] = self._receive(peer)
                     self._send(peer, _DATA, payload, fds)
-        except DwdpSetupError as error:
-            close_fds([fd for _, theirs in answers for fd in theirs])
-            self.fail(str(error))  # peers that have yet to speak with this rank hear the cause, not of its end
+        except BaseException as error:
+            close_fds([fd for _, received in answers for fd in received])
+            # Peers that have yet to speak with this rank hear the cause, not of its end.
+            self.fail(str(error) or type(error).__name__)
             raise
         return answers
 
@@ -176,7 +136,7 @@ class Exchange:
                 connection.sendall(message)
         except OSError as error:
             if kind == _DATA:
-                self._receive(peer)  # raises what the peer left as its last word, if it left one
+                close_fds(self._receive(peer)[1])  # raises what the peer left as its last word, if it left one
             raise self._lost(peer, error) from error
 
     def _receive(self, peer: int) -> tuple[bytes, list[int]]:
@@ -190,12 +150,14 @@ class Exchange:
             kind, nbytes, nfds = _HEADER.unpack(header)
             payload = self._read(connection, nbytes)
             if kind == _FAILED:
-                raise DwdpSetupError(f"{_called(peer)} failed: {payload.decode(errors='replace')}")
+                raise DwdpSetupError(f"rank {peer} failed: {payload.decode(errors='replace')}")
             if len(fds) != nfds:
                 raise OSError(f"{len(fds)} of {nfds} descriptors arrived (limit on open files: ulimit -n)")
-        except OSError as error:
+        except BaseException as error:
             close_fds(fds)
-            raise self._lost(peer, error) from error
+            if isinstance(error, OSError):
+                raise self._lost(peer, error) from error
+            raise
         else:
             return payload, fds
 
@@ -216,8 +178,4 @@ class Exchange:
             why = "its process ended or gave up"
         else:
             why = str(error)
-        return DwdpSetupError(f"rank {self.rank}: lost {_called(peer)}: {why}.")
-
-
-def _called(peer: int) -> str:
-    return "a peer that had not said its rank" if peer == _UNNAMED else f"rank {peer}"
+        return DwdpSetupError(f"rank {self.rank}: lost rank {peer}: {why}.")

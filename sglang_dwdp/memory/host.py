@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
+from sglang_dwdp.config import TRANSPORTS
 from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.memory.base import Block, CopyList, Event, Handle, Range
 
@@ -195,7 +196,7 @@ class HostMemory:
 
     transport = "host-shm"
     page_bytes = mmap.PAGESIZE
-    maps = True
+    maps = TRANSPORTS[transport].maps
 
     def __init__(self) -> None:
         self._created_bytes = 0

@@ -1,114 +1,79 @@
-"""Checks of what users give, with one way to say what is wrong."""
+"""Checks of what users give: pydantic's, each error in one line."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
-import math
-import os
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from .errors import PlannerError
+from pydantic import ConfigDict, Field, ValidationError
+from yaml import YAMLError, safe_load
 
-FIGURES = (".pdf", ".png", ".svg")
+from sglang_dwdp.planner.errors import PlannerError
 
-
-def whole(what: str, value: Any, least: int = 0, most: float = math.inf) -> int:
-    """``value`` if it is an integer from ``least`` to ``most``.
-
-    Raises:
-        PlannerError: otherwise; the message names ``what``.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise PlannerError(f"{what} must be a whole number, not {value!r}")
-    if value < least:
-        raise PlannerError(f"{what} must be at least {least}, not {value}")
-    if value > most:
-        raise PlannerError(f"{what} must be at most {most:,}, not {value:,}")
-    return value
+T = TypeVar("T")
+STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
 
 
-def number(what: str, value: Any, *, positive: bool = False) -> float:
-    """``value`` if it is a finite number, not negative; not 0 either if ``positive``.
-
-    Raises:
-        PlannerError: otherwise; the message names ``what``.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise PlannerError(f"{what} must be a finite number, not {value!r}")
-    if value < 0:
-        raise PlannerError(f"{what} must not be negative, is {value}")
-    if positive and value == 0:
-        raise PlannerError(f"{what} must be positive, is {value}")
-    return float(value)
+def one_line(error: ValidationError) -> str:
+    """The first of pydantic's complaints, with the name of its field."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] not in ("value_error", "missing", "unexpected_keyword_argument"):
+        message += f", not {first['input']!r}"
+    return " ".join((f"{where}: {message}" if where else message).split())
 
 
-def choice(what: str, value: Any, known: tuple[str, ...]) -> None:
-    """Raise PlannerError unless ``value`` is one of ``known``."""
-    if value not in known:
-        raise PlannerError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+def checked(kind: type[T]) -> type[T]:
+    """A pydantic dataclass whose constructor raises PlannerError in place of pydantic's error."""
+    construct: Callable[..., None] = kind.__init__
+
+    @functools.wraps(construct)
+    def init(self: T, *args: Any, **kwargs: Any) -> None:
+        try:
+            construct(self, *args, **kwargs)
+        except ValidationError as error:
+            raise PlannerError(f"{kind.__name__.lower()}: {one_line(error)}") from None
+
+    kind.__init__ = init  # type: ignore[assignment]
+    return kind
 
 
-def kinds_of_fields(settings: Any) -> None:
-    """Check every plain field of a dataclass by its annotation: ``int``, ``float``, ``bool`` and ``str``.
+def read_mapping(path: Path, what: str, *, yaml: bool = False) -> dict[str, Any]:
+    """The mapping in a JSON or YAML file.
 
     Raises:
-        PlannerError: names the first field whose value is of another kind, not finite or negative.
-    """
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        if field.type == "int":
-            whole(field.name, value)
-        elif field.type == "float":
-            number(field.name, value)
-        elif (field.type == "bool" and not isinstance(value, bool)) or (
-            field.type == "str" and not isinstance(value, str)
-        ):
-            kind = "true or false" if field.type == "bool" else "a text"
-            raise PlannerError(f"{field.name} must be {kind}, not {value!r}")
-
-
-def read_text(path: Path) -> str:
-    """The text of a file that exists.
-
-    Raises:
-        PlannerError: if it cannot be read, or is no text.
+        PlannerError: if the file cannot be read, is malformed, or holds something else than a mapping.
     """
     try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlannerError(f"cannot read {path}: {error}") from None
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        PlannerError: if the file cannot be read, is no JSON, or holds something else than an object.
-    """
-    try:
-        data = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise PlannerError(f"{what} {path} is not valid JSON: {error}") from None
+        text = path.read_text()
+        data = safe_load(text) if yaml else json.loads(text)
+    except OSError as error:
+        raise PlannerError(f"cannot read {what} {path}: {error.strerror}") from None
+    except (ValueError, YAMLError) as error:  # ValueError: not JSON, or not text
+        reason = " ".join(str(error).split())
+        raise PlannerError(f"{what} {path} is not valid {'YAML' if yaml else 'JSON'}: {reason}") from None
     if not isinstance(data, dict):
-        raise PlannerError(f"{what} {path} must hold a JSON object, not {type(data).__name__}")
+        raise PlannerError(f"{what} {path} must hold a mapping, not {type(data).__name__}")
     return data
 
 
-def writable(path: str, suffixes: tuple[str, ...] = ()) -> Path:
-    """``path`` if a file can be written there, before anything is computed for it.
+def optional(module: str) -> Any:
+    """A module of the optional dependencies.
 
     Raises:
-        PlannerError: if its folder does not exist, it is a folder itself, or its name ends in none of ``suffixes``.
+        PlannerError: if it is not installed.
     """
-    file = Path(path)
-    if not file.parent.is_dir():
-        raise PlannerError(f"cannot write {file}: {file.parent} is not a directory")
-    if file.is_dir():
-        raise PlannerError(f"cannot write {file}: it is a directory")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise PlannerError(f"cannot write {file}: permission denied")
-    if suffixes and file.suffix.lower() not in suffixes:
-        raise PlannerError(f"cannot write {path!r}: the name of a figure ends in {', '.join(suffixes)}")
-    return file
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        name = module.partition(".")[0]
+        raise PlannerError(f"{name} is not installed; run: pip install sglang-dwdp[planner]") from None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .cost import Estimate, Group, dwdp, in_tree_group, replica
-from .dep import dep
-from .formats import Precision
-from .gpu import Gpu
-from .memory import memory
-from .shape import ModelShape
-from .workload import Lengths, mean_batch, typical_rounds
+from sglang_dwdp.planner.cost import Estimate, Group, dwdp, in_tree_group, replica
+from sglang_dwdp.planner.dep import dep
+from sglang_dwdp.planner.formats import Precision
+from sglang_dwdp.planner.gpu import Gpu
+from sglang_dwdp.planner.memory import memory
+from sglang_dwdp.planner.shape import ModelShape
+from sglang_dwdp.planner.workload import Lengths, mean_batch, typical_rounds
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ def evaluate(case: Case, group: Group, tokens: int) -> Point:
     model, gpu, precision = case.model, case.gpu, case.precision
     rounds = typical_rounds(case.lengths, tokens, True, max(1, group.size), model.window, 64)
     batch = mean_batch(rounds)
-    whole = memory(model, gpu, precision, "replica", group, tokens)
+    single = memory(model, gpu, precision, "replica", group, tokens)
     return Point(
         tokens=tokens,
         dwdp=dwdp(model, gpu, precision, batch, group),
         dep=dep(model, gpu, precision, rounds, case.exchange),
         in_tree=dwdp(model, gpu, precision, batch, in_tree_group(group.size), "in-tree dwdp"),
-        replica=replica(model, gpu, precision, batch) if whole.fits else None,
+        replica=replica(model, gpu, precision, batch) if single.fits else None,
     )

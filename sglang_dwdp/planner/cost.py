@@ -6,17 +6,20 @@ All times are seconds per forward of one rank unless a name says otherwise.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
-from . import kernels
-from .checks import choice, kinds_of_fields
-from .contention import serial_slowdown
-from .errors import PlannerError
-from .formats import Precision
-from .gpu import Gpu
-from .shape import ModelShape
-from .workload import Batch
+from pydantic.dataclasses import dataclass as validated_dataclass
 
-COPY_POLICIES = ("serial", "sliced")
+from sglang_dwdp.experts.placement import balanced
+from sglang_dwdp.planner import kernels
+from sglang_dwdp.planner.checks import STRICT, AtLeastOne, Count, checked
+from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.formats import Precision
+from sglang_dwdp.planner.gpu import Gpu
+from sglang_dwdp.planner.shape import ModelShape
+from sglang_dwdp.planner.workload import Batch
+
+Copies = Literal["serial", "sliced"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,6 @@ class Parts:
     dense_gemm: float = 0.0
     other: float = 0.0
     interference: float = 0.0
-    merge: float = 0.0
     communication: float = 0.0
     synchronisation: float = 0.0
     exposed_copy: float = 0.0
@@ -70,35 +72,31 @@ class Estimate:
         return self.tokens / self.seconds
 
 
-@dataclass(frozen=True)
+def equal_share(model: ModelShape, ranks: int) -> int:
+    """Experts on the rank that stores most, where shards are as equal as they can be."""
+    placement = balanced(model.experts, ranks)
+    return max(len(placement.shard(rank)) for rank in range(ranks))
+
+
+@checked
+@validated_dataclass(frozen=True, config=STRICT)
 class Group:
     """How a group of GPUs shares the experts.
 
     Attributes:
         size: ranks.
         local_experts: experts that each rank stores; 0 for the smallest equal share.
-        copies: ``serial`` whole-peer pulls in random order, or ``sliced``: slices of all peers in
-            turn, which keeps every source evenly loaded.
+        copies: ``serial`` whole-peer pulls in random order, or ``sliced``: slices of all peers in turn, which keeps
+            every source evenly loaded.
         depth: layers that are fetched ahead.
         ring_over_steps: the fetch of the next forward's first layers starts in this one.
-        merge_copy: local experts are copied beside the fetched ones before every product (the
-            paper's naive version, and any runtime without a contiguous view).
     """
 
-    size: int
-    local_experts: int = 0
-    copies: str = "sliced"
-    depth: int = 2
+    size: AtLeastOne
+    local_experts: Count = 0
+    copies: Copies = "sliced"
+    depth: AtLeastOne = 2
     ring_over_steps: bool = True
-    merge_copy: bool = False
-
-    def __post_init__(self) -> None:
-        kinds_of_fields(self)
-        if self.size < 1:
-            raise PlannerError(f"a group has at least 1 rank, not {self.size}")
-        choice("copy policy", self.copies, COPY_POLICIES)
-        if self.depth < 1:
-            raise PlannerError(f"prefetch depth must be at least 1 layer, not {self.depth}")
 
     def stored(self, model: ModelShape) -> int:
         """Experts that each rank stores.
@@ -106,7 +104,7 @@ class Group:
         Raises:
             PlannerError: if the ranks together do not hold every expert.
         """
-        share = -(-model.experts // self.size)
+        share = equal_share(model, self.size)
         stored = self.local_experts or share
         if not share <= stored <= model.experts:
             raise PlannerError(
@@ -124,14 +122,12 @@ def in_tree_group(size: int) -> Group:
 def forward_parts(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch, experts: int | None = None) -> Parts:
     """The kernels of one forward; ``experts`` of each layer share the batch's routed copies.
 
-    Under DEP a rank computes the copies of E/N experts for all ranks' tokens: as many copies as
-    its own tokens send out, over fewer experts.
+    Under DEP a rank computes the copies of E/N experts for all ranks' tokens: as many copies as its own tokens send
+    out, over fewer experts.
     """
     count = model.experts if experts is None else experts
     tokens = batch.tokens
-    dense = model.layers * kernels.projections(model, gpu, precision, tokens)
-    dense += model.dense_layers * kernels.dense_mlp(model, gpu, precision, tokens)
-    dense += model.moe_layers * kernels.shared_and_router(model, gpu, precision, tokens)
+    dense = kernels.dense_gemms(model, gpu, precision, tokens)
     rows = tokens * model.top_k
     grouped = model.moe_layers * kernels.grouped_gemm(model, gpu, precision.experts, rows, count)
     other = model.moe_layers * kernels.elementwise(model, gpu, precision, tokens, moe=True)
@@ -155,38 +151,49 @@ def pull_bandwidth(gpu: Gpu, group: Group) -> float:
     return min(gpu.copy_bandwidth, gpu.pair_bandwidth * max(1, group.size - 1))
 
 
+def serial_slowdown(group_size: int, uncontended: float, window: float) -> float:
+    """How much longer serial whole-peer pulls take because sources are shared.
+
+    A pull that meets X others runs at 1/(1+X) of the rate, and E[X] = f (N-2)/(N-1) when peers copy for a fraction f of
+    the time. f itself is (slowed time / period), hence the fixed point t = t0 (1 + q t / T) with q = (N-2)/(N-1), T the
+    period that hides the copies; once t reaches T the copies never stop and t = t0 (1 + q).
+
+    Args:
+        uncontended: seconds t0 that the copies of one period take alone.
+        window: seconds T of compute that they hide under.
+
+    Returns:
+        t / t0, at least 1.
+    """
+    if uncontended <= 0:
+        return 1.0
+    q = (group_size - 2) / (group_size - 1)
+    hidden = 1 - q * uncontended / window if window > 0 else 0.0
+    if hidden > 0 and uncontended / hidden <= window:
+        return 1 / hidden
+    return 1 + q
+
+
 def dwdp(
-    model: ModelShape,
-    gpu: Gpu,
-    precision: Precision,
-    batch: Batch,
-    group: Group,
-    scheme: str = "dwdp",
+    model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch, group: Group, scheme: str = "dwdp"
 ) -> Estimate:
     """One DWDP forward: max(compute, fetch) per layer, plus what cannot be hidden.
 
-    With compute C (interference included) and copies of F seconds over the MoE layers, the copy
-    engines run ahead by ``depth`` layers at most, so dense layers hide at most ``depth`` fetches:
-    T = max(C, F + max(0, D - depth f)), D the dense layers' time and f one layer's fetch. With one
-    slot a copy starts when the experts of the layer before are done and hides under what precedes
-    the next ones only: T = E + (n - 1) max(b, f) + max(b + D, f), E the experts' products, b the
-    rest of one of n MoE layers. Without the ring over steps the first fetch starts with the forward
-    and is hidden by D and one attention block only. Interference costs ``copy_interference`` seconds
-    of compute per second of copying at full rate: power and HBM bandwidth go to each byte copied
-    (paper, appendix A).
+    With compute C (interference included) and copies of F seconds over the MoE layers, the copy engines run ahead by
+    ``depth`` layers at most, so dense layers hide at most ``depth`` fetches: T = max(C, F + max(0, D - depth f)), D the
+    dense layers' time and f one layer's fetch. With one slot a copy starts when the experts of the layer before are
+    done and hides under what precedes the next ones only: T = E + (n - 1) max(b, f) + max(b + D, f), E the experts'
+    products, b the rest of one of n MoE layers. Without the ring over steps the first fetch starts with the forward and
+    is hidden by D and one attention block only. Interference costs ``copy_interference`` seconds of compute per second
+    of copying at full rate: power and HBM bandwidth go to each byte copied (paper, appendix A).
     """
     base = forward_parts(model, gpu, precision, batch)
-    size = layer_fetch_bytes(model, precision, group)
-    total_bytes = size * model.moe_layers
+    total_bytes = layer_fetch_bytes(model, precision, group) * model.moe_layers
     if total_bytes == 0:
         return Estimate(scheme, batch.tokens, base, base.total)
     alone = total_bytes / pull_bandwidth(gpu, group)
-    merge = 0.0
-    if group.merge_copy:  # local experts are read, and written beside the fetched ones
-        local = group.stored(model) * model.expert_params * precision.experts.bytes_per_param
-        merge = 2 * local * model.moe_layers / (gpu.hbm_bandwidth * gpu.efficiency.elementwise)
     interference = gpu.copy_interference * alone
-    compute = base.total + interference + merge
+    compute = base.total + interference
     contended = group.copies == "serial" and gpu.switched and group.size > 2
     slowdown = serial_slowdown(group.size, alone, compute) if contended else 1.0
     fetch = alone * slowdown
@@ -202,18 +209,12 @@ def dwdp(
         cold = max(0.0, per_layer - first)
     exposed = max(0.0, bound - compute) + cold
     parts = Parts(
-        base.attention,
-        base.grouped_gemm,
-        base.dense_gemm,
-        base.other,
-        interference=interference,
-        merge=merge,
-        exposed_copy=exposed,
+        base.attention, base.grouped_gemm, base.dense_gemm, base.other, interference=interference, exposed_copy=exposed
     )
     return Estimate(scheme, batch.tokens, parts, compute, fetch, total_bytes)
 
 
 def replica(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch) -> Estimate:
-    """One forward of a whole model on one GPU."""
+    """One forward of all layers and experts on one GPU."""
     base = forward_parts(model, gpu, precision, batch)
     return Estimate("replica", batch.tokens, base, base.total)

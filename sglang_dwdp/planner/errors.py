@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import DwdpError
+from sglang_dwdp.errors import DwdpError
 
 
 class PlannerError(DwdpError, ValueError):

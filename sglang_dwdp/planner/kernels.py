@@ -1,18 +1,17 @@
 """Time of the kernels of one layer on one GPU: the roofline with efficiencies.
 
-Every function returns seconds. FLOP counts are 2 per multiply-add; bytes are those that have to
-cross HBM once.
+Every function returns seconds. FLOP counts are 2 per multiply-add; bytes are those that have to cross HBM once.
 """
 
 from __future__ import annotations
 
-from .formats import FORMATS, Precision, WeightFormat
-from .gpu import Gpu
-from .shape import ModelShape
-from .workload import Batch
+from sglang_dwdp.planner.formats import FORMATS, Precision, WeightFormat
+from sglang_dwdp.planner.gpu import Gpu
+from sglang_dwdp.planner.shape import ModelShape
+from sglang_dwdp.planner.workload import Batch
 
-# Dependent kernels of a decoder layer outside the big products: norms, rotary embedding, cache
-# write, router, top-k, permutation, activation, finalisation, quantisation.
+# Dependent kernels of a decoder layer outside the big products: norms, rotary embedding, cache write, router, top-k,
+# permutation, activation, finalisation, quantisation.
 KERNELS_PER_LAYER = 20
 
 
@@ -25,11 +24,8 @@ def distinct_experts(experts: int, rows: float) -> float:
 
 def overlapped(gpu: Gpu, compute: float, memory: float) -> float:
     """Seconds of a kernel that computes and reads at once: (c^p + m^p)^(1/p), p the overlap power."""
-    power = gpu.efficiency.overlap_power
-    larger, smaller = max(compute, memory), min(compute, memory)
-    if power == float("inf") or larger == 0:
-        return larger
-    return larger * float((1 + (smaller / larger) ** power) ** (1 / power))
+    power, larger = gpu.efficiency.overlap_power, max(compute, memory)
+    return larger * float((1 + (min(compute, memory) / larger) ** power) ** (1 / power)) if larger else 0.0
 
 
 def dense_gemm(gpu: Gpu, fmt: WeightFormat, rows: float, params: float) -> float:
@@ -48,9 +44,8 @@ def dense_gemm(gpu: Gpu, fmt: WeightFormat, rows: float, params: float) -> float
 def grouped_product(gpu: Gpu, fmt: WeightFormat, rows: float, experts: int, depth: int, width: int) -> float:
     """``rows`` rows spread evenly over ``experts`` matrices of [depth, width].
 
-    Rows are padded to the tile, which costs half a tile per expert that has any:
-    F = 2 depth width (rows + tile/2 active), at peak min(eff depth/(depth + half_depth), cap);
-    bytes are the active experts' weights.
+    Rows are padded to the tile, which costs half a tile per expert that has any: F = 2 depth width (rows + tile/2
+    active), at peak min(eff depth/(depth + half_depth), cap); bytes are the active experts' weights.
     """
     active = distinct_experts(experts, rows)
     if active == 0:
@@ -70,49 +65,26 @@ def grouped_gemm(model: ModelShape, gpu: Gpu, fmt: WeightFormat, rows: float, ex
 
 
 def attention(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch) -> float:
-    """Causal attention of all layers: 2 (d_qk + d_v) heads FLOP per pair; windowed layers see fewer.
-
-    Each pair and head also costs ``softmax_pair`` seconds. Short sequences run slower: time x
-    (1 + attention_half / L + attention_fill / (heads L)), L twice the mean context of a query.
-    """
-    if batch.tokens <= 0:
-        return 0.0
-    peak = gpu.peak(FORMATS[precision.attention]) * gpu.efficiency.attention
-
-    def one_layer(pairs: float) -> float:
-        length = 2.0 * pairs / batch.tokens
-        products = model.attention_flops(pairs) / peak
-        softmax = pairs * model.heads * gpu.efficiency.softmax_pair
-        short = gpu.efficiency.attention_half + gpu.efficiency.attention_fill / model.heads
-        return (products + softmax) * (1 + short / max(length, 1.0))
-
-    full = model.layers - model.window_layers
-    windowed = model.window_layers * one_layer(batch.window_pairs) if model.window_layers else 0.0
-    return full * one_layer(batch.pairs) + windowed
+    """Causal attention of all layers: 2 (d_qk + d_v) heads FLOP per pair; windowed layers see fewer."""
+    pairs = (model.layers - model.window_layers) * batch.pairs + model.window_layers * batch.window_pairs
+    flops = 2.0 * pairs * model.heads * (model.qk_dim + model.v_dim)
+    return flops / (gpu.peak(FORMATS[precision.attention]) * gpu.efficiency.attention)
 
 
-def projections(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:
-    """Attention projections of one layer."""
-    return dense_gemm(gpu, precision.projections, tokens, model.projection_params)
-
-
-def dense_mlp(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:
-    """MLP of one dense layer."""
-    return dense_gemm(gpu, precision.experts, tokens, model.dense_mlp_params)
-
-
-def shared_and_router(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:
-    """Shared experts and router of one MoE layer."""
-    shared = dense_gemm(gpu, precision.experts, tokens, model.shared_params)
-    return shared + dense_gemm(gpu, FORMATS["bf16"], tokens, model.router_params)
+def dense_gemms(model: ModelShape, gpu: Gpu, precision: Precision, tokens: float) -> float:
+    """All layers' projections, dense MLPs, shared experts and routers."""
+    projections = dense_gemm(gpu, precision.projections, tokens, model.projection_params)
+    mlp = dense_gemm(gpu, precision.experts, tokens, 3 * model.hidden * model.dense_intermediate)
+    shared = dense_gemm(gpu, precision.experts, tokens, 3 * model.hidden * model.shared_intermediate)
+    router = dense_gemm(gpu, FORMATS["bf16"], tokens, model.hidden * model.experts)
+    return model.layers * projections + model.dense_layers * mlp + model.moe_layers * (shared + router)
 
 
 def elementwise_elements(model: ModelShape, moe: bool) -> float:
     """Elements per token that the small kernels of one layer read and write.
 
-    Two fused norms (8 hidden), query, key and value in and out of the rotary embedding and cache
-    write (2 each), the routed copies' permutation and weighted sum (2 hidden per copy + hidden),
-    the activation (3 intermediate per copy).
+    Two fused norms (8 hidden), query, key and value in and out of the rotary embedding and cache write (2 each), the
+    routed copies' permutation and weighted sum (2 hidden per copy + hidden), the activation (3 intermediate per copy).
     """
     if model.mla is None:
         qkv = model.heads * model.qk_dim + model.kv_heads * (model.qk_dim + model.v_dim)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .cost import Group, layer_fetch_bytes
-from .formats import Precision
-from .gpu import Gpu
-from .shape import ModelShape
+from sglang_dwdp.planner.cost import Group, equal_share, layer_fetch_bytes
+from sglang_dwdp.planner.formats import Precision
+from sglang_dwdp.planner.gpu import Gpu
+from sglang_dwdp.planner.shape import ModelShape
 
 # CUDA context, NCCL or copy buffers, workspaces and graph pools. SGLang's default
 # --mem-fraction-static leaves 10 to 20 % for them and for activations.
@@ -35,56 +35,30 @@ class Memory:
     kv_cache: float
 
     @property
-    def used(self) -> float:
-        """Everything but the KV cache."""
-        return self.attention + self.experts + self.slots + self.activations + self.runtime
-
-    @property
     def fits(self) -> bool:
         """Whether anything is left for the KV cache."""
         return self.kv_cache > 0
 
 
-def replicated_bytes(model: ModelShape, precision: Precision) -> float:
-    """Bytes that every rank holds whatever the scheme: everything but the routed experts."""
-    projections = model.layers * model.projection_params * precision.projections.bytes_per_param
-    mlp = model.moe_layers * model.shared_params + model.dense_layers * model.dense_mlp_params
-    plain = model.moe_layers * model.router_params + 2 * model.vocab * model.hidden
-    return projections + mlp * precision.experts.bytes_per_param + plain * 2.0
-
-
-def activation_bytes(model: ModelShape, precision: Precision, tokens: float) -> float:
-    """Peak of one layer: residual and hidden states, and the routed copies in and out.
-
-    tokens x (4 hidden + top_k (2 hidden + 3 intermediate)) elements.
-    """
-    routed = model.top_k * (2 * model.hidden + 3 * model.moe_intermediate)
-    return tokens * (4 * model.hidden + routed) * precision.activation_bytes
-
-
-def memory(
-    model: ModelShape,
-    gpu: Gpu,
-    precision: Precision,
-    scheme: str,
-    group: Group,
-    tokens: float,
-) -> Memory:
+def memory(model: ModelShape, gpu: Gpu, precision: Precision, scheme: str, group: Group, tokens: float) -> Memory:
     """Memory of one rank under ``dwdp``, ``in-tree dwdp``, ``dep`` or ``replica``.
 
-    DWDP adds ``depth`` slots of the remote experts of one layer. DEP holds its share of experts
-    and the tokens that it receives (on average as many as it sends).
+    Every rank holds everything but the routed experts. DWDP adds ``depth`` slots of the remote experts of one layer.
+    DEP holds its share of experts and the tokens that it receives (on average as many as it sends). Activations peak in
+    one layer: residual and hidden states, and the routed copies in and out, tokens x (4 hidden + top_k (2 hidden + 3
+    intermediate)) elements.
     """
     one = model.moe_layers * model.expert_params * precision.experts.bytes_per_param
-    slots = 0.0
-    if scheme == "replica":
-        stored = model.experts
-    elif scheme == "dep":
-        stored = -(-model.experts // group.size)
-    else:
+    stored, slots = model.experts, 0.0
+    if scheme == "dep":
+        stored = equal_share(model, group.size)
+    elif scheme != "replica":
         stored = group.stored(model)
         slots = group.depth * layer_fetch_bytes(model, precision, group)
-    fixed = replicated_bytes(model, precision)
-    active = activation_bytes(model, precision, tokens)
+    fixed = model.layers * model.projection_params * precision.projections.bytes_per_param
+    fixed += model.replicated_mlp_params * precision.experts.bytes_per_param
+    fixed += 2.0 * ((model.moe_layers * model.experts + 2 * model.vocab) * model.hidden)
+    routed = model.top_k * (2 * model.hidden + 3 * model.moe_intermediate)
+    active = tokens * (4 * model.hidden + routed) * precision.activation_bytes
     used = fixed + stored * one + slots + active + RUNTIME_BYTES
     return Memory(fixed, stored * one, slots, active, RUNTIME_BYTES, gpu.memory - used)

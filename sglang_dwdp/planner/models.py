@@ -4,144 +4,129 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from .builtin_models import ALIASES, BUILTIN_CONFIGS
-from .checks import read_json
-from .errors import PlannerError
-from .shape import Mla, ModelShape
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-# No dimension of a model comes near; beyond it a config is nonsense, and products of dimensions lose their sense.
+from sglang_dwdp.planner.checks import one_line, read_mapping
+from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.formats import format_of_config
+from sglang_dwdp.planner.shape import Mla, ModelShape
+from sglang_dwdp.support.models import EXPERT_COUNT_KEYS
+
+ALIASES = {
+    "deepseek-r1": "deepseek-v3",
+    "deepseek-r1-0528": "deepseek-v3",
+    "qwen3-235b": "qwen3-235b-a22b",
+    "qwen3-30b": "qwen3-30b-a3b",
+    "mixtral": "mixtral-8x7b",
+    "kimi-k2-instruct": "kimi-k2",
+}
+BUILTIN_CONFIGS = read_mapping(Path(__file__).with_name("models.yaml"), "built-in models", yaml=True)
+# No model's dimension comes near; beyond it a config is nonsense.
 LARGEST = 10**8
-MOST_LAYERS = 10_000
-MOST_EXPERTS = 100_000
+Size = Annotated[int, Field(ge=1, le=LARGEST)]
+Maybe = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
-def _count(key: str, value: Any, least: int = 0, most: int = LARGEST) -> int:
-    """``value`` as a count; JSON writers may have made 128.0 of 128."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
-        raise PlannerError(f"the model config says {key} {value!r}: not a whole number")
-    if not least <= value <= most:
-        raise PlannerError(f"the model config says {key} {value}: must be {least} to {most:,}")
-    return int(value)
+class _Config(BaseModel):
+    """The fields of a ``config.json`` that matter, by the names in use; 0 for what a model does not have."""
 
+    model_config = ConfigDict(extra="ignore")
 
-def _optional(config: Mapping[str, Any], key: str) -> int:
-    """A count that may be missing or null: 0 then."""
-    return _count(key, config.get(key) or 0)
+    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)]
+    hidden_size: Size
+    num_attention_heads: Size
+    num_key_value_heads: Maybe = 0
+    head_dim: Maybe = 0
+    vocab_size: Size = 32000
+    experts: Annotated[int, Field(ge=2, le=100_000, validation_alias=AliasChoices(*EXPERT_COUNT_KEYS))]
+    top_k: Annotated[
+        int,
+        Field(ge=1, validation_alias=AliasChoices("num_experts_per_tok", "experts_per_token", "num_experts_per_token")),
+    ]
+    moe_intermediate_size: Maybe = 0
+    intermediate_size: Maybe = 0
+    n_shared_experts: Maybe = 0
+    shared_expert_intermediate_size: Maybe = 0
+    q_lora_rank: Maybe = 0
+    kv_lora_rank: Maybe = 0
+    qk_nope_head_dim: Maybe = 0
+    qk_rope_head_dim: Maybe = 0
+    v_head_dim: Maybe = 0
+    first_k_dense_replace: Maybe = 0
+    decoder_sparse_step: Size = 1
+    mlp_only_layers: list[int] = []
+    mlp_layer_types: list[str] = []
+    moe_layer_freq: int | list[int] = 1  # DeepSeek's is a number, which is 1; a list has one for each layer
+    layer_types: list[str] = []
+    sliding_window: Maybe = 0
+    quantization_config: dict[str, Any] = {}
 
-
-def _first(config: Mapping[str, Any], *keys: str, default: int | None = None, most: int = LARGEST) -> int:
-    """The first of ``keys`` that the config has, at least 1."""
-    for key in keys:
-        if config.get(key) is not None:
-            return _count(key, config[key], least=1, most=most)
-    if default is not None:
-        return default
-    raise PlannerError(
-        f"the model config has none of {', '.join(keys)}; is it the config.json of a mixture-of-experts language model?"
-    )
-
-
-def format_of_quantization(method: str, algorithm: str = "", bits: int | None = None) -> str:
-    """The weight format behind a quantisation's names, as checkpoints and SGLang's ``--quantization`` write them.
-
-    Returns:
-        A name of ``formats.FORMATS``, or ``method`` itself where none fits: ``get_format`` refuses it by name.
-    """
-    method, algorithm = method.lower(), algorithm.lower()
-    for name in ("nvfp4", "mxfp4", "mxfp8"):
-        if name in method or name in algorithm:
-            return name
-    if method == "modelopt_fp4":
-        return "nvfp4"
-    if "fp8" in method or "fp8" in algorithm or "e4m3" in algorithm or algorithm == "float-quantized":
-        return "fp8"
-    if method.split("_")[0] in {"awq", "gptq", "compressed-tensors", "auto-round", "moe"} and bits in (None, 4):
-        return "int4"
-    return method or "bf16"
-
-
-def _expert_format(config: Mapping[str, Any]) -> str:
-    quant = config.get("quantization_config") or {}
-    method = str(quant.get("quant_method", ""))
-    algorithm = str(quant.get("quant_algo", "") or quant.get("fmt", "") or quant.get("format", ""))
-    bits = quant.get("bits")
-    for group in (quant.get("config_groups") or {}).values():  # compressed-tensors
-        bits = (group.get("weights") or {}).get("num_bits", bits)
-    return format_of_quantization(method, algorithm, None if bits is None else int(bits))
-
-
-def _dense_layers(config: Mapping[str, Any], layers: int) -> int:
-    dense = _optional(config, "first_k_dense_replace")
-    step = _optional(config, "decoder_sparse_step") or 1
-    only = {_count("mlp_only_layers", i) for i in config.get("mlp_only_layers") or ()}
-    stepped = {i for i in range(layers) if (i + 1) % step}
-    named = {i for i, kind in enumerate(config.get("mlp_layer_types") or ()) if kind == "dense"}
-    every = config.get("moe_layer_freq")  # DeepSeek's is a number, which is 1; a list has one for each layer
-    unmixed = {i for i, mixed in enumerate(every) if not mixed} if isinstance(every, list) else set()
-    return len((set(range(dense)) | only | stepped | named | unmixed) & set(range(layers)))
+    def dense_layers(self) -> int:
+        """Layers without experts, by any of the ways in which configs say so."""
+        layers, step, every = self.num_hidden_layers, self.decoder_sparse_step, self.moe_layer_freq
+        dense = {*range(self.first_k_dense_replace), *self.mlp_only_layers}
+        dense |= {i for i in range(layers) if (i + 1) % step}
+        dense |= {i for i, kind in enumerate(self.mlp_layer_types) if kind == "dense"}
+        dense |= {i for i, mixed in enumerate(every) if not mixed} if isinstance(every, list) else set()
+        return len(dense & set(range(layers)))
 
 
 def model_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
     """Read a Hugging Face ``config.json`` mapping.
 
     Raises:
-        PlannerError: if a needed field is missing, with its known spellings, or the config makes no sense.
+        PlannerError: if a needed field is missing or the config makes no sense.
     """
+    text = config.get("text_config") or config
+    if not isinstance(text, Mapping):
+        raise PlannerError(f"the config of {name}: text_config must be a mapping")
+    quantization = text.get("quantization_config") or config.get("quantization_config")
+    present = {key: value for key, value in {**text, "quantization_config": quantization}.items() if value is not None}
     try:
-        return _read(config, name)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        if isinstance(error, PlannerError):
-            raise
-        raise PlannerError(f"the model config cannot be understood ({type(error).__name__}: {error})") from None
+        return _shape(_Config.model_validate(present), name)
+    except ValidationError as error:
+        raise PlannerError(
+            f"the config of {name}: {one_line(error)}; is it the config.json of a mixture-of-experts language model?"
+        ) from None
+    except (AttributeError, TypeError, ValueError) as error:  # of what is nested more deeply
+        raise PlannerError(f"the config of {name} cannot be understood: {error}") from None
 
 
-def _read(config: Mapping[str, Any], name: str) -> ModelShape:
-    quantization = config.get("quantization_config")
-    config = config.get("text_config") or config
-    if quantization and not config.get("quantization_config"):
-        config = {**config, "quantization_config": quantization}
-    layers = _first(config, "num_hidden_layers", most=MOST_LAYERS)
-    hidden = _first(config, "hidden_size")
-    heads = _first(config, "num_attention_heads")
-    experts = _first(config, "n_routed_experts", "num_experts", "num_local_experts", most=MOST_EXPERTS)
-    top_k = _first(config, "num_experts_per_tok", "experts_per_token", "num_experts_per_token")
-    if experts < 2 or not 1 <= top_k <= experts:
-        raise PlannerError(f"the model config says {top_k} of {experts} experts per token: no mixture of experts")
-    intermediate = _first(config, "moe_intermediate_size", "intermediate_size")
-    shared = _optional(config, "n_shared_experts") * intermediate
-    shared = _optional(config, "shared_expert_intermediate_size") or shared
-    head_dim = _first(config, "head_dim", default=max(1, hidden // heads))
-    mla, qk_dim, v_dim = None, head_dim, head_dim
-    if config.get("kv_lora_rank"):
-        rope = _first(config, "qk_rope_head_dim")
-        mla = Mla(_optional(config, "q_lora_rank"), _first(config, "kv_lora_rank"), rope)
-        qk_dim, v_dim = _first(config, "qk_nope_head_dim") + rope, _first(config, "v_head_dim")
-    dense = _dense_layers(config, layers)
-    if dense == layers:
-        raise PlannerError(f"the model config makes all {layers} layers dense: no mixture of experts")
-    types = config.get("layer_types") or ()
-    windowed = sum(1 for kind in types if kind == "sliding_attention")
+def _shape(c: _Config, name: str) -> ModelShape:
+    dense = c.dense_layers()
+    intermediate = c.moe_intermediate_size or c.intermediate_size
+    if c.top_k > c.experts or dense == c.num_hidden_layers or not intermediate:
+        raise ValueError(
+            f"{c.top_k} of {c.experts} experts of width {intermediate} per token, {dense} of {c.num_hidden_layers} "
+            "layers dense: not a mixture of experts"
+        )
+    mla, qk_dim = None, c.head_dim or max(1, c.hidden_size // c.num_attention_heads)
+    v_dim = qk_dim
+    if c.kv_lora_rank:
+        mla = Mla(c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim)
+        qk_dim, v_dim = c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
+    windowed = c.layer_types.count("sliding_attention")
     return ModelShape(
         name=name,
-        hidden=hidden,
-        layers=layers,
+        hidden=c.hidden_size,
+        layers=c.num_hidden_layers,
         dense_layers=dense,
-        experts=experts,
-        top_k=top_k,
+        experts=c.experts,
+        top_k=c.top_k,
         moe_intermediate=intermediate,
-        dense_intermediate=_first(config, "intermediate_size", default=intermediate),
-        shared_intermediate=shared,
-        heads=heads,
-        kv_heads=_first(config, "num_key_value_heads", default=heads),
+        dense_intermediate=c.intermediate_size or intermediate,
+        shared_intermediate=c.shared_expert_intermediate_size or c.n_shared_experts * intermediate,
+        heads=c.num_attention_heads,
+        kv_heads=c.num_key_value_heads or c.num_attention_heads,
         qk_dim=qk_dim,
         v_dim=v_dim,
-        vocab=_first(config, "vocab_size", default=32000),
+        vocab=c.vocab_size,
         mla=mla,
-        window=_optional(config, "sliding_window") if windowed else 0,
+        window=c.sliding_window if windowed else 0,
         window_layers=windowed,
-        expert_format=_expert_format(config),
+        expert_format=format_of_config(c.quantization_config),
     )
 
 
@@ -159,7 +144,7 @@ def load_model(name_or_path: str) -> ModelShape:
         path = path / "config.json"
     if path.is_file():
         name = path.absolute().parent.name if path.name == "config.json" else path.stem
-        return model_from_config(read_json(path, "model config"), name)
+        return model_from_config(read_mapping(path, "model config"), name)
     key = name_or_path.rsplit("/", 1)[-1].lower()
     key = ALIASES.get(key, key)
     if key not in BUILTIN_CONFIGS:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from . import advise
-from .checks import whole
-from .compare import Case, Point, evaluate
-from .cost import Group, in_tree_group
-from .direct import direct_max_tokens
-from .errors import PlannerError
-from .memory import Memory, memory
-from .workload import LONGEST
+from sglang_dwdp.planner.compare import Case, Point, evaluate
+from sglang_dwdp.planner.cost import Group, in_tree_group
+from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.memory import Memory, memory
 
 SWEEP = (512, 1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536)
+FINE = 256  # tokens to which a crossover is found
 # A difference below this is within the model's own error (docs/planner.md): call it a tie.
 TIE = 0.03
 # SGLang adds no further prompt to a forward that has --max-prefill-tokens, so a larger chunk needs more of them.
 MAX_PREFILL_TOKENS = 16384
+MEMORY_FOR_KV = 4e9  # bytes
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,7 @@ class Plan:
         gpus: of the node, a multiple of the group's size.
         points: the sweep over tokens per rank.
         crossover: tokens per rank from which DWDP beats DEP; None if it never does.
-        hidden_from: tokens per rank from which copies are hidden entirely; None if never.
         chunk: ``--chunked-prefill-size`` per rank, as given or as found.
-        direct_tokens: recommended ``--dwdp-direct-max-tokens``.
         memories: bytes by scheme at the chunk.
     """
 
@@ -41,9 +39,7 @@ class Plan:
     gpus: int
     points: tuple[Point, ...]
     crossover: int | None
-    hidden_from: int | None
     chunk: int
-    direct_tokens: int
     memories: dict[str, Memory]
 
     @property
@@ -71,7 +67,7 @@ class Plan:
             clauses.append("the difference is within the model's error")
         if self.memories["replica"].fits:
             freed = self.memories["dwdp"].kv_cache - self.memories["replica"].kv_cache
-            saved = f"the {freed / 1e9:.0f} GB that {_name(self)} frees for the KV cache matter"
+            saved = f"the {freed / 1e9:.0f} GB that DWDP{self.group.size} frees for the KV cache matter"
             clauses.append("a replica fits one GPU: prefer replicas" + (f" unless {saved}" if freed > 0 else ""))
         return "; ".join(clauses) + "."
 
@@ -88,68 +84,67 @@ class Plan:
             *([f"--max-prefill-tokens {self.chunk}"] if self.chunk > MAX_PREFILL_TOKENS else []),
             f"--dwdp-local-experts {self.group.stored(self.case.model)}",
             f"--dwdp-depth {self.group.depth}",
-            f"--dwdp-direct-max-tokens {self.direct_tokens}",
         )
-
-
-def _name(plan: Plan) -> str:
-    return f"DWDP{plan.group.size}"
-
-
-def _thousands(tokens: int) -> str:
-    return f"{tokens / 1000:.1f}".rstrip("0").rstrip(".") + "k"
-
-
-def remedies(case: Case, group: Group, *others: str) -> str:
-    """What can be done where memory is short: ``others``, then what would make room."""
-    found = list(others)
-    if group.size < case.gpu.max_group:
-        found.append("a larger group")
-    if case.precision.experts.bytes_per_param > 1.5:
-        found.append("FP8 or 4-bit experts")
-    elif case.precision.experts.bytes_per_param > 0.75:
-        found.append("4-bit experts")
-    return " or ".join(filter(None, (", ".join(found), "GPUs with more memory")))
 
 
 def _against_dep(plan: Plan) -> str:
     """DEP needs less memory than DWDP, so it fits wherever anything does."""
-    name, gain = _name(plan), plan.chosen.speedup - 1
-    elsewhere = remedies(plan.case, plan.group, "DEP")
+    name, gain = f"DWDP{plan.group.size}", plan.chosen.speedup - 1
     if not plan.memories["dwdp"].fits:
-        return f"{name} does not fit: use {elsewhere}"
+        return f"{name} does not fit: use DEP, a larger group, smaller weights or GPUs with more memory"
     if plan.group.local_experts:
         name += f" with {plan.group.local_experts} local experts"
-    at_chunk = f"{gain:+.0%} over DEP at {_thousands(plan.chunk)}"
     if plan.crossover is None:
-        longest, best = _thousands(plan.points[-1].tokens), max(p.speedup for p in plan.points)
-        return f"{name} does not pay at up to {longest} tokens per rank (at best {best:.2f}x of DEP): use DEP"
-    if plan.crossover <= plan.points[0].tokens:
-        return f"{name} pays at any prefill size ({at_chunk})"
-    above = f"above {_thousands(plan.crossover)} tokens per rank"
+        longest, best = plan.points[-1].tokens, max(p.speedup for p in plan.points)
+        return f"{name} does not pay at up to {longest:,} tokens per rank (at best {best:.2f}x of DEP): use DEP"
+    at_chunk = f"{gain:+.0%} over DEP at {plan.chunk:,}"
+    above = f"above {plan.crossover:,} tokens per rank"
     if gain >= 0:
         return f"{name} pays {above} ({at_chunk}); use DEP below"
-    if advise.leaves_room(plan.case, plan.group, plan.crossover):
-        return f"{name} pays {above}, not at {_thousands(plan.chunk)} ({at_chunk}): use DEP or larger chunks"
-    return f"{name} would pay {above}, but no more than {_thousands(plan.chunk)} fit ({at_chunk}): use {elsewhere}"
+    room = _leaves_room(plan.case, plan.group, plan.crossover)
+    larger = "larger chunks" if room else "make room for larger chunks: a larger group, smaller weights"
+    return f"{name} would pay {above}, not at {plan.chunk:,} ({at_chunk}): use DEP or {larger}"
 
 
-def make_plan(
-    case: Case,
-    group: Group,
-    gpus: int = 0,
-    *,
-    tokens: int = 0,
-    choose_local_experts: bool = False,
-    choose_depth: bool = False,
-) -> Plan:
+def _crossover(points: Sequence[Point], at: Callable[[int], Point]) -> int | None:
+    """Smallest token count (to ``FINE`` tokens) from which DWDP is no slower than DEP over the sweep."""
+    start = len(points)
+    while start > 0 and points[start - 1].speedup >= 1:
+        start -= 1
+    if start in (0, len(points)):
+        return points[0].tokens if start == 0 else None
+    between = range(points[start - 1].tokens + FINE, points[start].tokens, FINE)
+    first = bisect_left(between, True, key=lambda tokens: at(tokens).speedup >= 1)
+    return between[first] if first < len(between) else points[start].tokens
+
+
+def _leaves_room(case: Case, group: Group, tokens: int) -> bool:
+    return memory(case.model, case.gpu, case.precision, "dwdp", group, tokens).kv_cache >= MEMORY_FOR_KV
+
+
+def _chunk(case: Case, group: Group, points: Sequence[Point]) -> int:
+    """Smallest chunk within 5 % of the best rate that leaves room for some KV cache."""
+    candidates = [p for p in points if _leaves_room(case, group, p.tokens)] or list(points[:1])
+    best = max(p.dwdp.tokens_per_second for p in candidates)
+    return next(p.tokens for p in candidates if p.dwdp.tokens_per_second >= 0.95 * best)
+
+
+def _local_experts(case: Case, group: Group, tokens: int) -> int:
+    """Fewest experts per rank whose copies ``tokens`` tokens hide; 0, equal shares, where memory does not allow it."""
+    share = replace(group, local_experts=0).stored(case.model)
+    counts = range(share, case.model.experts + 1)  # with all experts at home there is nothing to hide
+    hidden = bisect_left(counts, True, key=lambda n: evaluate(case, replace(group, local_experts=n), tokens).hidden)
+    count = counts[hidden]
+    return count if count > share and _leaves_room(case, replace(group, local_experts=count), tokens) else 0
+
+
+def make_plan(case: Case, group: Group, gpus: int = 0, *, tokens: int = 0, choose_local_experts: bool = False) -> Plan:
     """Sweep tokens per rank, find the crossover, choose settings.
 
     Args:
         gpus: of the node, a multiple of the group's size; 0 for one group.
         tokens: per rank and forward, where the user has decided; 0 finds the chunk.
         choose_local_experts: more than ``group`` says where that hides the copies at the chunk and memory allows.
-        choose_depth: more slots than two where that saves time and memory allows.
 
     Raises:
         PlannerError: if the group is larger than the GPU's link domain, or neither DWDP nor DEP nor a replica fits.
@@ -162,42 +157,31 @@ def make_plan(
         )
     if group.size < 2:
         raise PlannerError("a plan compares ways to share experts, so it needs at least 2 GPUs in a group")
-    if tokens:
-        whole("tokens per rank", tokens, 1, LONGEST)
     sweep = sorted({*SWEEP, tokens} - {0})
 
     def at(count: int) -> Point:
         return evaluate(case, group, count)
 
-    chunk = tokens or advise.chunk_size(case, group, [at(count) for count in sweep])
-    if choose_depth:
-        group = replace(group, depth=advise.depth(case, group, chunk))
+    chunk = tokens or _chunk(case, group, [at(count) for count in sweep])
     if choose_local_experts:
-        group = replace(group, local_experts=advise.local_experts(case, group, chunk))
+        group = replace(group, local_experts=_local_experts(case, group, chunk))
     points = tuple(at(count) for count in sweep)
-    schemes = ("replica", "dep", "dwdp", "in-tree dwdp")
-    sharing = {name: in_tree_group(group.size) if name == "in-tree dwdp" else group for name in schemes}
-    memories = {name: memory(model, gpu, precision, name, sharing[name], chunk) for name in schemes}
+    in_tree = in_tree_group(group.size)
+    memories = {
+        name: memory(model, gpu, precision, name, in_tree if name == "in-tree dwdp" else group, chunk)
+        for name in ("replica", "dep", "dwdp", "in-tree dwdp")
+    }
     if not any(m.fits for m in memories.values()):
         raise PlannerError(
-            f"{model.name} in {precision.experts.name} fits {group.size} x {gpu.name} under no scheme; "
-            f"use {remedies(case, group)}"
+            f"{model.name} in {precision.experts.name} fits {group.size} x {gpu.name} under no scheme: take a larger "
+            "group, smaller weights or GPUs with more memory"
         )
     return Plan(
         case=case,
         group=group,
         gpus=gpus or group.size,
         points=points,
-        crossover=advise.crossover(points, lambda p: p.speedup >= 1.0, at),
-        hidden_from=advise.crossover(points, lambda p: p.hidden, at),
+        crossover=_crossover(points, at),
         chunk=chunk,
-        direct_tokens=direct_max_tokens(
-            model,
-            gpu,
-            group.size,
-            weight_format=precision.experts.name,
-            local_experts=group.local_experts,
-            depth=group.depth,
-        ),
         memories=memories,
     )

@@ -55,19 +55,10 @@ class ModelShape:
         return 3 * self.hidden * self.moe_intermediate
 
     @property
-    def shared_params(self) -> int:
-        """Parameters of one layer's shared experts."""
-        return 3 * self.hidden * self.shared_intermediate
-
-    @property
-    def dense_mlp_params(self) -> int:
-        """Parameters of the MLP of one dense layer."""
-        return 3 * self.hidden * self.dense_intermediate
-
-    @property
-    def router_params(self) -> int:
-        """Parameters of one router (kept in 16 bits)."""
-        return self.hidden * self.experts
+    def replicated_mlp_params(self) -> int:
+        """Parameters of all layers' shared experts and dense MLPs."""
+        width = self.moe_layers * self.shared_intermediate + self.dense_layers * self.dense_intermediate
+        return 3 * self.hidden * width
 
     @property
     def projection_params(self) -> int:
@@ -83,25 +74,3 @@ class ModelShape:
         down = self.hidden * (self.mla.kv_rank + self.mla.rope_dim)
         up = self.mla.kv_rank * self.heads * (nope + self.v_dim)
         return query + down + up + out
-
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Cached elements per token and layer (latent and rotary part for MLA)."""
-        if self.mla is not None:
-            return self.mla.kv_rank + self.mla.rope_dim
-        return self.kv_heads * (self.qk_dim + self.v_dim)
-
-    @property
-    def total_params(self) -> int:
-        """All parameters, with untied embedding and output head; norms left out."""
-        moe = self.experts * self.expert_params + self.shared_params + self.router_params
-        return (
-            self.layers * self.projection_params
-            + self.moe_layers * moe
-            + self.dense_layers * self.dense_mlp_params
-            + 2 * self.vocab * self.hidden
-        )
-
-    def attention_flops(self, pairs: float) -> float:
-        """FLOP of one layer's attention over ``pairs`` (query, key) pairs: 2 (d_qk + d_v) per head."""
-        return 2.0 * pairs * self.heads * (self.qk_dim + self.v_dim)

@@ -1,245 +1,166 @@
-"""Discrete-event simulation of prefill serving: queues, forwards, copies.
+"""Simulation of prefill serving: requests arrive, queue at ranks, and are packed into forwards.
 
-A rank packs its queue into forwards. DWDP ranks and replicas run on their own; the ranks of a DEP
-group run every layer in step. A DWDP rank's copy engine is a process of its own that runs ahead of
-the kernels by ``depth`` layers and shares each source GPU's port with its other readers.
+A forward takes what the closed form of ``cost`` and ``dep`` says for its very batch. DWDP ranks and replicas run on
+their own; the ranks of a DEP group run every forward together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Any
+import heapq
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
-import simpy
-from simpy.events import Event
+from numpy.typing import NDArray
 
-from .cost import layer_fetch_bytes, pull_bandwidth
-from .forward_times import dep_forward, layer_times
-from .outcome import TIMELINE_LIMIT, Result, Span
-from .rank import Rank, Request
-from .scenario import Scenario
-from .workload import Batch
+from sglang_dwdp.planner.cost import dwdp, replica
+from sglang_dwdp.planner.dep import dep_forward
+from sglang_dwdp.planner.scenario import Scenario
+from sglang_dwdp.planner.workload import Batch, Prompt, take
+
+
+@dataclass
+class Result:
+    """What a simulation measured.
+
+    Attributes:
+        ttft: seconds from arrival to the end of the last prefill chunk, ``[requests]``.
+        seconds: from the first arrival to the last completion.
+        tokens: prompt tokens served.
+        forwards: forwards of all ranks (a DEP forward counts once per rank).
+        exposed, copying, waited: seconds of all ranks in which kernels waited for copies, copies ran, and ranks of a
+            DEP group waited for the slowest one.
+        pulled: bytes that all ranks read from peers.
+    """
+
+    scenario: Scenario
+    ttft: NDArray[np.float64]
+    seconds: float
+    tokens: int
+    forwards: int = 0
+    exposed: float = 0.0
+    copying: float = 0.0
+    waited: float = 0.0
+    pulled: float = 0.0
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        """Prompt tokens per second and GPU over the run."""
+        return self.tokens / self.seconds / self.scenario.ranks
+
+    def percentile(self, q: float) -> float:
+        """The q-th percentile of TTFT in seconds."""
+        return float(np.percentile(self.ttft, q))
+
+
+class _Rank:
+    """One GPU's queue; ``step`` lists the ranks that run their forwards together, this one included."""
+
+    def __init__(self) -> None:
+        self.queue: deque[Prompt] = deque()
+        self.backlog = 0.0  # tokens
+        self.busy = False
+        self.step: Sequence[_Rank] = (self,)
+
+    def form(self, s: Scenario) -> tuple[Batch, list[Prompt]]:
+        """Take a forward's worth from the queue."""
+        batch, finished = take(self.queue, s.token_budget, s.chunked, s.model.window, s.max_prefill_tokens)
+        self.backlog -= batch.tokens
+        return batch, finished
 
 
 class _Simulation:
     def __init__(self, scenario: Scenario) -> None:
-        self.scenario = scenario
-        self.env = simpy.Environment()
-        self.rng = np.random.default_rng(scenario.seed)
-        self.ranks = [Rank(self.env, scenario, i) for i in range(scenario.ranks)]
-        self.requests = [Request(int(n), 0.0) for n in scenario.lengths.sample(scenario.requests, self.rng)]
-        self.next_rank = self.next_request = self.completed = self.forwards = 0
-        self.waited = 0.0
-        self.timeline: list[Span] = []
-        self.incoming = simpy.Store(self.env)
-        self.all_done = self.env.event()
+        self.scenario = s = scenario
+        self.now = 0.0
+        self.events: list[tuple[float, int, Callable[[], None]]] = []
+        self.order = count()
+        rng = np.random.default_rng(s.seed)
+        self.requests = [Prompt(int(n)) for n in s.lengths.sample(s.requests, rng)]
+        self.waiting = iter(self.requests)
+        self.ranks = [_Rank() for _ in range(s.ranks)]
+        if s.mode == "dep":
+            for index, rank in enumerate(self.ranks):
+                first = index - index % s.group_size
+                rank.step = self.ranks[first : first + s.group_size]
+        self.turn = count()
+        self.frontend_free = 0.0
+        self.result = Result(s, np.zeros(0), 0.0, sum(r.length for r in self.requests))
+        if s.rate:
+            arrivals = np.cumsum(rng.exponential(1 / s.rate, s.requests)).tolist()
+        else:
+            arrivals = [0.0] * (s.concurrency or s.requests)
+        for time in arrivals:
+            self.at(time, self.submit)
 
-    # -- load ------------------------------------------------------------------------------------
+    def at(self, time: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self.events, (time, next(self.order), action))
 
     def submit(self) -> None:
-        if self.next_request >= len(self.requests):
+        """The next request leaves its client."""
+        request = next(self.waiting, None)
+        if request is None:
             return
-        request = self.requests[self.next_request]
-        self.next_request += 1
-        request.arrival = float(self.env.now)
-        if self.scenario.frontend:
-            self.incoming.put(request)
+        request.arrival = self.now
+        if self.scenario.frontend:  # one after another
+            self.frontend_free = max(self.frontend_free, self.now) + self.scenario.frontend
+            self.at(self.frontend_free, lambda: self.deliver(request))
         else:
             self.deliver(request)
 
-    def tokenize(self) -> Generator[Event, Any, None]:
-        """The frontend: passes requests on one after another."""
-        while True:
-            request = yield self.incoming.get()
-            yield self.env.timeout(self.scenario.frontend)
-            self.deliver(request)
-
-    def deliver(self, request: Request) -> None:
+    def deliver(self, request: Prompt) -> None:
         if self.scenario.router == "least_tokens":
             rank = min(self.ranks, key=lambda r: r.backlog)
         else:
-            rank = self.ranks[self.next_rank]
-            self.next_rank = (self.next_rank + 1) % len(self.ranks)
+            rank = self.ranks[next(self.turn) % len(self.ranks)]
         rank.queue.append(request)
         rank.backlog += request.length
-        if rank.arrived is not None:
-            waiting, rank.arrived = rank.arrived, None
-            if not waiting.triggered:  # the ranks of a group in step share one event
-                waiting.succeed()
+        self.start(rank.step)
 
-    def arrivals(self) -> Generator[Event, Any, None]:
-        s = self.scenario
-        if not s.rate:
-            for _ in range(s.concurrency or s.requests):
-                self.submit()
-            return
-        for gap in self.rng.exponential(1 / s.rate, s.requests):
-            yield self.env.timeout(gap)
-            self.submit()
+    def start(self, ranks: Sequence[_Rank]) -> None:
+        """Begin a forward, once everything that happens at this time has happened, unless one runs."""
+        if not ranks[0].busy and any(rank.queue for rank in ranks):
+            ranks[0].busy = True
+            self.at(self.now, lambda: self.forward(ranks))
 
-    def finish(self, requests: list[Request]) -> None:
+    def forward(self, ranks: Sequence[_Rank]) -> None:
+        formed = [rank.form(self.scenario) for rank in ranks]
+        seconds = self.seconds([batch for batch, _ in formed])
+        self.result.forwards += len(ranks)
+        self.at(self.now + seconds, lambda: self.finish(ranks, [r for _, finished in formed for r in finished]))
+
+    def seconds(self, batches: Sequence[Batch]) -> float:
+        """Seconds of one forward, and what it adds to the counters."""
+        s, result = self.scenario, self.result
+        if s.mode == "dep":
+            seconds, waited = dep_forward(s.model, s.gpu, s.precision, batches, s.exchange)
+            result.waited += waited
+            return seconds
+        if s.mode == "replica":
+            return replica(s.model, s.gpu, s.precision, batches[0]).seconds
+        estimate = dwdp(s.model, s.gpu, s.precision, batches[0], s.group)
+        result.exposed += estimate.parts.exposed_copy
+        result.copying += estimate.fetch
+        result.pulled += estimate.fetch_bytes
+        return estimate.seconds
+
+    def finish(self, ranks: Sequence[_Rank], requests: Sequence[Prompt]) -> None:
+        ranks[0].busy = False
         for request in requests:
-            request.finished = float(self.env.now)
-            self.completed += 1
+            request.finished = self.now
             if self.scenario.concurrency:
                 self.submit()
-        if self.completed == len(self.requests) and not self.all_done.triggered:
-            self.all_done.succeed()
-
-    def wait_for_work(self, ranks: list[Rank]) -> Generator[Event, Any, None]:
-        while not any(rank.queue for rank in ranks):
-            arrived = self.env.event()
-            for rank in ranks:
-                rank.arrived = arrived
-            yield arrived
-            for rank in ranks:
-                rank.arrived = None
-
-    # -- compute ---------------------------------------------------------------------------------
-
-    def noise(self, rank: Rank, *shape: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-        sigma = np.sqrt(np.log1p(self.scenario.jitter**2))
-        return rank.compute_rng.lognormal(-(sigma**2) / 2, sigma, shape)
-
-    def span(self, rank: int, kind: str, start: float) -> None:
-        """Note what a rank of the first group did from ``start`` until now."""
-        now = float(self.env.now)
-        if rank < self.scenario.group_size and len(self.timeline) < TIMELINE_LIMIT and now > start:
-            self.timeline.append(Span(rank, kind, start, now))
-
-    def independent(self, rank: Rank) -> Generator[Event, Any, None]:
-        s, env = self.scenario, self.env
-        moe = s.model.moe_layers
-        fetches = s.mode == "dwdp" and layer_fetch_bytes(s.model, s.precision, s.group) > 0
-        done = 0
-        while True:
-            yield from self.wait_for_work([rank])
-            batch, finished = rank.form(s)
-            times = layer_times(s, batch)
-            self.forwards += 1
-            started, rank.step_started = rank.step_started, env.event()
-            started.succeed()
-            factors = self.noise(rank, moe).tolist() if s.jitter else [1.0] * moe
-            if not fetches:  # nothing to wait for: one event for the whole forward
-                start = float(env.now)
-                yield env.timeout(times.dense + (times.before + times.experts) * sum(factors))
-                self.span(rank.index, "forward", start)
-                self.finish(finished)
-                continue
-            pending = times.dense
-            for factor in factors:
-                start = float(env.now)
-                yield env.timeout(pending + times.before * factor)
-                self.span(rank.index, "compute", start)
-                pending = 0.0
-                start = float(env.now)
-                if rank.slots.filled <= done:
-                    yield from rank.slots.wait_filled(done)
-                    rank.exposed += float(env.now) - start
-                    self.span(rank.index, "wait", start)
-                start = float(env.now)
-                yield env.timeout(times.experts * factor)
-                self.span(rank.index, "experts", start)
-                rank.slots.release()
-                done += 1
-            self.finish(finished)
-
-    def in_step(self, ranks: list[Rank]) -> Generator[Event, Any, None]:
-        """A group whose ranks meet in every layer: DEP, or replicas under a barrier."""
-        s, env, n = self.scenario, self.env, len(ranks)
-        moe = s.model.moe_layers
-        while True:
-            yield from self.wait_for_work(ranks)
-            formed = [rank.form(s) for rank in ranks]
-            batches = [batch for batch, _ in formed]
-            self.forwards += n
-            if s.mode == "replica":
-                times = [layer_times(s, b) for b in batches]
-                heads = [t.dense for t in times]
-                factors = self.noise(ranks[0], moe, n) if s.jitter else np.ones((moe, n))
-                layers = np.array([t.before + t.experts for t in times]) * factors
-                duration = max(heads) + float(layers.max(axis=1).sum())
-                self.waited += n * duration - float(layers.sum()) - sum(heads)
-            else:
-                duration = self.dep_seconds(ranks[0], batches)
-            start = float(env.now)
-            yield env.timeout(duration)
-            for rank in ranks:
-                self.span(rank.index, "forward", start)
-            self.finish([request for _, finished in formed for request in finished])
-
-    def dep_seconds(self, first: Rank, batches: list[Batch]) -> float:
-        """One DEP forward with jitter: every layer takes as long as its slowest rank."""
-        times = dep_forward(self.scenario, batches)
-        moe = self.scenario.model.moe_layers
-        own = np.array(times.own)
-        slowest = float(own.max())
-        if self.scenario.jitter:
-            slowest = float((own / moe * self.noise(first, moe, len(batches))).max(axis=1).sum())
-        self.waited += max(0.0, (slowest + times.hot_experts) * len(batches) - float(own.sum()))
-        return slowest + times.hot_experts + times.exchange
-
-    # -- copies ----------------------------------------------------------------------------------
-
-    def copies(self, rank: Rank, group: list[Rank]) -> Generator[Event, Any, None]:
-        """The copy engine of one rank: layer after layer, ``depth`` ahead, for ever."""
-        s, env = self.scenario, self.env
-        size = layer_fetch_bytes(s.model, s.precision, s.group)
-        peers = [group[(rank.index + k) % len(group)] for k in range(1, len(group))]
-        if size == 0 or not peers:
-            return
-        share = size / len(peers)
-        layer = 0
-        while True:
-            if not s.ring_over_steps and layer % s.model.moe_layers == 0:
-                yield rank.step_started
-            yield from rank.slots.wait_free(layer)
-            start = float(env.now)
-            if s.copies == "sliced" or not s.gpu.switched:
-                # slices load all sources evenly, and a mesh has a wire per pair: no sharing
-                yield env.timeout(size / pull_bandwidth(s.gpu, s.group))
-                for peer in peers:
-                    peer.port.served += share
-            else:
-                order = rank.copy_rng.permutation(len(peers)) if s.order == "random" else range(len(peers))
-                for i in order:
-                    yield peers[i].port.pull(share)
-            rank.pulled += size
-            rank.copying += float(env.now) - start
-            self.span(rank.index, "copy", start)
-            rank.slots.fill()
-            layer += 1
+        self.start(ranks)
 
     def run(self) -> Result:
-        s, env = self.scenario, self.env
-        for first in range(0, s.ranks, s.group_size):
-            group = self.ranks[first : first + s.group_size]
-            if s.mode == "dep" or s.lockstep:
-                env.process(self.in_step(group))
-                continue
-            for rank in group:
-                env.process(self.independent(rank))
-                if s.mode == "dwdp":
-                    env.process(self.copies(rank, group))
-        env.process(self.arrivals())
-        if s.frontend:
-            env.process(self.tokenize())
-        env.run(self.all_done)
-        first_arrival = min(r.arrival for r in self.requests)
-        return Result(
-            scenario=s,
-            ttft=np.array([r.finished - r.arrival for r in self.requests]),
-            seconds=float(env.now) - first_arrival,
-            tokens=sum(r.length for r in self.requests),
-            exposed=[r.exposed for r in self.ranks],
-            copying=[r.copying for r in self.ranks],
-            pulled=[r.pulled for r in self.ranks],
-            served=[r.port.served for r in self.ranks],
-            forwards=self.forwards,
-            waited=self.waited,
-            timeline=self.timeline,
-        )
+        while self.events:
+            self.now, _, action = heapq.heappop(self.events)
+            action()
+        self.result.ttft = np.array([r.finished - r.arrival for r in self.requests])
+        self.result.seconds = self.now - min(r.arrival for r in self.requests)
+        return self.result
 
 
 def simulate(scenario: Scenario) -> Result:

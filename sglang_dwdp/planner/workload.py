@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
+from pydantic.dataclasses import dataclass as validated_dataclass
 
-from .checks import choice, kinds_of_fields, whole
-from .errors import PlannerError
+from sglang_dwdp.planner.checks import STRICT, Count, checked
 
-KINDS = ("fixed", "uniform", "normal", "lognormal")
 FEWEST_PROMPTS = 4  # that typical forwards of one rank come from
 LONGEST = 10_000_000  # tokens of a prompt; no model reads more
 
 
-@dataclass(frozen=True)
+@checked
+@validated_dataclass(frozen=True, config=STRICT)
 class Lengths:
     """A distribution of prompt lengths in tokens.
 
     Attributes:
-        kind: ``fixed``; ``uniform`` over [ratio * length, length] (the "ratio" of the DWDP paper
-            and of InferenceX); ``normal`` with mean ``length`` and deviation ``std``;
-            ``lognormal`` likewise.
+        kind: ``fixed``; ``uniform`` over [ratio * length, length] (the "ratio" of the DWDP paper and of InferenceX);
+            ``normal`` with mean ``length`` and deviation ``std``; ``lognormal`` likewise.
         limit: longest prompt that is accepted; longer draws are cut to it. 0: no limit.
     """
 
-    kind: str = "fixed"
-    length: int = 8192
-    ratio: float = 1.0
-    std: float = 0.0
-    limit: int = 0
-
-    def __post_init__(self) -> None:
-        choice("length distribution", self.kind, KINDS)
-        kinds_of_fields(self)
-        whole("prompt length", self.length, 1, LONGEST)
-        if self.ratio > 1:
-            raise PlannerError(f"length ratio must be within 0 and 1, not {self.ratio}")
-        if self.std > LONGEST:
-            raise PlannerError(f"standard deviation of lengths must be at most {LONGEST:,}, not {self.std:,}")
+    kind: Annotated[str, Field(pattern="^(fixed|uniform|normal|lognormal)$")] = "fixed"
+    length: Annotated[int, Field(ge=1, le=LONGEST)] = 8192
+    ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    std: Annotated[float, Field(ge=0, le=LONGEST)] = 0.0
+    limit: Count = 0
 
     def sample(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
         """``count`` lengths, shape [count], in tokens."""
@@ -66,13 +59,11 @@ class Batch:
     Attributes:
         tokens: new tokens.
         pairs: (query, key) pairs of full causal attention, over all sequences.
-        sequences: number of sequences.
         window_pairs: pairs under the sliding window, where the model has one.
     """
 
     tokens: float
     pairs: float
-    sequences: float = 1.0
     window_pairs: float = 0.0
 
 
@@ -95,36 +86,52 @@ def batch_of(pieces: Iterable[tuple[int, int]], window: int = 0) -> Batch:
     return Batch(
         tokens=float(sum(new for new, _ in items)),
         pairs=sum(causal_pairs(new, prefix) for new, prefix in items),
-        sequences=float(len(items)),
         window_pairs=sum(windowed_pairs(new, prefix, window) for new, prefix in items),
     )
 
 
-def pack(lengths: Sequence[int], budget: int, chunked: bool, window: int = 0) -> list[Batch]:
-    """Pack prompts first come, first served, into forwards of at most ``budget`` tokens.
+@dataclass
+class Prompt:
+    """A prompt on its way: tokens, and simulated seconds."""
+
+    length: int
+    done: int = 0
+    arrival: float = 0.0
+    finished: float = 0.0
+
+
+def take(
+    queue: deque[Prompt], budget: int, chunked: bool, window: int = 0, max_prefill: int = 0
+) -> tuple[Batch, list[Prompt]]:
+    """A forward of at most ``budget`` tokens from a queue, first come, first served: (its batch, prompts it completes).
 
     Args:
-        chunked: a prompt that does not fit is cut (SGLang's chunked prefill); otherwise it waits
-            for the next forward, and one longer than the budget has a forward of its own.
+        chunked: a prompt that does not fit is cut (SGLang's chunked prefill); otherwise it waits for the next forward,
+            and one longer than the budget has a forward of its own.
+        max_prefill: no further prompt joins a forward of so many tokens; 0 for no such limit.
     """
-    if budget < 1:
-        raise PlannerError(f"the token budget of a forward must be at least 1, not {budget}")
-    batches: list[Batch] = []
-    current: list[tuple[int, int]] = []
     room = budget
-    for length in lengths:
-        done = 0
-        while done < length:
-            rest = length - done
-            if current and room < (1 if chunked else rest):
-                batches.append(batch_of(current, window))
-                current, room = [], budget
-            take = min(rest, room) if chunked else rest
-            current.append((take, done))
-            room -= take
-            done += take
-    if current:
-        batches.append(batch_of(current, window))
+    pieces: list[tuple[int, int]] = []
+    finished: list[Prompt] = []
+    while queue and room > 0 and not (max_prefill and budget - room >= max_prefill):
+        prompt = queue[0]
+        rest = prompt.length - prompt.done
+        if not chunked and pieces and rest > room:
+            break
+        new = min(rest, room) if chunked else rest
+        pieces.append((new, prompt.done))
+        prompt.done += new
+        room -= new
+        if prompt.done == prompt.length:
+            finished.append(queue.popleft())
+    return batch_of(pieces, window), finished
+
+
+def pack(lengths: Iterable[int], budget: int, chunked: bool, window: int = 0) -> list[Batch]:
+    """All forwards of a queue; see ``take``."""
+    queue, batches = deque(map(Prompt, lengths)), []
+    while queue:
+        batches.append(take(queue, budget, chunked, window)[0])
     return batches
 
 
@@ -154,11 +161,5 @@ def typical_rounds(
 
 def mean_batch(rounds: Iterable[Iterable[Batch]]) -> Batch:
     """The average forward."""
-    flat = [batch for ranks in rounds for batch in ranks]
-    n = len(flat)
-    return Batch(
-        tokens=sum(b.tokens for b in flat) / n,
-        pairs=sum(b.pairs for b in flat) / n,
-        sequences=sum(b.sequences for b in flat) / n,
-        window_pairs=sum(b.window_pairs for b in flat) / n,
-    )
+    flat = [(b.tokens, b.pairs, b.window_pairs) for ranks in rounds for b in ranks]
+    return Batch(*(sum(values) / len(flat) for values in zip(*flat, strict=True)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,222 +11,336 @@ from sglang_dwdp.errors import DwdpConfigError
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """A combination of server arguments that is refused at start."""
+    """A combination of server arguments that DWDP does not support.
 
-    applies: Callable[[Any], bool]
+    names: The arguments that it looks at.  applies: Whether their values, in this order, conflict.
+    reason: Why; `{args.x}` stands for an argument's value.  way_out: What to do instead.
+    """
+
+    names: tuple[str, ...]
+    applies: Callable[..., bool]
     reason: str
     way_out: str
 
 
-def _set(name: str) -> Callable[[Any], bool]:
-    return lambda args: bool(getattr(args, name, None))
+def _is_set(*values: Any) -> bool:
+    return any(values)
 
 
-def _above_one(name: str) -> Callable[[Any], bool]:
-    return lambda args: (getattr(args, name, None) or 1) > 1
+def _above_one(*values: Any) -> bool:
+    return any((value or 1) > 1 for value in values)
+
+
+def _other_than_one_or(size: int | None, all_ranks: int) -> bool:
+    return (size or 1) not in (1, all_ranks)
+
+
+# Their loaders hand checkpoints to the model's `load_weights`, which knows what belongs to which expert; "dummy" fills
+# every parameter. Others copy whatever a file or a peer has over the parameters, keep weights elsewhere, or bring a
+# format of their own.
+LOAD_FORMATS = frozenset(
+    {
+        "auto",
+        "dummy",
+        "fastsafetensors",
+        "instanttensor",
+        "mistral",
+        "npcache",
+        "pt",
+        "runai_streamer",
+        "safetensors",
+    }
+)
 
 
 CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
-        lambda args: args.tp_size < 2,
+        ("tp_size",),
+        lambda size: size < 2,
         "--tp-size {args.tp_size} leaves no peer to share experts with",
         "Set --tp-size to the number of ranks in the group (2 or more), or drop --enable-dwdp.",
     ),
     Conflict(
-        lambda args: args.dwdp_size not in (1, args.tp_size),
+        ("dwdp_size", "tp_size"),
+        _other_than_one_or,
         "--dwdp-size {args.dwdp_size} is SGLang's own DWDP, and it names another group than --tp-size {args.tp_size}",
         "Drop --dwdp-size: --enable-dwdp takes all --tp-size ranks as the group, or --dwdp-group-size of them.",
     ),
     Conflict(
-        _above_one("nnodes"),
+        ("nnodes",),
+        _above_one,
         "--nnodes {args.nnodes}: ranks share memory through file descriptors, which do not cross hosts",
         "Run one server per host.",
     ),
     Conflict(
-        _above_one("pp_size"),
+        ("pp_size",),
+        _above_one,
         "--pp-size {args.pp_size}: with pipeline parallelism the ranks of a group would hold different layers",
         "Set --pp-size 1.",
     ),
     Conflict(
-        _above_one("dp_size"),
+        ("dp_size",),
+        _above_one,
         "--dp-size {args.dp_size}: every DWDP rank already serves its own requests",
         "Drop --dp-size; --tp-size alone sets the number of ranks.",
     ),
     Conflict(
-        lambda args: (getattr(args, "attn_dp_size", None) or 1) not in (1, args.tp_size),
+        ("attn_dp_size", "tp_size"),
+        _other_than_one_or,
         "--attn-dp-size {args.attn_dp_size} differs from --tp-size {args.tp_size}",
         "Drop --attn-dp-size: DWDP sets it to --tp-size.",
     ),
     Conflict(
-        lambda args: (getattr(args, "ep_size", None) or 1) not in (1, args.tp_size),
+        ("ep_size", "tp_size"),
+        _other_than_one_or,
         "--ep-size {args.ep_size}: DWDP places the experts itself",
         "Drop --ep-size.",
     ),
     Conflict(
-        _above_one("moe_dp_size"),
+        ("moe_dp_size",),
+        _above_one,
         "--moe-dp-size {args.moe_dp_size}: DWDP places the experts itself",
         "Drop --moe-dp-size.",
     ),
     Conflict(
-        lambda args: (getattr(args, "moe_dense_tp_size", None) or 1) != 1,
+        ("moe_dense_tp_size",),
+        lambda size: (size or 1) != 1,
         "--moe-dense-tp-size {args.moe_dense_tp_size} splits dense layers over ranks, and a DWDP rank runs them alone",
         "Drop --moe-dense-tp-size: DWDP sets it to 1.",
     ),
     Conflict(
-        lambda args: (getattr(args, "attn_cp_size", None) or 1) > 1 or (getattr(args, "dcp_size", None) or 1) > 1,
+        ("attn_cp_size", "dcp_size"),
+        _above_one,
         "context parallelism splits one request over several ranks, and a DWDP rank runs its requests alone",
         "Drop --attn-cp-size and --dcp-size.",
     ),
     Conflict(
-        lambda args: (getattr(args, "moe_a2a_backend", None) or "none") != "none",
+        ("moe_a2a_backend",),
+        lambda backend: (backend or "none") != "none",
         "--moe-a2a-backend {args.moe_a2a_backend} sends tokens to experts, and DWDP brings experts to tokens",
         "Drop --moe-a2a-backend.",
     ),
     Conflict(
-        lambda args: (
-            args.enable_eplb
-            or bool(getattr(args, "ep_num_redundant_experts", 0))
-            or getattr(args, "init_expert_location", "trivial") not in (None, "trivial")
-        ),
+        ("enable_eplb", "ep_num_redundant_experts", "init_expert_location"),
+        lambda eplb, redundant, location: bool(eplb or redundant or location not in (None, "trivial")),
         "EPLB and expert locations move experts between ranks while others read them in place",
         "Drop --enable-eplb, --ep-num-redundant-experts and --init-expert-location: DWDP has no hot expert rank "
         "to relieve, since every rank runs all experts of its own tokens.",
     ),
     Conflict(
-        _set("elastic_ep_backend"),
+        ("elastic_ep_backend",),
+        _is_set,
         "--elastic-ep-backend changes the set of ranks while they share memory",
         "Drop --elastic-ep-backend.",
     ),
     Conflict(
-        _set("speculative_algorithm"),
+        ("speculative_algorithm",),
+        _is_set,
         "--speculative-algorithm {args.speculative_algorithm}: draft workers run forwards of a second model whose "
         "experts are not shared",
         "Drop --speculative-algorithm.",
     ),
     Conflict(
-        lambda args: args.enable_two_batch_overlap or bool(getattr(args, "enable_single_batch_overlap", False)),
+        ("enable_two_batch_overlap", "enable_single_batch_overlap"),
+        _is_set,
         "two-batch and single-batch overlap visit the MoE layers in an order that slots are not filled for",
         "Drop --enable-two-batch-overlap and --enable-single-batch-overlap; there is no all-to-all left to hide.",
     ),
     Conflict(
-        lambda args: bool(args.enable_lora or args.lora_paths),
+        ("enable_lora", "lora_paths"),
+        _is_set,
         "LoRA adapters on experts are sized by the experts that a rank stores",
         "Merge the adapter into the checkpoint, or drop --enable-lora and --lora-paths.",
     ),
     Conflict(
-        lambda args: bool(
-            args.enable_memory_saver
-            or getattr(args, "enable_weights_cpu_backup", False)
-            or getattr(args, "enable_draft_weights_cpu_backup", False)
-        ),
+        ("enable_memory_saver", "enable_weights_cpu_backup", "enable_draft_weights_cpu_backup"),
+        _is_set,
         "the memory saver cannot take back weights that peers have mapped",
         "Drop --enable-memory-saver and --enable-weights-cpu-backup.",
     ),
     Conflict(
-        lambda args: bool(
-            (getattr(args, "cpu_offload_gb", 0) or 0) > 0
-            or (getattr(args, "offload_group_size", -1) or -1) > 0
-            or getattr(args, "enable_paged_experts", False)
-            or getattr(args, "kt_weight_path", None)
-        ),
+        ("cpu_offload_gb", "offload_group_size", "enable_paged_experts", "kt_weight_path"),
+        lambda gb, group, paged, path: bool((gb or 0) > 0 or (group or -1) > 0 or paged or path),
         "offloaded or paged experts are moved while peers read them in place",
         "Drop the offload options (--cpu-offload-gb, --offload-group-size, --enable-paged-experts, --kt-*).",
     ),
     Conflict(
-        lambda args: getattr(args, "load_format", None) == "presharded",
-        "--load-format presharded keeps a rank's prepared weights under a name that knows neither DWDP's shards nor "
-        "the MoE backend that they were prepared for",
-        "Drop --load-format presharded.",
+        ("load_format",),
+        lambda load_format: load_format not in LOAD_FORMATS,
+        "--load-format {args.load_format} loads past the model's own loader of weights, so DWDP could not tell whether "
+        "every rank got its experts",
+        f"Use the checkpoint as it was published, with --load-format auto (or {', '.join(sorted(LOAD_FORMATS))}).",
     ),
     Conflict(
-        _set("use_ray"),
+        ("use_ray",),
+        _is_set,
         "--use-ray: its scheduler actors load no plugins, so ranks would serve without DWDP's hooks",
         "Drop --use-ray.",
     ),
     Conflict(
-        _above_one("tokenizer_worker_num"),
+        ("tokenizer_worker_num",),
+        _above_one,
         "--tokenizer-worker-num {args.tokenizer_worker_num}: the workers load no plugins, so requests that change "
-        "weights would not be refused",
+        "weights would not be answered with an error",
         "Drop --tokenizer-worker-num.",
     ),
     Conflict(
-        lambda args: bool(getattr(args, "language_only", False) or getattr(args, "encoder_only", False)),
+        ("language_only", "encoder_only"),
+        _is_set,
         "with a server of its own for the encoder, ranks gather from all ranks for each request, and DWDP ranks do not "
         "wait for each other",
         "Drop --language-only and --encoder-only.",
     ),
     Conflict(
-        _set("mm_enable_dp_encoder"),
+        ("mm_enable_dp_encoder",),
+        _is_set,
         "--mm-enable-dp-encoder spreads a request's images over all ranks, and DWDP ranks do not wait for each other",
         "Drop --mm-enable-dp-encoder: every rank encodes the images of its own requests.",
     ),
     Conflict(
-        lambda args: bool(
-            getattr(args, "enable_waterfill", False) or getattr(args, "enforce_shared_experts_fusion", False)
-        ),
+        ("enable_waterfill", "enforce_shared_experts_fusion"),
+        _is_set,
         "fused shared experts would be one more row of the expert tensors, replicated on every rank",
         "Drop --enable-waterfill and --enforce-shared-experts-fusion.",
     ),
     Conflict(
-        _set("enable_symm_mem"),
+        ("enable_symm_mem",),
+        _is_set,
         "--enable-symm-mem allocates MoE outputs in memory that all ranks register together, and DWDP ranks do not "
         "wait for each other",
         "Drop --enable-symm-mem: DWDP's forwards have no collectives that it could speed up.",
     ),
     Conflict(
-        lambda args: (
-            (getattr(args, "weight_cache_mode", "off") or "off") != "off"
-            or getattr(args, "startup_weight_load_mode", "serial") == "overlap"
-        ),
+        ("weight_cache_mode", "startup_weight_load_mode"),
+        lambda cache, load: (cache or "off") != "off" or load == "overlap",
         "weights that arrive after start-up would be written into memory that peers already read",
         "Drop --weight-cache-mode and --startup-weight-load-mode overlap.",
     ),
     Conflict(
-        _set("checkpoint_engine_wait_weights_before_ready"),
-        "--checkpoint-engine-wait-weights-before-ready waits for weights, and DWDP refuses new ones",
+        ("remote_instance_weight_loader_start_seed_via_transfer_engine",),
+        _is_set,
+        "--remote-instance-weight-loader-start-seed-via-transfer-engine hands out weights, of which a layer's may be "
+        "those of a slot",
+        "Drop it: other servers can read the checkpoint.",
+    ),
+    Conflict(
+        ("checkpoint_engine_wait_weights_before_ready",),
+        _is_set,
+        "--checkpoint-engine-wait-weights-before-ready waits for weights, which cannot change under DWDP",
         "Drop it, and give --model-path the weights.",
     ),
     Conflict(
-        lambda args: (getattr(args, "expert_balancedness_report_mode", None) or "off") != "off",
+        ("expert_balancedness_report_mode",),
+        lambda mode: (mode or "off") != "off",
         "--expert-balancedness-report-mode sums over all ranks after every forward, and DWDP ranks do not wait for "
         "each other",
         "Drop --expert-balancedness-report-mode: every rank runs all experts of its own tokens.",
     ),
     Conflict(
-        _set("enable_return_routed_experts"),
+        ("expert_distribution_recorder_mode",),
+        _is_set,
+        "--expert-distribution-recorder-mode sums what each forward counted over all ranks, and DWDP ranks run "
+        "different numbers of forwards",
+        "Drop --expert-distribution-recorder-mode.",
+    ),
+    Conflict(
+        ("enable_torch_compile",),
+        _is_set,
+        "--enable-torch-compile would compile the addresses of one layer's experts into its code",
+        "Drop --enable-torch-compile.",
+    ),
+    Conflict(
+        ("device", "quantization"),
+        lambda device, quantization: bool(device == "cpu" and quantization),
+        "--quantization {args.quantization}: the CPU engine has no kernels for quantized experts that need no AMX",
+        "Drop --quantization, or serve on GPUs.",
+    ),
+    Conflict(
+        ("enable_return_routed_experts",),
+        _is_set,
         "--enable-return-routed-experts cuts a rank's tokens out of those of all ranks, which DWDP does not gather",
         "Drop --enable-return-routed-experts.",
     ),
     Conflict(
-        _set("enable_pdmux"),
+        ("enable_pdmux",),
+        _is_set,
         "--enable-pdmux runs layers of a prefill between decodes, out of the order that slots are filled for",
         "Drop --enable-pdmux.",
     ),
     Conflict(
-        _set("enable_prefill_delayer"),
+        ("enable_prefill_delayer",),
+        _is_set,
         "the prefill delayer waits for all ranks in every scheduling round, and DWDP ranks do not wait for each other",
         "Drop --enable-prefill-delayer.",
     ),
     Conflict(
-        lambda args: getattr(args, "disaggregation_mode", "null") == "decode" or _set("enable_pd_role_switch")(args),
+        ("disaggregation_mode", "enable_pd_role_switch"),
+        lambda mode, switch: bool(mode == "decode" or switch),
         "--disaggregation-mode decode, and --enable-pd-role-switch to it, have not been run with DWDP",
         "Use --enable-dwdp on the prefill server (or without disaggregation) and a plain decode server.",
     ),
 )
 
 
-def conflicts_of(args: Any) -> Iterator[str]:
-    """One sentence for each conflict of `args`, an object with SGLang's ServerArgs attributes."""
+def conflicts_of(args: Any, decided: Collection[str] = ()) -> Iterator[str]:
+    """The conflicts of server arguments.
+
+    Args:
+        args: An object with the attributes of SGLang's ServerArgs.
+        decided: Arguments whose values DWDP decided. Conflicts that look at one of them are passed over.
+
+    Yields:
+        One or two sentences for each conflict.
+
+    Raises:
+        DwdpConfigError: `args` lacks an attribute that the table looks at, so that a conflict would go unnoticed.
+    """
+    unknown = unknown_names(args)
+    if unknown:
+        raise DwdpConfigError(
+            f"--enable-dwdp cannot be used here: this SGLang has no server argument {', '.join(unknown)}, by which "
+            "DWDP tells what it does not support. Install a release that docs/support.md names."
+        )
     for conflict in CONFLICTS:
-        if conflict.applies(args):
+        if decided and not set(decided).isdisjoint(conflict.names):
+            continue
+        if conflict.applies(*(getattr(args, name) for name in conflict.names)):
             yield f"{conflict.reason.format(args=args)}. {conflict.way_out}"
 
 
-def refuse_conflicts(args: Any) -> None:
-    """
+def unknown_names(args: Any) -> list[str]:
+    """The names in the table that `args` has no attribute of."""
+    names = {name for conflict in CONFLICTS for name in conflict.names}
+    return sorted(name for name in names if not hasattr(args, name))
+
+
+def check_environment(variables: Mapping[str, str]) -> None:
+    """Check the environment of a server.
+
+    Args:
+        variables: Such as `os.environ`.
+
     Raises:
-        DwdpConfigError: `args` has something that DWDP cannot be combined with; all of it is named.
+        DwdpConfigError: It has something that DWDP does not support.
     """
-    found = list(conflicts_of(args))
+    name = "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS"
+    if variables.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on"):
+        raise DwdpConfigError(
+            f"--enable-dwdp cannot be used here: with {name} a rank's process does not see the GPUs that its peers' "
+            "experts lie on. Unset it."
+        )
+
+
+def check_conflicts(args: Any, decided: Collection[str] = ()) -> None:
+    """Check that DWDP supports these server arguments together.
+
+    Args:
+        args: An object with the attributes of SGLang's ServerArgs.
+        decided: As in `conflicts_of`.
+
+    Raises:
+        DwdpConfigError: It does not; all conflicts are named.
+    """
+    found = list(conflicts_of(args, decided))
     if found:
         raise DwdpConfigError("--enable-dwdp cannot be used here: " + "  Also: ".join(found))

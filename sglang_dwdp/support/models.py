@@ -1,16 +1,29 @@
-"""Which of SGLang's models DWDP was compared with, and which it cannot serve. Pure.
+"""Which of SGLang's models were validated with DWDP, which are unsupported, and what their configs say. Pure.
 
-By the names in a checkpoint's config.json (`architectures`).
+Models go by the names in a checkpoint's config.json (`architectures`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from sglang_dwdp.errors import DwdpConfigError
 
+# Keys of a model's config, the more usual first.
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+EXPERTS_PER_TOKEN_KEYS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+)
+
 # docs/support.md has the tests, and what they were run on.
-COMPARED = frozenset(
+VALIDATED = frozenset(
     {
         "DeepseekV2ForCausalLM",
         "DeepseekV3ForCausalLM",  # DeepSeek-V3 and R1, Kimi K2
@@ -23,27 +36,57 @@ COMPARED = frozenset(
     }
 )
 _SUMS = (
-    "SGLang's code for it sums routed and shared experts over all ranks in every MoE layer, also where each rank runs "
-    "all experts, so a rank's forward would wait for the others, or take in their requests"
+    "SGLang's code for it sums routed and shared experts over all ranks in every MoE layer, even if each rank runs all "
+    "experts, so a rank's forward would wait for the others, or mix their requests into its own"
 )
-REFUSED: Mapping[str, str] = {"KimiK3ForConditionalGeneration": _SUMS, "KimiK3LinearForCausalLM": _SUMS}
+_GATHERS = (
+    "SGLang's code for it gathers token ids and hidden states of all ranks in a forward, so a rank's forward would "
+    "wait for the others, or take in their requests"
+)
+UNSUPPORTED: Mapping[str, str] = {
+    "DeepseekV4ForCausalLM": _GATHERS,
+    "KimiK3ForConditionalGeneration": _SUMS,
+    "KimiK3LinearForCausalLM": _SUMS,
+}
+
+
+def expert_count(text_config: Any) -> int | None:
+    """Routed experts of a layer, by a model's (text) config; None for a dense model."""
+    return _first_number(text_config, EXPERT_COUNT_KEYS, least=2)
+
+
+def experts_per_token(text_config: Any) -> int | None:
+    """Experts that a token chooses, by a model's (text) config; None if it does not say."""
+    return _first_number(text_config, EXPERTS_PER_TOKEN_KEYS, least=1)
+
+
+def _first_number(config: Any, keys: Sequence[str], least: int) -> int | None:
+    values = (getattr(config, key, None) for key in keys)
+    return next((value for value in values if isinstance(value, int) and value >= least), None)
 
 
 def check(architectures: Iterable[str] | None) -> str | None:
-    """A warning for a model that was not compared with a single rank; None: there is nothing to say.
+    """Check that DWDP supports a model.
+
+    Args:
+        architectures: of its config.json.
+
+    Returns:
+        A warning for a model that was not validated; None if there is nothing to say.
 
     Raises:
-        DwdpConfigError: the model cannot be served with DWDP.
+        DwdpConfigError: the model is unsupported.
     """
     names = list(architectures or ())
     for name in names:
-        if name in REFUSED:
+        if name in UNSUPPORTED:
             raise DwdpConfigError(
-                f"--enable-dwdp cannot be used here: {name}: {REFUSED[name]}. Serve it without --enable-dwdp."
+                f"--enable-dwdp cannot be used here: {name} is unsupported: {UNSUPPORTED[name]}. "
+                "Serve it without --enable-dwdp."
             )
-    if not names or COMPARED.intersection(names):
+    if not names or VALIDATED.intersection(names):
         return None
     return (
-        f"{', '.join(names)} has not been compared with a single rank (docs/support.md). Compare some answers with a "
-        "server without --enable-dwdp first; --dwdp-audit counts collectives of forwards, of which there must be none."
+        f"{', '.join(names)} has not been validated against a single rank (docs/support.md). Compare some answers with "
+        "a server without --enable-dwdp first; --dwdp-audit counts the collectives of forwards, which must be 0."
     )

@@ -1,4 +1,4 @@
-"""Which SGLang this package is for: its hooks replace functions of one release, whose sources the tests compare."""
+"""Which SGLang this package supports: its hooks replace functions of one release, whose sources the tests compare."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ SGLANG = "0.5.23"
 OVERRIDE = "SGLANG_DWDP_ANY_RELEASE"
 
 
-def refuse_other_release() -> None:
-    """Refuse another SGLang than the one whose functions the hooks were written against.
+def check_release() -> None:
+    """Check that the installed SGLang is the one whose functions the hooks were written for.
 
     Raises:
         DwdpConfigError: another release is installed, and the variable OVERRIDE is not 1.

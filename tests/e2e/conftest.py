@@ -17,10 +17,9 @@ import pytest
 import torch
 
 from sglang_dwdp import cleanup
-from sglang_dwdp.demo.checkpoint import make_checkpoint
-from sglang_dwdp.demo.families import Family
 from sglang_dwdp.demo.server import Server
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
+from tests.fixtures.families import Family, make_checkpoint
 
 # float32: in bf16 two tokens of a random model tie now and then.
 FLAGS = ("--dtype", "float32", "--skip-server-warmup", "--random-seed", "1")
@@ -63,7 +62,7 @@ class Footprint:
 
     def _now(self) -> set[str]:
         new = set(Path("/dev/shm").iterdir()) - self.before
-        files = new - cleanup.mapped(cleanup.all_pids())  # other programs of the machine map theirs
+        files = new - cleanup.mapped(cleanup.all_pids())  # what other programs of the machine use
         sockets = {path for path in self.directory.rglob("*") if path.is_socket()}
         names = re.findall(r"@sglang-dwdp\S*", Path("/proc/net/unix").read_text())
         return {str(path) for path in files | sockets} | set(names) | self._processes()

@@ -13,10 +13,10 @@ import requests
 
 from benchmarks.serving.launch import router_command
 from benchmarks.serving.servers import Process, wait_healthy
-from sglang_dwdp.demo.families import Family
 from sglang_dwdp.demo.server import Server, free_port
 from tests.e2e.conftest import FLAGS, Answers, Footprint
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
+from tests.fixtures.families import Family
 
 CHUNK = 128
 

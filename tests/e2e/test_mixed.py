@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sglang_dwdp.demo.families import Family
 from tests.e2e.conftest import Answers, Running
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
+from tests.fixtures.families import Family
 
 # Notes the prompt and the decode tokens of every mixed forward.
 COUNTER = """

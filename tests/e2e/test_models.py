@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from sglang_dwdp.demo.families import Family
 from sglang_dwdp.demo.server import Server, ServerFailed
 from tests.e2e.conftest import Running
 from tests.e2e.test_parity import MLA_PLUGIN, Models, Reference, check
+from tests.fixtures.families import Family
 
 pytestmark = pytest.mark.models
 
-# SGLang's plain attention for the CPU takes no sinks, so SGLang refuses gpt-oss with it. Here both the reference and
+# SGLang's plain attention for the CPU takes no sinks, so SGLang rejects gpt-oss with it. Here both the reference and
 # DWDP leave the sinks out: what is compared is how experts are loaded and run.
 NO_SINKS_PLUGIN = """
 def register():
@@ -51,7 +51,7 @@ def test_parity(
     check(running, models(family, 8), ranks, expected, ("--dwdp-direct-max-tokens", "64"), **how)
 
 
-def test_mixtral_is_refused(models: Models, tmp_path: Path) -> None:
+def test_mixtral_is_unsupported(models: Models, tmp_path: Path) -> None:
     """SGLang's code for it has no attention data parallelism, with or without this plugin."""
     with Server(models("mixtral", 8), 2, tmp_path / "log", dwdp=()) as server, pytest.raises(ServerFailed):
         server.wait(240)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sglang_dwdp.demo.families import Family
-from sglang_dwdp.demo.quantized import Quantization
+from tests.fixtures.families import Family
+from tests.fixtures.quantized import Quantization
 
 # Sizes that kernels for GPUs take: heads as in the released models, multiples of 128 for blocks of FP8. 14 experts
 # over 3 ranks are shards of different sizes; an expert's bytes are no whole number of pages, so ranks share pages.
@@ -39,7 +39,7 @@ MASKED, COMPACT = ({"SGLANG_DEEPGEMM_STANDARD_LAYOUT": name} for name in ("maske
 class Case:
     """One model.
 
-    kernels: the format of FlashInfer's kernels that it needs (`sglang-dwdp build-kernels`).
+    kernels: the format of FlashInfer's kernels that it needs (`kernels/build.py`).
     logged: what a rank's log says of its layers.
     share_all: on 3 ranks scales and biases are shared like weights, however small they are.
     variation: a word for `dwdp`, which are options of the engines with DWDP only.

@@ -106,8 +106,9 @@ def test_a_replayed_graph_reads_a_killed_exporters_memory(memory: Any) -> None:
 
 
 @pytest.mark.parametrize("slow", ["copy", "compute"])
-def test_200_forwards_with_one_slow_stream_and_poisoned_slots(slow: str) -> None:
+def test_200_forwards_with_one_slow_stream_and_poisoned_slots(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The two streams run as far apart as their events allow, and no NaN of a released slot is ever seen."""
+    monkeypatch.setattr("sglang_dwdp.experts.layout.MIN_SLICE_BYTES", 2 << 20)  # some for each stream
     page = CUDA.memory().page_bytes
     full = checkpoint(5, 8, {"w1": (32, page // 64)}, "cuda")  # an expert is one page
     sums = torch.stack([layer["w1"].float().sum() for layer in full])
@@ -163,7 +164,7 @@ def test_200_forwards_with_one_slow_stream_and_poisoned_slots(slow: str) -> None
                 torch.cuda.synchronize()
                 done.append(1)
 
-    assert run_ranks(2, full, watched, DwdpConfig(view="staged", depth=2, slice_kib=2048)) == [True, True]
+    assert run_ranks(2, full, watched, DwdpConfig(view="staged", depth=2)) == [True, True]
 
 
 def test_graphs_read_direct_views_while_staged_forwards_run_between() -> None:

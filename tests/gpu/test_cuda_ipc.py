@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sglang_dwdp.config import DwdpConfig
+from sglang_dwdp.experts import layer as expert_layer
 from sglang_dwdp.runtime import DwdpRuntime
 from tests.fixtures.ranks import CUDA_IPC, GPU_TABLES, PlainLayer, checkpoint, equal, forward, gpu_bytes, open_resources
 
@@ -22,7 +23,8 @@ TAILS = {"w13_weight": (4096, 1025), "w2_weight": (400, 320), "scale": (3,), "la
 def _rank(rank: int, size: int, name: str, rounds: int, results: Any, all_closed: Any) -> None:
     """In a process of its own: set up, three forwards, close, several times."""
     full = checkpoint(3, 7, TAILS, "cuda:0")
-    config = DwdpConfig(transport="cuda-ipc", replicate_below_kib=1, timeout_s=60)
+    expert_layer.REPLICATE_BELOW_BYTES = 1 << 10  # "large" is shared, "scale" is replicated
+    config = DwdpConfig(transport="cuda-ipc", timeout_s=60)
     left = []
     same = True
     for index in range(rounds):

@@ -1,6 +1,6 @@
 """FlashInfer's MoE on views gives bitwise what it gives on resident experts, and both are near a float64 reference.
 
-One Hopper GPU is enough. FlashInfer's kernels must be there: `sglang-dwdp build-kernels --format F`, or its own.
+One Hopper GPU is enough. FlashInfer's kernels must be there: `python kernels/build.py --format F`, or its own.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ ONE_AT_A_TIME = threading.Lock()
 
 @pytest.fixture(scope="module", params=FORMATS)
 def weight_format(request: pytest.FixtureRequest) -> str:
-    from sglang_dwdp.kernels_build import load
+    from sglang_dwdp.support import flashinfer_modules
 
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
-    load.install()
+    flashinfer_modules.install()
     name: str = request.param
-    if not load.ready(name):
-        pytest.skip(f"needs `sglang-dwdp build-kernels --format {name}`")
+    if not flashinfer_modules.ready(name):
+        pytest.skip(f"needs `python kernels/build.py --format {name}`")
     return name
 
 
@@ -64,7 +64,7 @@ def sglang_published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     from sglang.srt.runtime_context import get_parallel, publish
     from sglang.srt.server_args import ServerArgs
 
-    from sglang_dwdp.demo.checkpoint import make_checkpoint
+    from tests.fixtures.families import make_checkpoint
 
     path: Path = tmp_path_factory.mktemp("model")
     make_checkpoint(path, "qwen3_moe", num_experts=8)

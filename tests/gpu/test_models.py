@@ -32,9 +32,9 @@ import pytest
 import torch
 
 from benchmarks.one_gpu import one_gpu_environment
-from sglang_dwdp.demo.checkpoint import make_checkpoint
 from sglang_dwdp.demo.server import fewer_models
 from tests import ROOT
+from tests.fixtures.families import make_checkpoint
 from tests.gpu.cases import ALL, BY_NAME, FUSED, VARIATIONS, Case
 from tests.gpu.engine import LENGTHS
 
@@ -45,14 +45,21 @@ ENGINE_S = 300.0
 DIRECT_MAX_TOKENS = 64
 Answers = list[list[Any]]  # of each rank, in the order of the prompts
 # A single rank without DWDP gets what DWDP brings: slim modules, and block-FP8 through FlashInfer.
+# Small scales and biases are shared like weights, as those of large models are.
+SHARE_ALL_PLUGIN = """
+def register():
+    from sglang_dwdp.experts import layer
+
+    layer.REPLICATE_BELOW_BYTES = 0
+"""
 RESIDENT_PLUGIN = """
 def install(_result, _server_args, *_args, role, **_kwargs):
     if role == "scheduler":
-        from sglang_dwdp.kernels_build import load
+        from sglang_dwdp.support import flashinfer_modules
         from sglang_dwdp.srt_patches import flashinfer_fp8
         from sglang_dwdp.srt_patches.hooks import install as install_hooks
 
-        load.install()
+        flashinfer_modules.install()
         flashinfer_fp8.register()
         install_hooks(flashinfer_fp8.HOOKS)
         print("this rank has the kernels that DWDP brings", flush=True)
@@ -142,6 +149,8 @@ class Engines:
         environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         if ranks > 1:
             environment |= one_gpu_environment(own, environment)
+            if case.share_all and ranks == 3:
+                environment |= plugin_environment(own, "share_all", SHARE_ALL_PLUGIN, environment)
         elif case.kernels is not None:
             environment |= plugin_environment(own, "resident_kernels", RESIDENT_PLUGIN, environment)
         command = [sys.executable, str(ROOT / "tests/gpu/engine.py"), str(spec), str(out)]
@@ -187,8 +196,6 @@ class Engines:
         }
         if ranks > 1:
             result |= {"enable_dwdp": True, "dwdp_direct_max_tokens": DIRECT_MAX_TOKENS, **case.dwdp}
-            if case.share_all and ranks == 3:
-                result["dwdp_replicate_below_kib"] = 0
         return result
 
 
@@ -246,11 +253,13 @@ def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def missing_kernels(case: Case) -> str | None:
     """What has to be built first; None: nothing."""
-    from sglang_dwdp.kernels_build import load
+    from sglang_dwdp.support import flashinfer_modules
 
-    if case.kernels is None or case.kernels in load.built() or not torch.cuda.is_available():  # nothing starts then
+    if (
+        case.kernels is None or case.kernels in flashinfer_modules.built() or not torch.cuda.is_available()
+    ):  # nothing starts then
         return None
-    return f"needs `sglang-dwdp build-kernels --format {case.kernels}`"
+    return f"needs `python kernels/build.py --format {case.kernels}`"
 
 
 def skip_without_kernels(case: Case) -> None:

@@ -26,7 +26,7 @@ def fused_experts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from sglang.srt.runtime_context import get_parallel, publish
     from sglang.srt.server_args import ServerArgs
 
-    from sglang_dwdp.demo.checkpoint import make_checkpoint
+    from tests.fixtures.families import make_checkpoint
 
     path: Path = tmp_path_factory.mktemp("model")
     make_checkpoint(path, "qwen3_moe", num_experts=8)

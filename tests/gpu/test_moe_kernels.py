@@ -38,7 +38,6 @@ def compare(
     shape: Shape,
     view: Any,
     skewed: bool,
-    replicate_below_kib: int,
 ) -> None:
     """Three layers on every rank of three, against the same layers resident."""
     cases = [make_case(shape, tokens, skewed=skewed) for tokens in TOKENS]
@@ -61,8 +60,14 @@ def compare(
                 runtime.end_forward(len(case.x))
         return different
 
-    config = DwdpConfig(view=view, replicate_below_kib=replicate_below_kib)
+    config = DwdpConfig(view=view)
     assert run_ranks(3, full, step, config) == [[]] * 3
+
+
+@pytest.fixture
+def scales(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales of fewer bytes than the parameter are replicated, others are shared."""
+    monkeypatch.setattr("sglang_dwdp.experts.layer.REPLICATE_BELOW_BYTES", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +76,14 @@ def block_fp8() -> list[dict[str, torch.Tensor]]:
 
 
 # Scales shared like weights, and replicated. Both layouts build descriptors from addresses, which change with views.
-@pytest.mark.parametrize("replicate_below_kib", [0, 1024], ids=["shared-scales", "replicated-scales"])
+@pytest.mark.parametrize("scales", [0, 8 << 20], ids=["shared-scales", "replicated-scales"], indirect=True)
 @pytest.mark.parametrize("layout", ["masked", "compact"])
 @pytest.mark.parametrize(("view", "skewed"), [("auto", False), ("staged", True)])
 def test_deep_gemm_on_views_gpu(
-    block_fp8: list[dict[str, torch.Tensor]], view: Any, skewed: bool, layout: str, replicate_below_kib: int
+    block_fp8: list[dict[str, torch.Tensor]], view: Any, skewed: bool, layout: str, scales: None
 ) -> None:
     pytest.importorskip("deep_gemm")
-    compare(block_fp8, deep_gemm(QWEN, layout=layout), QWEN, view, skewed, replicate_below_kib)
+    compare(block_fp8, deep_gemm(QWEN, layout=layout), QWEN, view, skewed)
 
 
 def test_deep_gemm_against_float64_gpu(block_fp8: list[dict[str, torch.Tensor]]) -> None:
@@ -149,11 +154,11 @@ class Mxfp4:
 def mxfp4() -> tuple[Mxfp4, list[dict[str, torch.Tensor]]]:
     from sglang.srt.environ import envs
 
-    from sglang_dwdp.kernels_build import load
+    from sglang_dwdp.support import flashinfer_modules
 
-    if not load.ready("mxfp4"):
-        pytest.skip("needs `sglang-dwdp build-kernels --format mxfp4`")
-    load.install()
+    if not flashinfer_modules.ready("mxfp4"):
+        pytest.skip("needs `python kernels/build.py --format mxfp4`")
+    flashinfer_modules.install()
     envs.SGLANG_FLASHINFER_MOE_FUSED_FINALIZE.set(False)  # its atomics give other bits in each call
     return Mxfp4(GPT_OSS), [make("mxfp4", GPT_OSS, seed) for seed in range(3)]
 
@@ -172,14 +177,14 @@ def test_mxfp4_experts_are_prepared_one_by_one_gpu(mxfp4: tuple[Mxfp4, list[dict
         assert torch.equal(torch.cat([part[name] for part in parts]), tensor)
 
 
-@pytest.mark.parametrize("replicate_below_kib", [0, 1024], ids=["shared-scales", "replicated-scales"])
+@pytest.mark.parametrize("scales", [0, 8 << 20], ids=["shared-scales", "replicated-scales"], indirect=True)
 @pytest.mark.parametrize(("view", "skewed"), [("auto", False), ("staged", True)])
 def test_mxfp4_on_views_gpu(
-    mxfp4: tuple[Mxfp4, list[dict[str, torch.Tensor]]], view: Any, skewed: bool, replicate_below_kib: int
+    mxfp4: tuple[Mxfp4, list[dict[str, torch.Tensor]]], view: Any, skewed: bool, scales: None
 ) -> None:
     layer, checkpoint = mxfp4
     full = [layer.prepare(experts) for experts in checkpoint]
-    compare(full, layer.run, GPT_OSS, view, skewed, replicate_below_kib)
+    compare(full, layer.run, GPT_OSS, view, skewed)
 
 
 def test_mxfp4_against_float64_gpu(mxfp4: tuple[Mxfp4, list[dict[str, torch.Tensor]]]) -> None:

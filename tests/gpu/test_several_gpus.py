@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from sglang_dwdp.config import DwdpConfig
+from sglang_dwdp.experts import layout
 from sglang_dwdp.memory.base import Memory
 from sglang_dwdp.runtime import DwdpRuntime
 from tests.fixtures.ranks import PlainLayer, checkpoint, equal, forward, run_ranks
@@ -122,7 +123,8 @@ def _rank(name: str, rank: int, size: int, transport: str, tokens: int, answers:
     from sglang_dwdp.memory import memory_for
 
     try:
-        config = DwdpConfig(timeout_s=60, slice_kib=2048)
+        layout.MIN_SLICE_BYTES = 2 << 20  # several slices of a peer
+        config = DwdpConfig(timeout_s=60)
         runtime = DwdpRuntime(config, memory_for("cuda", rank, transport), rank, size)
         full = _full(f"cuda:{rank}")
         layers = [PlainLayer(i, experts, rank, size) for i, experts in enumerate(full)]
@@ -155,19 +157,22 @@ def _on_gpus(step: Callable[[DwdpRuntime, list[PlainLayer]], Any], config: DwdpC
 
 
 @pytest.mark.parametrize("local_experts", [None, 9, 13])
-def test_ranks_that_are_threads_and_keep_replicas(local_experts: int | None) -> None:
+def test_ranks_that_are_threads_and_keep_replicas(local_experts: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replicas come from several GPUs, and a forward copies the rest."""
+    monkeypatch.setattr(layout, "MIN_SLICE_BYTES", 2 << 20)
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> bool:
         full = _full(f"cuda:{runtime.rank}")
         return all(equal(forward(runtime, layers, tokens), full) for tokens in (1000, 1, 1000, 1000))
 
-    config = DwdpConfig(timeout_s=60, local_experts=local_experts, slice_kib=2048)
+    config = DwdpConfig(timeout_s=60, local_experts=local_experts)
     assert _on_gpus(step, config) == [True] * torch.cuda.device_count()
 
 
 @pytest.mark.parametrize("mode", ["batch", "single"])
-def test_the_copy_engine_brings_every_byte_from_a_peers_gpu(mode: str) -> None:
+def test_the_copy_engine_brings_every_byte_from_a_peers_gpu(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "MIN_SLICE_BYTES", 2 << 20)
+
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> bool:
         full = _full(f"cuda:{runtime.rank}")
         if mode == "single":  # as in a capture, or with a driver that has no batches
@@ -180,4 +185,4 @@ def test_the_copy_engine_brings_every_byte_from_a_peers_gpu(mode: str) -> None:
             same &= equal(forward(runtime, layers, 1000), full)
         return same
 
-    assert _on_gpus(step, DwdpConfig(timeout_s=60, slice_kib=2048)) == [True] * torch.cuda.device_count()
+    assert _on_gpus(step, DwdpConfig(timeout_s=60)) == [True] * torch.cuda.device_count()

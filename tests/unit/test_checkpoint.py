@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-from sglang_dwdp.demo.checkpoint import VOCAB_SIZE, make_checkpoint, make_tokenizer
-from sglang_dwdp.demo.families import Family, Shape
+from sglang_dwdp.demo.checkpoint import VOCAB_SIZE, make_tokenizer
+from tests.fixtures.families import Family, Shape, make_checkpoint
 
 FAMILIES = get_args(Family)
 DENSE_FIRST = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe")
@@ -179,6 +179,6 @@ def test_the_number_of_files_and_the_dtype(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"), [({"family": "gpt2"}, "unknown family 'gpt2'"), ({"top_k": 9}, "top_k=9")]
 )
-def test_what_makes_no_sense_is_refused(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_makes_no_sense_is_an_error(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         make_checkpoint(tmp_path, **arguments)

@@ -34,6 +34,42 @@ def test_a_semaphore_of_multiprocessing_is_seen() -> None:
     del lock
 
 
+def test_processes_are_read_only_after_names_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+
+    def read(pids: object, directory: Path) -> set[Path]:
+        reads.append(directory)
+        return real([os.getpid()], directory)
+
+    real = cleanup.mapped
+    monkeypatch.setattr(cleanup, "mapped", read)
+    watcher = cleanup.Watcher(os.getpid(), tmp_path)
+    watcher.look()
+    (tmp_path / "other.shm").touch()
+    watcher.look()
+    assert reads == []
+
+    first = tmp_path / "sgl_shm_mq_1"
+    first.write_bytes(bytes(4096))
+    watcher.look()
+    assert watcher.files == set()
+    with first.open("r+b") as file, mmap.mmap(file.fileno(), 4096):  # named first, mapped a moment later
+        watcher.look()
+        assert watcher.files == {first}
+        for _ in range(10):
+            watcher.look()
+        assert len(reads) == cleanup._LOOKS
+        second = tmp_path / "sem.mp-a"
+        second.write_bytes(bytes(4096))
+        with second.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
+            watcher.look()
+    assert len(reads) == cleanup._LOOKS + 1
+    assert watcher.files == {first, second}
+    first.unlink()
+    watcher.look()
+    assert len(reads) == cleanup._LOOKS + 2
+
+
 def test_descendants() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     assert {os.getpid(), child.pid} <= cleanup.descendants(os.getpid())

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,3 +55,26 @@ def test_what_a_user_can_mend_is_one_line(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == (
         "sglang-dwdp: error: --experts 4 cannot be shared among --ranks 5: give at least as many\n"
     )
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(_args: object) -> int:
+        raise ModuleNotFoundError("No module named 'simpy'", name="simpy")
+
+    parsed = SimpleNamespace(parse_args=lambda _argv: SimpleNamespace(run=run))
+    monkeypatch.setattr(cli, "parser", lambda: parsed)
+    assert cli.main([]) == 1
+    assert capsys.readouterr().err == (
+        "sglang-dwdp: error: simpy is not installed. Install what the planner needs: "
+        "pip install 'sglang-dwdp[planner]'\n"
+    )
+
+
+def test_help_imports_nothing_large() -> None:
+    """Nor anything that only an extra installs."""
+    large = {"torch", "sglang", "transformers", *cli.PLANNER_MODULES}
+    program = (
+        f"import sys; from sglang_dwdp import cli; cli.parser().format_help(); print({large!r} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -1,5 +1,5 @@
 import argparse
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -32,28 +32,23 @@ def test_every_option_has_a_flag() -> None:
             "7",
             "--dwdp-depth",
             "3",
-            "--dwdp-slice-kib",
-            "64",
         ],
-        *["--dwdp-replicate-below-kib", "0", "--dwdp-transport", "host-shm", "--dwdp-timeout-s", "1.5", "--dwdp-audit"],
+        *["--dwdp-transport", "host-shm", "--dwdp-timeout-s", "1.5", "--dwdp-audit"],
         *["--dwdp-group-size", "4", "--dwdp-local-experts", "33"],
     )
     assert config == DwdpConfig(
         view="staged",
         direct_max_tokens=7,
         depth=3,
-        slice_kib=64,
-        replicate_below_kib=0,
         transport="host-shm",
         timeout_s=1.5,
         audit=True,
         group_size=4,
         local_experts=33,
     )
-    assert config.slice_bytes == 65536
 
 
-def test_an_option_without_enable_dwdp_is_refused() -> None:
+def test_an_option_without_enable_dwdp_is_an_error() -> None:
     with pytest.raises(DwdpConfigError, match=r"--dwdp-depth, --dwdp-audit given without --enable-dwdp"):
         parse("--dwdp-depth", "3", "--dwdp-audit")
 
@@ -67,18 +62,17 @@ def test_an_option_without_enable_dwdp_is_refused() -> None:
         ({"depth": True}, "--dwdp-depth must be"),
         ({"depth": 2.0}, "--dwdp-depth must be"),
         ({"direct_max_tokens": -1}, "--dwdp-direct-max-tokens must be"),
-        ({"slice_kib": 3}, "--dwdp-slice-kib must be a whole number of at least 4"),
-        ({"replicate_below_kib": -1}, "--dwdp-replicate-below-kib must be"),
         ({"timeout_s": 0}, "--dwdp-timeout-s must be a number of seconds above 0"),
         ({"timeout_s": "5"}, "--dwdp-timeout-s must be"),
+        ({"timeout_s": 1e9}, "and of at most 86400"),
         ({"audit": "yes"}, "--dwdp-audit must be true or false"),
         ({"group_size": 1}, "--dwdp-group-size must be a whole number of at least 2"),
         ({"local_experts": 0}, "--dwdp-local-experts must be a whole number of at least 1"),
         ({"memory_gib": 0}, "--dwdp-memory-gib must be a number of GiB above 0"),
         ({"memory_gib": float("nan")}, "--dwdp-memory-gib must be"),
-        ({"memory_gib": 2.5, "local_experts": 3}, "--dwdp-memory-gib is another way to say --dwdp-local-experts"),
-        ({"transport": "cuda-ipc", "view": "direct"}, "--dwdp-view needs memory that can be mapped"),
-        ({"transport": "cuda-ipc", "local_experts": 3}, "--dwdp-local-experts and --dwdp-memory-gib need memory"),
+        ({"memory_gib": 2.5, "local_experts": 3}, "--dwdp-memory-gib decides the same as --dwdp-local-experts"),
+        ({"transport": "cuda-ipc", "view": "direct"}, "--dwdp-view needs mapped memory"),
+        ({"transport": "cuda-ipc", "local_experts": 3}, "--dwdp-local-experts and --dwdp-memory-gib need mapped"),
     ],
 )
 def test_bad_values(options_given: dict[str, Any], message: str) -> None:
@@ -87,13 +81,34 @@ def test_bad_values(options_given: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("view", "tokens", "direct"),
+    ("view", "maps", "tokens", "direct"),
     [
-        ("auto", 256, True),
-        ("auto", 257, False),
-        ("direct", 10**6, True),
-        ("staged", 1, False),
+        ("auto", True, 12, True),
+        ("auto", True, 13, False),
+        ("auto", False, 1, False),
+        ("direct", True, 10**6, True),
+        ("staged", True, 1, False),
+        ("staged", True, 0, False),
     ],
 )
-def test_wants_direct(view: options.ViewMode, tokens: int, direct: bool) -> None:
-    assert DwdpConfig(view=view).wants_direct(tokens) is direct
+def test_views_of_forwards(view: options.ViewMode, maps: bool, tokens: int, direct: bool) -> None:
+    views = DwdpConfig(view=view, direct_max_tokens=12).views(maps=maps)
+    assert views.is_direct(tokens) is direct
+    assert views.direct or not direct
+    assert views.staged or direct
+
+
+def test_which_views_there_are() -> None:
+    config = DwdpConfig()
+    assert (config.views().direct, config.views().staged) == (True, True)
+    assert (config.views(maps=False).direct, config.views(maps=False).staged) == (False, True)
+    assert DwdpConfig(transport="cuda-ipc").views() == config.views(maps=False)
+    assert not DwdpConfig(view="direct").views().staged
+    assert not DwdpConfig(view="staged").views().direct
+
+
+def test_transports() -> None:
+    assert set(options.TRANSPORTS) == set(get_args(options.Transport)) - {"auto"}
+    assert options.transports_of("cuda") == ["cuda-vmm", "cuda-ipc"]
+    assert options.transports_of("cpu") == ["host-shm"]
+    assert options.transports_of("npu") == []

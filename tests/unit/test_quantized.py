@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sglang_dwdp.demo.checkpoint import make_checkpoint
-from sglang_dwdp.demo.quantized import BLOCK, GROUP, to_block_fp8, to_mxfp4
+from tests.fixtures.families import make_checkpoint
+from tests.fixtures.quantized import BLOCK, GROUP, to_block_fp8, to_mxfp4
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 

@@ -19,6 +19,7 @@ from sglang_dwdp.errors import DwdpConfigError, DwdpRuntimeError, DwdpSetupError
 from sglang_dwdp.experts.layout import tensor_layout
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.memory.base import Block, Handle, Memory
+from sglang_dwdp.memory.handshake import Exchange
 from sglang_dwdp.memory.host import HostMemory
 from sglang_dwdp.runtime import DwdpRuntime
 from tests.fixtures.ranks import (
@@ -70,7 +71,9 @@ def test_every_rank_sees_the_checkpoint(kind: Kind, size: int, num_experts: int,
 @pytest.mark.parametrize("view", ["direct", "staged"])
 @pytest.mark.parametrize("local_experts", [5, 7, 9, 10])
 @pytest.mark.parametrize("kind", KINDS)
-def test_redundant_placement(kind: Kind, local_experts: int, view: Any, size: int) -> None:
+def test_redundant_placement(
+    kind: Kind, local_experts: int, view: Any, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tail = (64, 80) if kind.device == "cpu" else (1280, 1000)
     full = checkpoint(3, 10, {"w13_weight": tail, "scale": (300,)}, kind.device)
 
@@ -78,7 +81,8 @@ def test_redundant_placement(kind: Kind, local_experts: int, view: Any, size: in
         seen = [equal(forward(runtime, layers, tokens), full) for tokens in (1000, 1, 1000)]
         return [*seen, runtime.report()["local_experts"]]
 
-    config = DwdpConfig(view=view, depth=2, local_experts=local_experts, replicate_below_kib=0, timeout_s=20)
+    monkeypatch.setattr("sglang_dwdp.experts.layer.REPLICATE_BELOW_BYTES", 0)
+    config = DwdpConfig(view=view, depth=2, local_experts=local_experts, timeout_s=20)
     before = open_resources()
     assert run_ranks(size, full, step, config) == [[True] * 3 + [local_experts]] * size
     if kind.device == "cpu":
@@ -137,11 +141,12 @@ def test_memory_that_cannot_be_mapped(view: Any, size: int) -> None:
     assert open_resources() == before
 
 
-def test_blocks_of_replicated_tensors_are_freed_where_memory_cannot_be_mapped() -> None:
-    def held(replicate_below_kib: int) -> Any:
+def test_blocks_of_replicated_tensors_are_freed_where_memory_cannot_be_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def held(replicate_below: int) -> Any:
+        monkeypatch.setattr("sglang_dwdp.experts.layer.REPLICATE_BELOW_BYTES", replicate_below)
         full = checkpoint(2, 6, {"w1": (32, 64), "scale": (512,)})
         before = open_resources()[1]
-        config = DwdpConfig(view="staged", replicate_below_kib=replicate_below_kib, timeout_s=20)
+        config = DwdpConfig(view="staged", timeout_s=20)
         barrier = threading.Barrier(2)
 
         def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> Any:
@@ -154,7 +159,7 @@ def test_blocks_of_replicated_tensors_are_freed_where_memory_cannot_be_mapped() 
 
     # Of each layer two blocks of weights, each open on both ranks, and a slot's block for each rank and each of the two
     # slots. Where scales are shared like weights they take as many.
-    weights, replicated = held(0), held(1024)
+    weights, replicated = held(0), held(1 << 20)
     assert weights[1]
     assert replicated[1]
     assert weights[0] == 2 * replicated[0]
@@ -191,7 +196,7 @@ def test_ranks_use_the_best_kind_of_handle_that_works_on_all() -> None:
         return made
 
     for error in run_ranks(2, full, lambda _r, _l: None, memory=lonely):
-        assert "no way in common" in str(error)
+        assert "no kind of memory handle in common" in str(error)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -202,16 +207,20 @@ def test_ranks_use_the_best_kind_of_handle_that_works_on_all() -> None:
     num_layers=st.integers(1, 4),
     depth=st.integers(1, 5),
     tail=st.tuples(st.integers(1, 70), st.integers(1, 70)),
-    slice_kib=st.sampled_from([4, 8, 2048]),
+    min_slice_kib=st.sampled_from([4, 8, 2048]),
 )
 def test_any_shape(
-    kind: Kind, size: int, num_experts: int, num_layers: int, depth: int, tail: tuple[int, int], slice_kib: int
+    kind: Kind, size: int, num_experts: int, num_layers: int, depth: int, tail: tuple[int, int], min_slice_kib: int
 ) -> None:
     if kind.device != "cpu":
         tail = (tail[0] * 16, tail[1] * 16)  # pages are larger there
     full = checkpoint(num_layers, num_experts, {"w13_weight": tail, "w2_weight": tail[::-1]}, kind.device)
-    config = DwdpConfig(view="staged", depth=depth, slice_kib=slice_kib, timeout_s=20)
-    results = run_ranks(size, full, lambda r, layers: [equal(forward(r, layers, 9), full) for _ in range(3)], config)
+    config = DwdpConfig(view="staged", depth=depth, timeout_s=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sglang_dwdp.experts.layout.MIN_SLICE_BYTES", min_slice_kib << 10)
+        results = run_ranks(
+            size, full, lambda r, layers: [equal(forward(r, layers, 9), full) for _ in range(3)], config
+        )
     assert results == [[True] * 3] * size
 
 
@@ -257,14 +266,14 @@ def test_bytes_read_in_place_follow_the_routing() -> None:
     assert run_ranks(2, full, step) == [2 * 4096, 2 * 4096]
 
 
-def test_small_tensors_are_replicated_and_large_ones_shared() -> None:
+def test_small_tensors_are_replicated_and_large_ones_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang_dwdp.experts.layer.REPLICATE_BELOW_BYTES", 16 << 10)
     full = checkpoint(1, 8, {"w1": (32, 64), "small": (4,), "large": (1024,)})
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> Any:
         return layers[0].tensors["small"].data_ptr(), runtime.report()["stored_bytes"], equal([layers[0].tensors], full)
 
-    config = DwdpConfig(replicate_below_kib=16, timeout_s=20)
-    results = run_ranks(2, full, step, config)
+    results = run_ranks(2, full, step)
     assert [(stored, same) for _, stored, same in results] == [(4 * 8192, True)] * 2
     assert results[0][0] != results[1][0]
 
@@ -435,7 +444,7 @@ def layers_with(change: Callable[[int, list[PlainLayer]], None], full: Any) -> C
     return make
 
 
-def test_experts_that_do_not_lie_one_after_another_are_refused_and_nothing_is_bound() -> None:
+def test_experts_that_do_not_lie_one_after_another_are_unsupported_and_nothing_is_bound() -> None:
     full = checkpoint(2, 6, {"w1": (8, 8)})
     made = []
 
@@ -449,7 +458,7 @@ def test_experts_that_do_not_lie_one_after_another_are_refused_and_nothing_is_bo
     assert not any(layer.bound for layer in made)
 
 
-def test_a_shard_of_the_wrong_size_is_refused() -> None:
+def test_a_shard_of_the_wrong_size_is_an_error() -> None:
     full = checkpoint(1, 6, {"w1": (8, 8)})
 
     def change(_rank: int, layers: list[PlainLayer]) -> None:
@@ -473,7 +482,21 @@ def test_ranks_that_loaded_different_experts_are_told_where() -> None:
         assert "torch.float32" in str(error)
 
 
-def test_only_one_rank_refusing_is_heard_by_the_other() -> None:
+def test_ranks_that_loaded_the_same_tell_each_other_no_more_than_a_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[bytes] = []
+
+    class Watched(Exchange):
+        def all_gather(self, payload: bytes) -> list[bytes]:
+            sent.append(payload)
+            return super().all_gather(payload)
+
+    monkeypatch.setattr("sglang_dwdp.runtime.Exchange", Watched)
+    full = checkpoint(9, 6, {"w1": (8, 8)})
+    assert run_ranks(2, full, lambda _r, _l: "ran") == ["ran", "ran"]
+    assert max(map(len, sent)) == 32
+
+
+def test_an_error_of_one_rank_only_reaches_the_other() -> None:
     full = checkpoint(1, 6, {"w1": (8, 8)})
 
     def change(rank: int, layers: list[PlainLayer]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_dwdp.errors import DwdpSetupError
+from sglang_dwdp.errors import DwdpRuntimeError, DwdpSetupError
 from sglang_dwdp.exchange.flashinfer_inbox import Communicator, FlashInferInbox, _counters, why_unsupported
 from sglang_dwdp.exchange.inbox import RowShape
 from sglang_dwdp.memory.handshake import Exchange
@@ -73,3 +75,80 @@ def test_flashinfers_numbers_are_found_where_it_says() -> None:
     del fake._METAINFO_INDEX["FLAG_VAL_OFFSET_INDEX"]
     with pytest.raises(DwdpSetupError, match="FLAG_VAL"):
         _counters(fake, rank=1, size=2)
+
+
+class Kernels:
+    """The kernels of a joint forward on rank 0, as its host sees them: they wait for flags, one step after another.
+
+    Each look at `query` lets them go on by one step, if its flags are right.
+    """
+
+    def __init__(self, size: int, layers: int, living: list[int]) -> None:
+        self.step = torch.ones(1, dtype=torch.int32)
+        self.flags = torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32)
+        self.last = 2 * layers
+        self.living = living
+
+    def query(self) -> bool:
+        step = int(self.step)
+        flags = self.flags[1 - step % 2]
+        flags[[0, *self.living]] = step
+        if step <= self.last and (flags == step).all():
+            self.step += 1
+        return int(self.step) > self.last
+
+
+def inbox_of(kernels: Kernels, lost: list[int]) -> FlashInferInbox:
+    inbox = object.__new__(FlashInferInbox)
+    inbox.rank, inbox.size = 0, len(kernels.flags[0])
+    inbox._layer_ids, inbox._lost, inbox._void = [3, 5, 8], lambda: lost, False
+    inbox._step, inbox._flags = kernels.step, kernels.flags
+    inbox._beside = SimpleNamespace(synchronize=lambda: None)
+    inbox._host_step = torch.zeros(1, dtype=torch.int32)
+    inbox._host_flags = torch.zeros(inbox.size, dtype=torch.int32)
+    return inbox
+
+
+@pytest.fixture
+def _no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+
+@pytest.mark.usefixtures("_no_streams")
+@pytest.mark.parametrize(("lost", "why"), [([], "nothing came within 0.05 s"), ([2], r"ranks \[2\] ended")])
+def test_a_wait_that_cannot_end_is_ended_by_the_host(lost: list[int], why: str) -> None:
+    kernels = Kernels(3, 3, living=[1])
+    inbox = inbox_of(kernels, lost)
+    with pytest.raises(DwdpRuntimeError, match=rf"MoE layer 3 of a joint forward waited for ranks \[2\]: {why}"):
+        inbox.wait(kernels, 0.05)
+    assert kernels.query()  # it has run through
+    start = time.monotonic()
+    with pytest.raises(DwdpRuntimeError, match="MoE layer"):
+        inbox.wait(following_kernels(kernels), 60)  # launched before it failed: no second limit
+    assert time.monotonic() - start < 10
+
+
+def following_kernels(kernels: Kernels) -> Kernels:
+    """The next forward's, of the same memory."""
+    following = Kernels(3, 0, kernels.living)
+    following.step, following.flags, following.last = kernels.step, kernels.flags, kernels.last * 2
+    return following
+
+
+@pytest.mark.usefixtures("_no_streams")
+def test_the_layer_is_the_one_that_waits() -> None:
+    kernels = Kernels(2, 6, living=[1])
+    for _ in range(2 * 4 + 1):
+        kernels.query()
+    kernels.living = []  # it dies in the combine of the fifth layer, which is the second of the second forward
+    with pytest.raises(DwdpRuntimeError, match=r"MoE layer 5 .* ranks \[1\]"):
+        inbox_of(kernels, [1]).wait(kernels, 60)
+
+
+@pytest.mark.usefixtures("_no_streams")
+def test_what_came_before_the_peer_ended_is_no_error() -> None:
+    kernels = Kernels(2, 3, living=[])
+    kernels.step.fill_(6)
+    kernels.flags[1].fill_(6)  # the last combine has all it needs, and only has to end
+    looks = iter([False, False, True])
+    inbox_of(kernels, [1]).wait(SimpleNamespace(query=lambda: next(looks)), 60)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dwdp.experts.layout import (
+    MIN_SLICE_BYTES,
     Span,
     TensorLayout,
     copy_order,
@@ -15,6 +16,7 @@ from sglang_dwdp.experts.layout import (
     footprint,
     overlap,
     remote_bytes_of_experts,
+    slice_bytes_for,
     tensor_layout,
 )
 from sglang_dwdp.experts.placement import balanced
@@ -41,7 +43,7 @@ def test_two_ranks_with_experts_of_one_and_a_half_pages() -> None:
     assert layout.segments == (Span(0, 20), Span(20, 16))
     assert layout.nbytes == 36
     assert layout.reserved_bytes == 36
-    assert layout.remote_runs(0) == (Span(20, 16),)
+    assert layout.remote_runs[0] == (Span(20, 16),)
     assert remote_bytes_of_experts(layout, 0) == [0, 0, 0, 4, 6, 6]
     assert remote_bytes_of_experts(layout, 1) == [6, 6, 6, 2, 0, 0]
 
@@ -49,8 +51,8 @@ def test_two_ranks_with_experts_of_one_and_a_half_pages() -> None:
 def test_a_rank_whose_experts_fit_in_its_neighbours_page_owns_nothing() -> None:
     layout = tensor_layout(balanced(3, 3), expert_bytes=3, page_bytes=8)
     assert layout.segments == (Span(0, 8), Span(8, 0), Span(8, 8))
-    assert layout.remote_runs(1) == (Span(0, 16),)
-    assert layout.remote_runs(0) == (Span(8, 8),)
+    assert layout.remote_runs[1] == (Span(0, 16),)
+    assert layout.remote_runs[0] == (Span(8, 8),)
 
 
 def test_no_bytes() -> None:
@@ -87,7 +89,7 @@ def test_every_page_belongs_to_the_owner_of_an_expert_that_touches_it(case: tupl
 def test_remote_runs_are_all_that_is_not_owned(case: tuple[TensorLayout, int]) -> None:
     layout, group_size = case
     for rank in range(group_size):
-        runs = layout.remote_runs(rank)
+        runs = layout.remote_runs[rank]
         assert len(runs) <= 2
         seen = bytes_of((*runs, layout.segments[rank], *layout.replicas[rank]))
         assert seen == Counter(range(layout.reserved_bytes))
@@ -100,7 +102,7 @@ def test_blocks_tile_a_segment_and_lie_inside_of_everybodys_replicas_or_outside(
 ) -> None:
     layout, group_size = case
     for rank in range(group_size):
-        blocks = layout.blocks(rank)
+        blocks = layout.blocks[rank]
         assert bytes_of(blocks) == bytes_of([layout.segments[rank]])
         for block in blocks:
             assert block.nbytes % layout.page_bytes == 0
@@ -129,8 +131,8 @@ def test_replicas_wrap_around() -> None:
     assert layout.replicas[0] == (Span(8, 12),)
     assert layout.replicas[3] == (Span(0, 12),)
     assert layout.replicas[2] == (Span(0, 4), Span(24, 8))
-    assert layout.blocks(0) == (Span(0, 4), Span(4, 4))
-    assert layout.remote_runs(2) == (Span(4, 12),)
+    assert layout.blocks[0] == (Span(0, 4), Span(4, 4))
+    assert layout.remote_runs[2] == (Span(4, 12),)
     # 3 of 8 experts are remote, and every owner is asked for equally many bytes.
     asked = Counter(piece.owner for rank in range(4) for piece in copy_order({"w": layout}, rank, 4))
     assert asked == {0: 3, 1: 3, 2: 3, 3: 3}
@@ -205,3 +207,20 @@ def test_pieces_tile_the_span(nbytes: int, slice_bytes: int, unit: int) -> None:
     assert sum(piece.nbytes for piece in pieces) == nbytes
     assert [piece.offset for piece in pieces] == [7 + sum(p.nbytes for p in pieces[:i]) for i in range(len(pieces))]
     assert all(0 < piece.nbytes <= 1.5 * slice_bytes + unit for piece in pieces)
+
+
+# DeepSeek-R1 in block-FP8: bytes of one expert's weights.
+R1 = {"w13_weight": 2 * 2048 * 7168, "w2_weight": 7168 * 2048}
+
+
+def test_a_layer_of_r1_is_copied_in_few_large_slices() -> None:
+    layouts = {name: tensor_layout(balanced(256, 8), nbytes, 2 << 20) for name, nbytes in R1.items()}
+    order = copy_order(layouts, 3)
+    assert len(order) < 100
+    assert set(Counter(piece.owner for piece in order).values()) == {8}
+    assert min(piece.span.nbytes for piece in order) > MIN_SLICE_BYTES
+
+
+def test_slices_are_no_smaller_than_pays() -> None:
+    assert slice_bytes_for(1000) == MIN_SLICE_BYTES
+    assert slice_bytes_for(100 * MIN_SLICE_BYTES) == 100 * MIN_SLICE_BYTES / 8

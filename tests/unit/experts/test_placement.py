@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dwdp.errors import DwdpConfigError
-from sglang_dwdp.experts.placement import Placement, balanced
+from sglang_dwdp.experts.placement import Placement, balanced, check_local_experts, min_local_experts
 
 groups = st.tuples(st.integers(1, 600), st.integers(1, 16)).filter(lambda pair: pair[0] >= pair[1])
 
@@ -40,3 +40,17 @@ def test_fewer_experts_than_ranks() -> None:
 def test_boundaries_must_rise(boundaries: tuple[int, ...]) -> None:
     with pytest.raises(DwdpConfigError, match="boundaries"):
         Placement(boundaries)
+
+
+@given(groups)
+def test_the_fewest_local_experts_are_the_largest_shard(group: tuple[int, int]) -> None:
+    placement = balanced(*group)
+    assert min_local_experts(*group) == max(len(placement.shard(rank)) for rank in range(placement.group_size))
+
+
+def test_local_experts_are_checked_against_the_group() -> None:
+    for wanted in (None, 5, 9):
+        check_local_experts(wanted, 9, 2)
+    for wanted in (4, 10):
+        with pytest.raises(DwdpConfigError, match=rf"--dwdp-local-experts {wanted}: .* from 5 to 9"):
+            check_local_experts(wanted, 9, 2)

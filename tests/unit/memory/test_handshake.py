@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sglang_dwdp.errors import DwdpSetupError
-from sglang_dwdp.memory.handshake import MAX_FDS, Exchange, close_fds
+from sglang_dwdp.memory.handshake import _DATA, _FAILED, _HEADER, MAX_FDS, Exchange, close_fds
 
 
 def run_ranks(size: int, step: Callable[[Exchange], Any], timeout_s: float = 10.0) -> list[Any]:
@@ -136,40 +136,36 @@ def test_no_socket_file_is_made(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_users_process_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = uuid.uuid4().hex
-    exchange = Exchange(name, 0, 2, 5.0)
-    real = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: real + 1)
-    with ThreadPoolExecutor(1) as pool:
-        connecting = pool.submit(exchange.connect)
-        with socket.socket(socket.AF_UNIX) as stranger:
-            while stranger.connect_ex(f"\0sglang-dwdp.{name}.0") != 0:
-                pass
-            with pytest.raises(DwdpSetupError, match=f"a process of user {real} came in a peer's place"):
-                connecting.result()
+def test_descriptors_that_come_with_a_failure_or_unasked_are_closed() -> None:
+    """A peer says that it failed, and sends a descriptor with it; or sends one where only a payload is expected."""
+
+    def step(x: Exchange, kind: int) -> None:
+        if x.rank == 1:
+            fd = os.memfd_create("t")
+            x._send(0, kind, b"", [fd])
+            close_fds([fd])
+            if kind == _DATA:
+                x._receive(0)
+        else:
+            x.all_gather(b"")
+
+    for kind in (_FAILED, _DATA):
+        before = open_fds()
+        first, _ = run_ranks(2, lambda x, kind=kind: step(x, kind))
+        assert ("rank 1 failed" in str(first)) == (kind == _FAILED)
+        assert open_fds() == before
 
 
-def test_another_users_process_that_listens_in_a_peers_place_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = uuid.uuid4().hex
-    real = os.getuid()
-    with socket.socket(socket.AF_UNIX) as stranger:
-        stranger.bind(f"\0sglang-dwdp.{name}.0")
-        stranger.listen()
-        monkeypatch.setattr(os, "getuid", lambda: real + 1)
-        with pytest.raises(DwdpSetupError, match=f"a process of user {real} came in a peer's place"):
-            Exchange(name, 1, 2, 5.0).connect()
-        connection, _ = stranger.accept()
-        with connection:
-            assert connection.recv(1) == b""
+def test_descriptors_of_a_garbled_message_are_closed() -> None:
+    def step(x: Exchange) -> None:
+        if x.rank == 1:
+            fd = os.memfd_create("t")
+            socket.send_fds(x._peers[0], [_HEADER.pack(_DATA, 0, 2)], [fd])  # two announced, one sent
+            close_fds([fd])
+        else:
+            x.barrier()
 
-
-def test_a_peer_that_ends_before_it_said_its_rank() -> None:
-    name = uuid.uuid4().hex
-    with ThreadPoolExecutor(1) as pool:
-        connecting = pool.submit(Exchange(name, 0, 2, 5.0).connect)
-        with socket.socket(socket.AF_UNIX) as mute:
-            while mute.connect_ex(f"\0sglang-dwdp.{name}.0") != 0:
-                pass
-        with pytest.raises(DwdpSetupError, match="rank 0: lost a peer that had not said its rank"):
-            connecting.result()
+    before = open_fds()
+    first, _ = run_ranks(2, step)
+    assert "1 of 2 descriptors arrived" in str(first)
+    assert open_fds() == before

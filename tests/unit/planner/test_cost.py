@@ -8,25 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dwdp.planner import kernels
-from sglang_dwdp.planner.calibrate import (
-    PAPER_PRECISION,
-    TABLE_1_DEP,
-    TABLE_1_DWDP,
-    TABLE_1_VARIED,
-    TOKEN_BUDGETS,
-    calibrate,
-    table_1_length_wait,
-    table_1_rounds,
+from sglang_dwdp.planner.cost import (
+    Group,
+    dwdp,
+    equal_share,
+    forward_parts,
+    in_tree_group,
+    layer_fetch_bytes,
+    replica,
+    serial_slowdown,
 )
-from sglang_dwdp.planner.cost import Group, dwdp, forward_parts, in_tree_group, layer_fetch_bytes, replica
-from sglang_dwdp.planner.dep import dep, exchange_bytes, expert_wait, length_wait
+from sglang_dwdp.planner.dep import dep, dep_forward, exchange_bytes, expert_wait, gathered_seconds, length_wait
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import FORMATS, default_precision, get_format
-from sglang_dwdp.planner.gpu import Gpu, roofline_gpu
+from sglang_dwdp.planner.gpu import Gpu
 from sglang_dwdp.planner.gpus import GPUS, get_gpu
 from sglang_dwdp.planner.models import load_model
 from sglang_dwdp.planner.shape import ModelShape
-from sglang_dwdp.planner.workload import Batch, batch_of, mean_batch, typical_rounds
+from sglang_dwdp.planner.workload import Batch, batch_of, mean_batch
 
 NAMES = ("deepseek-r1", "qwen3-30b-a3b", "gpt-oss-120b", "mixtral-8x7b", "glm-4.5")
 models = st.sampled_from([load_model(name) for name in NAMES])
@@ -40,6 +39,7 @@ groups = st.builds(
 )
 lengths = st.lists(st.integers(1, 20_000), min_size=1, max_size=6)
 BF16 = default_precision(FORMATS["bf16"])
+FP4 = default_precision(FORMATS["nvfp4"])
 
 
 def _batch(items: list[int], window: int = 0) -> Batch:
@@ -84,15 +84,15 @@ def test_dep_with_uneven_ranks_is_no_faster_than_with_even_ones(
     model: ModelShape, gpu: Gpu, ranks: int, items: list[int]
 ) -> None:
     even = _batch(items, model.window)
-    double = Batch(2 * even.tokens, 2 * even.pairs, 1, 2 * even.window_pairs)
-    nothing = Batch(0.0, 0.0, 0)
+    double = Batch(2 * even.tokens, 2 * even.pairs, 2 * even.window_pairs)
+    nothing = Batch(0.0, 0.0)
     level = dep(model, gpu, BF16, [[even] * (2 * (ranks // 2))])
     uneven = dep(model, gpu, BF16, [[double, nothing] * (ranks // 2)])
     assert uneven.tokens == pytest.approx(level.tokens)
     assert uneven.seconds >= level.seconds * (1 - 1e-9)
 
 
-@given(models, st.integers(2, 16), st.integers(0, 64))
+@given(models, st.integers(2, 8), st.integers(0, 64))
 def test_bytes_are_conserved(model: ModelShape, size: int, extra: int) -> None:
     """What a rank stores and what it fetches make up one layer, per layer and expert."""
     share = -(-model.experts // size)
@@ -127,7 +127,7 @@ def test_lockstep_never_beats_independent_ranks(
 
 def test_every_constant_has_a_source() -> None:
     for gpu in GPUS.values():
-        plain = {f.name for f in fields(Gpu)} - {"name", "sources", "direct_read"}
+        plain = {f.name for f in fields(Gpu)} - {"name", "sources", "gathered_rows"}
         assert plain <= set(gpu.sources), gpu.name
 
 
@@ -147,8 +147,8 @@ def test_gpus_by_the_names_in_use(name: str, expected: str) -> None:
 def test_redundant_experts_reduce_the_fetch() -> None:
     model, gpu = load_model("deepseek-r1"), get_gpu("GB200")
     batch = _batch([4096])
-    plain = dwdp(model, gpu, PAPER_PRECISION, batch, Group(3))
-    more = dwdp(model, gpu, PAPER_PRECISION, batch, Group(3, local_experts=128))
+    plain = dwdp(model, gpu, FP4, batch, Group(3))
+    more = dwdp(model, gpu, FP4, batch, Group(3, local_experts=128))
     assert more.fetch_bytes < plain.fetch_bytes
     assert more.seconds < plain.seconds
 
@@ -158,58 +158,9 @@ def test_in_tree_style_is_never_faster() -> None:
     precision = default_precision(FORMATS["mxfp4"])
     for tokens in (512, 2048, 4096, 8192, 32768):
         batch = _batch([tokens], model.window)
-        ours = dwdp(model, gpu, precision, batch, Group(4)).seconds
-        theirs = dwdp(model, gpu, precision, batch, in_tree_group(4)).seconds
-        assert ours <= theirs * (1 + 1e-9)
-
-
-def test_gpu_constants_are_what_table_1_gives() -> None:
-    """The figures written in gpus.py are the calibration's, to the digits written."""
-    found, gpu = calibrate(), get_gpu("GB200")
-    for name in ("attention", "grouped_gemm", "dense_gemm", "elementwise", "collective"):
-        assert getattr(gpu.efficiency, name) == pytest.approx(getattr(found.efficiency, name), abs=6e-5)
-    assert gpu.copy_bandwidth == pytest.approx(found.copy_bandwidth, rel=1e-3)
-    assert gpu.copy_interference == pytest.approx(found.copy_interference, abs=6e-5)
-    assert gpu.expert_skew == pytest.approx(found.expert_skew, abs=6e-5)
-
-
-def test_table_1_comes_back() -> None:
-    model, gpu, rounds = load_model("deepseek-r1"), get_gpu("GB200"), table_1_rounds()
-    parts = dep(model, gpu, PAPER_PRECISION, rounds).parts
-    wait = table_1_length_wait(parts) + expert_wait(model, gpu, 4, parts.grouped_gemm)
-    assert wait == pytest.approx(TABLE_1_DEP.synchronisation, rel=2e-3)
-    profiled = parts.total - parts.synchronisation + wait
-    assert profiled == pytest.approx(TABLE_1_DEP.total, rel=2e-3)
-    naive = dwdp(model, gpu, PAPER_PRECISION, mean_batch(rounds), Group(4, copies="serial", merge_copy=True))
-    assert naive.fetch == pytest.approx(TABLE_1_DWDP.copy, rel=2e-3)
-    # not calibrated: 34 ms of merge copies in the paper
-    assert naive.parts.merge == pytest.approx(0.034, rel=0.05)
-    assert naive.seconds == pytest.approx(TABLE_1_DWDP.total, rel=5e-3)
-
-
-@pytest.mark.parametrize(
-    ("length", "ratio", "speedup"),
-    [(1024, 0.19, 0.10), (8192, 0.62, 0.73), (16384, 1.52, 1.27), (32768, 4.77, 1.17)],
-)
-def test_roofline_table_within_ten_percent(length: int, ratio: float, speedup: float) -> None:
-    model = replace(load_model("deepseek-r1"), layers=58, dense_layers=0)
-    gpu = roofline_gpu(get_gpu("GB200"))
-    precision = replace(default_precision(FORMATS["nvfp4"]), dispatch_bytes=0.5625)
-    batch = batch_of([(length, 0)])
-    local = dwdp(model, gpu, precision, batch, Group(4))
-    remote = dep(model, gpu, precision, [[batch] * 4], "all-copies")
-    compute = local.compute - local.parts.other
-    assert compute / local.fetch == pytest.approx(ratio, rel=0.1)
-    exchanged = remote.seconds - remote.parts.other
-    assert exchanged / max(compute, local.fetch) == pytest.approx(speedup, rel=0.1)
-
-
-def test_a_group_whose_prompts_vary_by_a_fifth_waits_for_about_a_tenth() -> None:
-    """The paper's figure 1 reports 12 %, TensorRT-LLM's blog 19 about 10 %, for variation of 20 %."""
-    model, gpu = load_model("deepseek-r1"), get_gpu("GB200")
-    rounds = typical_rounds(TABLE_1_VARIED, TOKEN_BUDGETS[32768], False, 4)
-    estimate = dep(model, gpu, PAPER_PRECISION, rounds)
-    assert 0.10 < estimate.parts.synchronisation / estimate.seconds < 0.13
+        sliced = dwdp(model, gpu, precision, batch, Group(4)).seconds
+        in_tree = dwdp(model, gpu, precision, batch, in_tree_group(4)).seconds
+        assert sliced <= in_tree * (1 + 1e-9)
 
 
 def test_hot_experts_cost_more_the_fewer_experts_a_rank_has() -> None:
@@ -251,17 +202,17 @@ def test_attention_of_windowed_layers_is_cheaper() -> None:
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({"size": 0}, "at least 1 rank"),
-        ({"size": 4, "copies": "telepathy"}, "serial, sliced"),
-        ({"size": 4, "depth": 0}, "at least 1 layer"),
+        ({"size": 0}, "greater than or equal to 1, not 0"),
+        ({"size": 4, "copies": "telepathy"}, "'serial' or 'sliced'"),
+        ({"size": 4, "depth": 0}, "depth: .* equal to 1"),
     ],
 )
-def test_bad_groups_are_refused(settings_: dict[str, Any], message: str) -> None:
+def test_bad_groups_are_rejected(settings_: dict[str, Any], message: str) -> None:
     with pytest.raises(PlannerError, match=message):
         Group(**settings_)
 
 
-def test_too_few_local_experts_are_refused() -> None:
+def test_too_few_local_experts_are_rejected() -> None:
     with pytest.raises(PlannerError, match="stores 64 to 256"):
         Group(4, local_experts=32).stored(load_model("deepseek-r1"))
 
@@ -271,3 +222,51 @@ def test_unknown_names_list_the_known_ones() -> None:
         get_gpu("TPU")
     with pytest.raises(PlannerError, match="mxfp4"):
         get_format("fp3")
+
+
+@given(st.integers(2, 32), st.floats(0.01, 10), st.floats(0.01, 10))
+def test_slowdown_lies_between_none_and_a_saturated_source(size: int, alone: float, window: float) -> None:
+    factor = serial_slowdown(size, alone, window)
+    assert 1 <= factor <= 1 + (size - 2) / (size - 1) + 1e-9
+    assert serial_slowdown(size, alone, window * 2) <= factor + 1e-9
+    assert serial_slowdown(2, alone, window) == 1  # two ranks never meet at a source
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(1, 128), (2, 64), (3, 43), (5, 26)])
+def test_the_largest_of_equal_shares(ranks: int, expected: int) -> None:
+    assert equal_share(load_model("qwen3-30b-a3b"), ranks) == expected
+
+
+def test_an_all_gather_brings_rows_of_other_ranks_experts() -> None:
+    """By hand: zeros for k (2 I + H), k H read and H written by the sum, of (N-1) T tokens; none on AMD's kernels."""
+    model, gpu = load_model("qwen3-30b-a3b"), get_gpu("H100")
+    elements = 3 * 100 * (8 * (2 * 768 + 2048 + 2048) + 2048)
+    expected = 48 * 2 * elements / (3.35e12 * 0.495)
+    assert gathered_seconds(model, gpu, BF16, 100, 4, "all-gather") == pytest.approx(expected)
+    assert gathered_seconds(model, gpu, BF16, 100, 4, "all-to-all") == 0
+    assert gathered_seconds(model, get_gpu("MI355X"), BF16, 100, 4, "all-gather") == 0
+
+
+def test_a_dep_forward_of_equal_batches_is_the_closed_forms() -> None:
+    model, gpu, batch = load_model("qwen3-30b-a3b"), get_gpu("H100"), _batch([4096])
+    estimate = dep(model, gpu, BF16, [[batch] * 2], "all-gather")
+    seconds, _ = dep_forward(model, gpu, BF16, [batch] * 2, "all-gather")
+    assert seconds == pytest.approx(estimate.seconds)
+    slower, waited = dep_forward(model, gpu, BF16, [batch, Batch(0.0, 0.0)], "all-gather")
+    assert slower > estimate.seconds / 2
+    assert waited > 0
+
+
+# tokens of a rank's forward: tokens/s of both ranks under expert parallelism and as replicas, measured on two H100 at
+# SGLang's defaults with 12 layers of Qwen3-30B-A3B's shape (docs/planner.md)
+MEASURED = {4096: (341_528, 430_597), 8192: (318_811, 419_521), 16384: (249_153, 337_582)}
+
+
+@pytest.mark.parametrize("tokens", MEASURED)
+def test_two_h100_are_predicted_within_15_percent(tokens: int) -> None:
+    """Nothing is fitted to these servers."""
+    model, gpu, batch = replace(load_model("qwen3-30b-a3b"), layers=12), get_gpu("H100"), _batch([tokens])
+    dep_rate = 2 * dep(model, gpu, BF16, [[batch] * 2], "all-gather").tokens_per_second
+    replicas = 2 * replica(model, gpu, BF16, batch).tokens_per_second
+    assert dep_rate == pytest.approx(MEASURED[tokens][0], rel=0.15)
+    assert replicas == pytest.approx(MEASURED[tokens][1], rel=0.15)

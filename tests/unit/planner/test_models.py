@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
-from sglang_dwdp.planner.builtin_models import ALIASES, BUILTIN_CONFIGS
+from sglang_dwdp.planner.cost import Group
 from sglang_dwdp.planner.errors import PlannerError
-from sglang_dwdp.planner.models import format_of_quantization, load_model, model_from_config
+from sglang_dwdp.planner.formats import FORMATS, default_precision
+from sglang_dwdp.planner.gpus import get_gpu
+from sglang_dwdp.planner.memory import memory
+from sglang_dwdp.planner.models import ALIASES, BUILTIN_CONFIGS, load_model, model_from_config
 
 
 @pytest.mark.parametrize(
@@ -26,14 +29,14 @@ from sglang_dwdp.planner.models import format_of_quantization, load_model, model
     ],
 )
 def test_parameters_match_the_published_count(name: str, billions: float) -> None:
-    assert load_model(name).total_params / 1e9 == pytest.approx(billions, rel=0.02)
+    found = memory(load_model(name), get_gpu("H100"), default_precision(FORMATS["bf16"]), "replica", Group(1), 0)
+    assert (found.attention + found.experts) / 2e9 == pytest.approx(billions, rel=0.02)
 
 
 def test_deepseek_expert_bytes_are_those_of_the_paper() -> None:
     model = load_model("deepseek-r1")
     assert model.moe_layers == 58
     assert model.expert_params == 44_040_192
-    assert model.kv_elements_per_token == 576
 
 
 def test_every_alias_leads_to_a_model() -> None:
@@ -75,7 +78,7 @@ def test_unknown_name_lists_the_known_ones() -> None:
         load_model("no-such-model")
 
 
-def test_a_dense_model_is_refused() -> None:
+def test_a_dense_model_is_reported() -> None:
     config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     with pytest.raises(PlannerError, match="mixture-of-experts"):
         model_from_config(config, "dense")
@@ -83,11 +86,7 @@ def test_a_dense_model_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        (b"{", "not valid JSON"),
-        (b"[]", "must hold a JSON object, not list"),
-        (b"\xf2\x00", "cannot read"),
-    ],
+    [(b"{", "not valid JSON"), (b"[]", "must hold a mapping, not list"), (b"\xf2\x00", "not valid JSON")],
 )
 def test_files_that_are_no_config_are_named(tmp_path: Path, text: bytes, message: str) -> None:
     (tmp_path / "config.json").write_bytes(text)
@@ -98,20 +97,21 @@ def test_files_that_are_no_config_are_named(tmp_path: Path, text: bytes, message
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": "wide"}, "hidden_size 'wide': not a whole number"),
-        ({"hidden_size": 0}, "hidden_size 0: must be 1 to"),
-        ({"hidden_size": 2048.5}, "not a whole number"),
-        ({"num_hidden_layers": 10**6}, "must be 1 to 10,000"),
-        ({"num_experts": True}, "not a whole number"),
-        ({"num_experts": 4}, "8 of 4 experts per token"),
-        ({"quantization_config": [1]}, "cannot be understood"),
-        ({"text_config": 3}, "cannot be understood"),
-        ({"mlp_only_layers": list(range(48))}, "all 48 layers dense"),
-        ({"mlp_only_layers": ["first"]}, "mlp_only_layers 'first'"),
+        ({"hidden_size": "wide"}, "hidden_size: .*, not 'wide'"),
+        ({"hidden_size": 0}, "hidden_size: .* greater than or equal to 1, not 0"),
+        ({"hidden_size": 2048.5}, "hidden_size: .*, not 2048.5"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers: .* 10000"),
+        ({"num_experts": True}, "num_experts: .* 2"),
+        ({"num_experts": 4}, "8 of 4 experts"),
+        ({"quantization_config": [1]}, "quantization_config: .* dictionary"),
+        ({"quantization_config": {"config_groups": [1]}}, "cannot be understood"),
+        ({"text_config": 3}, "text_config must be a mapping"),
+        ({"mlp_only_layers": list(range(48))}, "48 of 48 layers dense"),
+        ({"mlp_only_layers": ["first"]}, "mlp_only_layers.0: .*'first'"),
     ],
 )
-def test_configs_that_make_no_sense_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(PlannerError, match=message):
+def test_configs_that_make_no_sense_are_reported_in_one_line(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlannerError, match=f"^the config of m:? .*{message}[^\n]*$"):
         model_from_config(BUILTIN_CONFIGS["qwen3-30b-a3b"] | change, "m")
 
 
@@ -130,8 +130,8 @@ def test_dense_layers_by_the_names_in_use(change: dict[str, Any], dense: int) ->
 
 
 def test_a_file_of_another_name_names_the_model(tmp_path: Path) -> None:
-    (tmp_path / "mine.json").write_text(json.dumps(BUILTIN_CONFIGS["mixtral-8x7b"]))
-    assert load_model(str(tmp_path / "mine.json")).name == "mine"
+    (tmp_path / "other.json").write_text(json.dumps(BUILTIN_CONFIGS["mixtral-8x7b"]))
+    assert load_model(str(tmp_path / "other.json")).name == "other"
 
 
 @pytest.mark.parametrize(
@@ -162,21 +162,3 @@ def test_expert_format_is_read_from_the_config(quantization: dict[str, Any] | No
     assert model.expert_format == expected
     nested = {"text_config": BUILTIN_CONFIGS["qwen3-30b-a3b"], "quantization_config": quantization}
     assert model_from_config(nested, "m") == model
-
-
-@pytest.mark.parametrize(
-    ("flag", "expected"),
-    [
-        ("fp8", "fp8"),
-        ("w8a8_fp8", "fp8"),
-        ("modelopt_fp8", "fp8"),
-        ("modelopt_fp4", "nvfp4"),
-        ("petit_nvfp4", "nvfp4"),
-        ("mxfp4", "mxfp4"),
-        ("awq_marlin", "int4"),
-        ("moe_wna16", "int4"),
-        ("w8a8_int8", "w8a8_int8"),
-    ],
-)
-def test_formats_by_sglangs_names(flag: str, expected: str) -> None:
-    assert format_of_quantization(flag) == expected

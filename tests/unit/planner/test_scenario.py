@@ -1,4 +1,4 @@
-"""Scenario files: the shipped ones load, bad ones are refused with a reason."""
+"""Scenario files: the shipped ones load, bad ones are reported with a reason."""
 
 from pathlib import Path
 from typing import Any
@@ -34,40 +34,38 @@ def test_formats_can_be_set_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mode": "magic"}, "dwdp, dep, replica"),
+        ({"mode": "magic"}, "mode: .*, not 'magic'"),
         ({"gpu": "abacus"}, "unknown GPU"),
         ({"lengths": 5}, "must be a mapping"),
-        ({"lengths": {"mean": 3}}, "unknown lengths key 'mean'"),
-        ({"speed": 3}, "unknown scenario key 'speed'"),
+        ({"lengths": {"mean": 3}}, "lengths: mean: "),
+        ({"speed": 3}, "speed: "),
         ({"rate": 1.0, "concurrency": 4}, "not both"),
-        ({"requests": 0}, "at least 1"),
-        ({"jitter": -0.1}, "not be negative"),
-        ({"slowdown": 0.0}, "positive"),
+        ({"requests": 0}, "requests: .* equal to 1, not 0"),
+        ({"frontend": -0.1}, "frontend: .* equal to 0"),
         ({"local_experts": 1}, "stores 4 to 8"),
-        ({"lockstep": True}, "replica only"),
-        ({"requests": "many"}, "requests must be a whole number, not 'many'"),
-        ({"requests": 1.5}, "whole number"),
-        ({"groups": True}, "whole number"),
-        ({"chunked": "maybe"}, "chunked must be true or false"),
-        ({"seed": -1}, "at least 0"),
-        ({"rate": float("nan")}, "rate must be a finite number"),
-        ({"frontend": float("inf")}, "frontend must be a finite number"),
-        ({"lengths": {"length": 10.5}}, "length must be a whole number"),
-        ({"lengths": {"length": 1000, "std": float("nan")}}, "std must be a finite number"),
+        ({"requests": "many"}, "requests: .* integer, not 'many'"),
+        ({"requests": 1.5}, "requests: .* integer"),
+        ({"groups": True}, "groups: .* integer"),
+        ({"chunked": "maybe"}, "chunked: .* boolean"),
+        ({"seed": -1}, "seed: "),
+        ({"rate": float("nan")}, "rate: "),
+        ({"frontend": float("inf")}, "frontend: .* finite number"),
+        ({"lengths": {"length": 10.5}}, "length: .* integer"),
         ({"group_size": 16}, "links 8 GPUs"),
         ({"groups": 10**9}, "at most 65,536"),
-        ({"mode": "replica"}, "does not fit: 10[0-9] GB of weights"),
-        ({"local_experts": -2, "mode": "dep"}, "at least 0"),
+        ({"mode": "replica"}, "needs 10[0-9] GB for weights and activations and does not fit the 80 GB"),
+        ({"local_experts": -2, "mode": "dep"}, "local_experts: "),
         ({"attention_format": "int1"}, "bf16, fp8"),
+        ({"weight_format": "int1"}, "unknown weight format"),
     ],
 )
-def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_rejected(change: dict[str, Any], message: str) -> None:
     with pytest.raises(PlannerError, match=message):
         scenario_from_mapping({**GOOD, **change})
 
 
 def test_missing_keys_are_named() -> None:
-    with pytest.raises(PlannerError, match="there is no gpu, no lengths"):
+    with pytest.raises(PlannerError, match="missing: gpu, lengths"):
         scenario_from_mapping({"model": "mixtral"})
 
 
@@ -76,15 +74,15 @@ def test_missing_keys_are_named() -> None:
     [
         ("- a list", "must hold a mapping"),
         ("a: [", "not valid YAML"),
-        ("scenarios: 3", "mapping of names"),
-        ("scenarios: {}", "with one at least"),
-        ("defaults: 3\nscenarios: {a: {mode: dep}}", "must be mappings of settings"),
-        ("scenarios: {a: 3}", "defaults and scenario a must be mappings"),
-        ("scenarios: {a: {mode: dep}}\nextra: 1", "unknown key of .* 'extra'"),
-        ("scenarios: {first: {mode: dep}}", "scenario first: there is no model"),
+        ("scenarios: 3", "a mapping of names"),
+        ("scenarios: {}", "a mapping of names"),
+        ("defaults: 3\nscenarios: {a: {mode: dep}}", "must be mappings"),
+        ("scenarios: {a: 3}", "must be mappings"),
+        ("scenarios: {a: {mode: dep}}\nextra: 1", "nothing else"),
+        ("scenarios: {first: {mode: dep}}", "scenario first: missing: model"),
     ],
 )
-def test_bad_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_bad_files_are_rejected(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "s.yaml"
     path.write_text(text)
     with pytest.raises(PlannerError, match=message) as caught:
@@ -93,5 +91,5 @@ def test_bad_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PlannerError, match="does not exist"):
+    with pytest.raises(PlannerError, match="No such file"):
         load_scenarios(str(tmp_path / "none.yaml"))

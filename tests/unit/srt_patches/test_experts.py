@@ -10,19 +10,22 @@ import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 from sglang.srt.layers.moe.utils import MoeRunnerBackend
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.experts.placement import balanced
-from sglang_dwdp.srt_patches import experts
+from sglang_dwdp.srt_patches import checks, experts
 from sglang_dwdp.srt_patches.checks import (
-    refuse_own_forward,
-    refuse_same_number,
-    refuse_sharded,
-    refuse_unknown_state,
-    way_of_layer,
+    backend_of_layer,
+    check_constructed,
+    check_expert_state,
+    check_heads,
+    check_layer_numbers,
+    check_not_sharded,
+    check_own_forward,
 )
-from sglang_dwdp.srt_patches.experts import collect, load, load_fused, rebuild_state
+from sglang_dwdp.srt_patches.experts import load, load_fused, rebuild_state
 from sglang_dwdp.support.backends import Status
 
 
@@ -38,9 +41,9 @@ def layer(method: object, backend: MoeRunnerBackend | None, **more: Any) -> Simp
     return SimpleNamespace(layer_id=3, quant_method=method, runner_backend=backend, num_local_experts=4, **more)
 
 
-def test_a_way_that_was_verified_on_gpus() -> None:
-    way = way_of_layer(layer(UnquantizedFusedMoEMethod(), MoeRunnerBackend.TRITON))
-    assert way.status is Status.VERIFIED
+def test_a_backend_that_was_validated_on_gpus() -> None:
+    backend = backend_of_layer(layer(UnquantizedFusedMoEMethod(), MoeRunnerBackend.TRITON))
+    assert backend.status is Status.VALIDATED
 
 
 @pytest.mark.parametrize(
@@ -51,15 +54,15 @@ def test_a_way_that_was_verified_on_gpus() -> None:
         (UnquantizedFusedMoEMethod(), None, "was not examined"),
     ],
 )
-def test_ways_that_are_refused(method: object, backend: MoeRunnerBackend | None, reason: str) -> None:
+def test_unsupported_backends(method: object, backend: MoeRunnerBackend | None, reason: str) -> None:
     with pytest.raises(DwdpConfigError, match=rf"layer 3: .* cannot read shared experts: .*{reason}"):
-        way_of_layer(layer(method, backend))
+        backend_of_layer(layer(method, backend))
 
 
 def test_layers_that_could_not_be_told_apart_are_refused() -> None:
-    refuse_same_number([SimpleNamespace(layer_id=number) for number in (0, 1, 2)])
+    check_layer_numbers([SimpleNamespace(layer_id=number) for number in (0, 1, 2)])
     with pytest.raises(DwdpConfigError, match="2 FusedMoE layers of this model have the number 1"):
-        refuse_same_number([SimpleNamespace(layer_id=number) for number in (0, 1, 1)])
+        check_layer_numbers([SimpleNamespace(layer_id=number) for number in (0, 1, 1)])
 
 
 @pytest.mark.parametrize("scales", [{"block_quant": False}, {"use_mxfp8": True}, {"is_fp4_expert": True}])
@@ -67,9 +70,9 @@ def test_fp8_with_other_scales_than_those_of_blocks_is_refused(scales: dict[str,
     method = Fp8MoEMethod()
     vars(method).update({"block_quant": True} | scales)
     with pytest.raises(DwdpConfigError, match=r"layer 3: of FP8 experts DWDP can share .* block"):
-        way_of_layer(layer(method, MoeRunnerBackend.TRITON))
+        backend_of_layer(layer(method, MoeRunnerBackend.TRITON))
     vars(method).update(block_quant=True, use_mxfp8=False, is_fp4_expert=False)
-    assert way_of_layer(layer(method, MoeRunnerBackend.TRITON)).weights == "block-FP8"
+    assert backend_of_layer(layer(method, MoeRunnerBackend.TRITON)).weights == "block-FP8"
 
 
 def test_blocks_are_compared_with_whole_experts() -> None:
@@ -104,10 +107,10 @@ def test_per_expert_state_that_is_known_is_rebuilt_for_all_experts() -> None:
 @pytest.mark.parametrize("owner", ["layer", "method"])
 def test_per_expert_state_that_is_not_known_is_refused(owner: str) -> None:
     moe = layer(UnquantizedFusedMoEMethod(), MoeRunnerBackend.TRITON, _cutlass_swiglu_params=(torch.ones(4),))
-    refuse_unknown_state(moe)
+    check_expert_state(moe)
     vars(moe if owner == "layer" else moe.quant_method)["table"] = (torch.ones(4),)
     with pytest.raises(DwdpConfigError, match=r"\.table holds something for each of the 4 experts"):
-        refuse_unknown_state(moe)
+        check_expert_state(moe)
 
 
 def test_a_layer_with_a_forward_of_its_own_is_refused() -> None:
@@ -115,11 +118,11 @@ def test_a_layer_with_a_forward_of_its_own_is_refused() -> None:
         def run_moe_core(self, dispatch_output: Any) -> Any:
             return dispatch_output
 
-    refuse_own_forward(object.__new__(FusedMoE))
+    check_own_forward(object.__new__(FusedMoE))
     moe = object.__new__(Own)
     moe.__dict__["layer_id"] = 3
     with pytest.raises(DwdpConfigError, match=r"layer 3: Own replaces FusedMoE\.run_moe_core"):
-        refuse_own_forward(moe)
+        check_own_forward(moe)
 
 
 def test_a_tensor_of_all_experts_is_loaded_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,12 +149,41 @@ def test_a_model_that_is_sharded_in_spite_of_data_parallelism() -> None:
     torch.nn.Module.__init__(embedding)
     model = torch.nn.Sequential(embedding)
     embedding.tp_size = 1
-    refuse_sharded(model)
+    check_not_sharded(model)
     embedding.tp_size = 2
     with pytest.raises(DwdpConfigError, match=r"SGLang shards 0 of Sequential over 2 ranks"):
-        refuse_sharded(model)
+        check_not_sharded(model)
 
 
 def test_a_model_without_moe_layers() -> None:
     with pytest.raises(DwdpConfigError, match="Linear has no FusedMoE layer"):
-        collect(torch.nn.Linear(2, 2), "cpu")
+        check_constructed(torch.nn.Linear(2, 2))
+
+
+def test_a_model_whose_attention_is_divided_in_spite_of_data_parallelism() -> None:
+    def attention(heads: int) -> RadixAttention:
+        return RadixAttention(heads, 8, 1.0, num_kv_heads=1, layer_id=0)
+
+    model = torch.nn.Sequential(attention(4), attention(4))
+    model.config = SimpleNamespace(num_attention_heads=8)  # type: ignore[assignment]
+    with pytest.raises(DwdpConfigError, match="divides the 8 attention heads of Sequential among 2 ranks"):
+        check_heads(model, 2)
+    check_heads(model, 4)
+    check_heads(torch.nn.Sequential(attention(8), attention(4)), 2)  # nothing is known of it
+    mixed = torch.nn.Sequential(attention(8), attention(4))
+    mixed.config = SimpleNamespace(text_config=SimpleNamespace(num_attention_heads=8))  # type: ignore[assignment]
+    check_heads(mixed, 2)
+
+
+def quantized(method: object) -> FusedMoE:
+    moe = object.__new__(FusedMoE)
+    torch.nn.Module.__init__(moe)
+    vars(moe).update(layer_id=3, quant_method=method, runner_backend=None, num_fused_shared_experts=0)
+    return moe
+
+
+def test_quantized_experts_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "get_parallel", lambda: SimpleNamespace(tp_size=2))
+    check_constructed(torch.nn.Sequential(quantized(UnquantizedFusedMoEMethod())))
+    with pytest.raises(DwdpConfigError, match="layer 3: the CPU engine has no kernels for the experts of Fp8MoEMethod"):
+        check_constructed(torch.nn.Sequential(quantized(Fp8MoEMethod())))

@@ -60,7 +60,7 @@ def test_block_fp8_takes_flashinfer() -> None:
     fp8 = method()
     flashinfer_fp8.create_runner(original, fp8, None, config())
     assert called == []
-    assert flashinfer_fp8.ours(fp8)
+    assert flashinfer_fp8.runs_here(fp8)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_other_layers_stay_with_sglang(
     fp8 = method(**changed)
     flashinfer_fp8.create_runner(original, fp8, None, config(**settings))
     assert len(called) == 1
-    assert not flashinfer_fp8.ours(fp8)
+    assert not flashinfer_fp8.runs_here(fp8)
     assert re.search(f"layer 3 runs .* on Triton, not on FlashInfer: .*{reason}", caplog.text)
 
 
@@ -117,7 +117,7 @@ def layer() -> SimpleNamespace:
 @pytest.mark.usefixtures("hopper")
 def test_weights_and_scales_are_put_in_flashinfers_order() -> None:
     fp8, moe = method(), layer()
-    flashinfer_fp8.reorder(None, fp8, moe)  # not ours: left alone
+    flashinfer_fp8.reorder(None, fp8, moe)  # it runs elsewhere
     assert moe.w13_weight[0, 0, 0].float() == 1
     flashinfer_fp8.create_runner(lambda *_args: None, fp8, None, config())
     flashinfer_fp8.reorder(None, fp8, moe)

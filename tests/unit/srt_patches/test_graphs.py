@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sglang_dwdp.errors import DwdpConfigError
-from sglang_dwdp.srt_patches.graphs import graph_arguments, reject_graph_backends
+from sglang_dwdp.srt_patches.graphs import check_graph_backends, graph_arguments
 
 
 def arguments(**given: Any) -> SimpleNamespace:
@@ -51,10 +51,10 @@ def test_prefill_graphs_without_our_breaks_are_unsupported(backend: str) -> None
         {"cuda_graph_config": {"prefill": {"backend": backend}}},
     ):
         with pytest.raises(DwdpConfigError, match=f"--cuda-graph-backend-prefill {backend} is unsupported"):
-            reject_graph_backends(arguments(**asked))
-        reject_graph_backends(arguments(device="cpu", **asked))  # they are turned off there
+            check_graph_backends(arguments(**asked))
+        check_graph_backends(arguments(device="cpu", **asked))  # they are turned off there
     for supported in (None, "breakable", "disabled"):
-        reject_graph_backends(arguments(cuda_graph_backend_prefill=supported))
+        check_graph_backends(arguments(cuda_graph_backend_prefill=supported))
 
 
 def test_sglang_lets_nothing_win_over_it() -> None:

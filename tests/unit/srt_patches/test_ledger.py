@@ -7,15 +7,18 @@ from importlib.metadata import version
 import pytest
 
 from sglang_dwdp.srt_patches import (
+    arguments,
     controller,
     experts,
     flashinfer_fp8,
     forward,
     install,
     linear,
+    loading,
     prefill_graphs,
+    recorder,
     reports,
-    resolve,
+    sessions,
     steps,
     weights,
 )
@@ -24,19 +27,24 @@ from sglang_dwdp.srt_patches.ledger import Entry, entries, source_hash
 ENTRIES = entries()
 HOOKS = (
     *install.HOOKS,
-    *resolve.HOOKS,
+    *arguments.HOOKS,
     *controller.HOOKS,
     *flashinfer_fp8.HOOKS,
     *steps.HOOKS,
     *linear.HOOKS,
     *experts.HOOKS,
     *experts.AUDIT_HOOKS,
+    *loading.HOOKS,
     *forward.HOOKS,
     *prefill_graphs.HOOKS,
     *reports.SCHEDULER_HOOKS,
     *reports.CONTROLLER_HOOKS,
     *weights.SCHEDULER_HOOKS,
     *weights.TOKENIZER_HOOKS,
+    *sessions.CONTROLLER_HOOKS,
+    *sessions.SCHEDULER_HOOKS,
+    *recorder.SCHEDULER_HOOKS,
+    *recorder.TOKENIZER_HOOKS,
 )
 
 

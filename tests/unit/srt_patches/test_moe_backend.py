@@ -50,7 +50,7 @@ def test_auto_becomes_a_backend_and_the_log_says_why(
     monkeypatch.setattr(moe_backend, "has_kernels", lambda _format: False)
     with caplog.at_level("INFO"):
         assert moe_backend.choose(gpt_oss, gpt_oss) == "triton"
-    assert "build-kernels --format mxfp4" in caplog.text
+    assert "kernels/build.py --format mxfp4" in caplog.text
 
 
 def test_gpt_oss_in_bf16_gets_a_backend_that_reads_shared_experts(

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_dwdp.config import UNPLANNED_DIRECT_MAX_TOKENS
-from sglang_dwdp.demo.checkpoint import make_checkpoint
+from sglang_dwdp.experts.direct_limit import direct_limit
+from tests.fixtures.families import make_checkpoint
 from tests.unit.support.test_conflicts import CASES
 
 PROGRAM = """
@@ -44,7 +44,7 @@ print("RESULT " + json.dumps({
     "graphs": {phase: resolved["cuda_graph_config"][phase].get("backend") for phase in ("decode", "prefill")},
     "environment": sorted(k for k in os.environ if before.get(k) != os.environ[k]),
     "devices": devices,
-    "hooked": hasattr(tm.TokenizerManager.begin_weight_update, "__wrapped__"),
+    "hooked": hasattr(tm.TokenizerManager.get_weights_by_name, "__wrapped__"),
 }))
 """
 
@@ -91,7 +91,7 @@ def test_with_the_flag(model: str) -> None:
     graphs = ("--cuda-graph-backend-decode", "full", "--cuda-graph-config", '{"prefill": {"backend": "breakable"}}')
     result = resolve(*argv, *graphs, "--enable-dwdp", "--dwdp-view", "direct", "--dwdp-depth", "5")
     assert (result["config"]["view"], result["config"]["depth"]) == ("direct", 5)
-    assert result["config"]["direct_max_tokens"] == UNPLANNED_DIRECT_MAX_TOKENS  # settled: this is the CPU engine
+    assert result["config"]["direct_max_tokens"] == direct_limit(9, 2)
     resolved = result["resolved"]
     expected = {
         "dwdp_size": 3,
@@ -116,11 +116,11 @@ def test_with_the_flag(model: str) -> None:
 def test_a_config_file(model: str, tmp_path: Path) -> None:
     file = tmp_path / "server.yaml"
     file.write_text(
-        f"model-path: {model}\ndevice: cpu\ntp: 2\nenable-dwdp: true\ndwdp-slice-kib: 64\ndwdp-audit: true\n"
+        f"model-path: {model}\ndevice: cpu\ntp: 2\nenable-dwdp: true\ndwdp-depth: 3\ndwdp-audit: true\n"
         "dwdp-direct-max-tokens: 12\n"
     )
     result = resolve("--config", str(file))
-    assert (result["config"]["slice_kib"], result["config"]["audit"]) == (64, True)
+    assert (result["config"]["depth"], result["config"]["audit"]) == (3, True)
     assert result["config"]["direct_max_tokens"] == 12
     assert result["resolved"]["dwdp_size"] == 2
 
@@ -130,7 +130,7 @@ REFUSALS = """
 import json, sys
 from sglang.srt.plugins import load_plugins
 load_plugins()
-from sglang_dwdp.srt_patches.resolve import engine_server_args
+from sglang_dwdp.srt_patches.arguments import engine_server_args
 out = []
 for keywords in json.loads(sys.argv[1]):
     try:
@@ -162,6 +162,54 @@ def test_every_conflict_is_refused_with_sglangs_own_arguments(model: str) -> Non
     assert wrong == []
 
 
+# What later steps, which SGLang has or will have, would make of arguments that were fine when DWDP decided.
+LATER = """
+import json, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+from sglang_dwdp.support.conflicts import unknown_names
+from sglang_dwdp.srt_patches.resolve import engine_server_args
+model, changes = json.loads(sys.argv[1])
+later = {}
+
+@register_resolution_hook("handle_other_validations")
+def change(server_args, previous):
+    previous(server_args)
+    declare_resolution(server_args, "a later step", **later)
+
+out = []
+for later in changes:
+    server_args = engine_server_args(model_path=model, device="cpu", tp_size=4, enable_dwdp=True, dwdp_group_size=2)
+    try:
+        server_args.resolve_once()
+        out.append("accepted")
+    except Exception as error:
+        out.append(f"{type(error).__name__}: {error}")
+print("RESULT " + json.dumps([out, unknown_names(server_args), unknown_names(resolving_view(server_args))]))
+"""
+
+
+def test_what_later_steps_decide_otherwise_is_an_error(model: str) -> None:
+    cases = [
+        ({}, "accepted"),
+        ({"load_format": "remote"}, "--load-format remote"),
+        ({"enable_two_batch_overlap": True}, "two-batch"),
+        ({"attn_dp_size": 2}, "attn_dp_size 2 in place of 4"),
+        ({"dwdp_size": 4}, "dwdp_size 4 in place of 2"),
+        ({"disable_cuda_graph": False}, "disable_cuda_graph False in place of True"),
+        ({"chunked_prefill_size": 7}, "accepted"),
+    ]
+    done = run(LATER, json.dumps([model, [changes for changes, _ in cases]]))
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stderr[-3000:]
+    answers, unknown, unknown_to_view = json.loads(lines[0].removeprefix("RESULT "))
+    for (changes, reason), answer in zip(cases, answers, strict=True):
+        assert reason in answer, changes
+    assert unknown == unknown_to_view == []  # SGLang has every argument that the table of conflicts looks at
+
+
 def test_models_and_devices_that_are_refused(model: str, tmp_path: Path) -> None:
     dense = tmp_path / "dense"
     dense.mkdir()
@@ -188,6 +236,6 @@ def test_models_and_devices_that_are_refused(model: str, tmp_path: Path) -> None
     assert "--dwdp-depth must be a whole number of at least 1" in answers[2]
     assert "--dwdp-depth given without --enable-dwdp" in answers[3]
     assert "--tp-size 4 is not a multiple of --dwdp-group-size 3" in answers[4]
-    assert "keeps all 9 experts when each rank keeps at least 5" in answers[5]
+    assert "needs at least 5 on each rank to have all 9 experts" in answers[5]
     assert "--dwdp-local-experts 10" in answers[6]
     assert "--dwdp-transport cuda-ipc on --device cpu. Use host-shm" in answers[7]

@@ -4,20 +4,22 @@ from typing import Any
 import pytest
 
 from sglang_dwdp.errors import DwdpConfigError
-from sglang_dwdp.support.conflicts import CONFLICTS, refuse_conflicts
+from sglang_dwdp.support.conflicts import CONFLICTS, LOAD_FORMATS, check_conflicts, check_environment, unknown_names
+
+# What SGLang has where nothing was said; test_resolve.py looks whether it has all of them.
+PLAIN = dict.fromkeys([name for conflict in CONFLICTS for name in conflict.names]) | {
+    "tp_size": 2,
+    "dwdp_size": 1,
+    "device": "cpu",
+    "disaggregation_mode": "null",
+    "init_expert_location": "trivial",
+    "load_format": "auto",
+    "startup_weight_load_mode": "serial",
+}
 
 
 def arguments(**changes: Any) -> SimpleNamespace:
-    plain = {
-        "tp_size": 2,
-        "dwdp_size": 1,
-        "enable_eplb": False,
-        "enable_two_batch_overlap": False,
-        "enable_lora": None,
-        "lora_paths": None,
-        "enable_memory_saver": False,
-    }
-    return SimpleNamespace(**(plain | changes))
+    return SimpleNamespace(**(PLAIN | changes))
 
 
 CASES = [
@@ -26,6 +28,13 @@ CASES = [
     ({"nnodes": 2}, "--nnodes 2"),
     ({"moe_dense_tp_size": 2}, "--moe-dense-tp-size 2"),
     ({"load_format": "presharded"}, "--load-format presharded"),
+    ({"load_format": "sharded_state"}, "--load-format sharded_state"),
+    ({"load_format": "bitsandbytes"}, "--load-format bitsandbytes"),
+    ({"load_format": "a format that comes later"}, "--load-format a format that comes later"),
+    ({"expert_distribution_recorder_mode": "stat"}, "--expert-distribution-recorder-mode"),
+    ({"remote_instance_weight_loader_start_seed_via_transfer_engine": True}, "hands out weights"),
+    ({"enable_torch_compile": True}, "--enable-torch-compile"),
+    ({"quantization": "fp8"}, "--quantization fp8: the CPU engine"),
     ({"use_ray": True}, "--use-ray: its scheduler actors"),
     ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num 2"),
     ({"language_only": True}, "a server of its own for the encoder"),
@@ -70,22 +79,53 @@ CASES = [
 
 
 def test_plain_arguments_are_accepted() -> None:
-    refuse_conflicts(arguments())
-    refuse_conflicts(arguments(dwdp_size=2, ep_size=2, attn_dp_size=2, offload_group_size=-1))
+    check_conflicts(arguments())
+    check_conflicts(arguments(dwdp_size=2, ep_size=2, attn_dp_size=2, offload_group_size=-1))
 
 
 @pytest.mark.parametrize(("changes", "reason"), CASES)
-def test_each_conflict_is_refused_with_a_reason_and_a_way_out(changes: dict[str, Any], reason: str) -> None:
-    with pytest.raises(DwdpConfigError, match=reason) as refused:
-        refuse_conflicts(arguments(**changes))
-    assert any(conflict.way_out in str(refused.value) for conflict in CONFLICTS)
+def test_each_conflict_is_an_error_with_a_reason_and_a_way_out(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DwdpConfigError, match=reason) as error:
+        check_conflicts(arguments(**changes))
+    assert any(conflict.way_out in str(error.value) for conflict in CONFLICTS)
 
 
 def test_every_conflict_has_a_case() -> None:
     for conflict in CONFLICTS:
-        assert any(conflict.applies(arguments(**changes)) for changes, _ in CASES), conflict.reason
+        found = [arguments(**changes) for changes, _ in CASES]
+        assert any(conflict.applies(*(getattr(args, name) for name in conflict.names)) for args in found), conflict
+
+
+@pytest.mark.parametrize("load_format", sorted(LOAD_FORMATS))
+def test_load_formats_that_use_the_models_own_loader_are_accepted(load_format: str) -> None:
+    check_conflicts(arguments(load_format=load_format))
+
+
+def test_an_argument_that_was_renamed_is_an_error() -> None:
+    """It would have no value that conflicts, so what it asks for would go unnoticed."""
+    args = arguments()
+    del args.enable_pdmux
+    assert unknown_names(args) == ["enable_pdmux"]
+    with pytest.raises(DwdpConfigError, match="no server argument enable_pdmux"):
+        check_conflicts(args)
+
+
+def test_what_dwdp_decided_is_not_judged() -> None:
+    args = arguments(tp_size=4, dwdp_size=2)  # --dwdp-group-size 2
+    check_conflicts(args, decided={"dwdp_size"})
+    with pytest.raises(DwdpConfigError, match="--dwdp-size 2"):
+        check_conflicts(args)
+    with pytest.raises(DwdpConfigError, match="--enable-pdmux"):
+        check_conflicts(arguments(tp_size=4, dwdp_size=2, enable_pdmux=True), decided={"dwdp_size"})
+
+
+def test_processes_that_see_one_gpu_alone() -> None:
+    check_environment({})
+    check_environment({"SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "0"})
+    with pytest.raises(DwdpConfigError, match="does not see the GPUs"):
+        check_environment({"SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "true"})
 
 
 def test_all_conflicts_are_named_at_once() -> None:
     with pytest.raises(DwdpConfigError, match=r"--pp-size 2.*Also: EPLB"):
-        refuse_conflicts(arguments(pp_size=2, enable_eplb=True))
+        check_conflicts(arguments(pp_size=2, enable_eplb=True))

@@ -1,30 +1,64 @@
-"""Which models are served, warned of and refused."""
+"""Which models are validated, warned of and unsupported."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from sglang_dwdp.demo.families import Shape, config
 from sglang_dwdp.errors import DwdpConfigError
-from sglang_dwdp.support.models import COMPARED, REFUSED, check
+from sglang_dwdp.support.models import (
+    EXPERT_COUNT_KEYS,
+    EXPERTS_PER_TOKEN_KEYS,
+    UNSUPPORTED,
+    VALIDATED,
+    check,
+    expert_count,
+    experts_per_token,
+)
+from tests.fixtures.families import Shape, config
 from tests.gpu.cases import ALL
 
 
-def test_what_tests_compare_is_what_is_called_compared() -> None:
-    served = [config(case.family, Shape(), "bfloat16", 64)["architectures"] for case in ALL]
-    assert {name for names in served for name in names} == COMPARED
-    for name in COMPARED:
+def test_what_tests_compare_is_what_is_called_validated() -> None:
+    served = [config(case.family, Shape())["architectures"] for case in ALL]
+    assert {name for names in served for name in names} == VALIDATED
+    for name in VALIDATED:
         assert check([name]) is None
 
 
 def test_others_are_warned_of_once() -> None:
     warning = check(["SomeMoeForCausalLM"])
     assert warning is not None
-    assert warning.startswith("SomeMoeForCausalLM has not been compared with a single rank")
+    assert warning.startswith("SomeMoeForCausalLM has not been validated against a single rank")
     assert check(None) is None
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_models_whose_layers_sum_over_ranks_are_refused(name: str) -> None:
-    with pytest.raises(DwdpConfigError, match=rf"{name}: .*sums routed and shared experts.*without --enable-dwdp"):
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_models_whose_forwards_have_collectives_are_unsupported(name: str) -> None:
+    with pytest.raises(
+        DwdpConfigError,
+        match=rf"{name} is unsupported: .*(sums|gathers).* a rank's forward would wait.*without --enable-dwdp",
+    ):
         check([name])
+
+
+@pytest.mark.parametrize(
+    ("keys", "read"), [(EXPERT_COUNT_KEYS, expert_count), (EXPERTS_PER_TOKEN_KEYS, experts_per_token)]
+)
+def test_numbers_of_experts_are_read_under_every_name(keys: tuple[str, ...], read: Callable[[Any], int | None]) -> None:
+    for key in keys:
+        assert read(SimpleNamespace(**{key: 8})) == 8
+    assert read(SimpleNamespace(**{keys[0]: None, keys[-1]: 8})) == 8
+    assert read(SimpleNamespace(**{keys[0]: 0})) is None
+    assert read(SimpleNamespace()) is None
+
+
+def test_every_validated_model_says_how_many_experts_a_token_chooses() -> None:
+    for case in ALL:
+        described = config(case.family, Shape())
+        text = SimpleNamespace(**described.get("text_config", described))
+        assert expert_count(text) is not None, case.family
+        assert experts_per_token(text) is not None, case.family

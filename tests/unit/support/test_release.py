@@ -1,4 +1,4 @@
-"""Another SGLang is refused, unless the user insists."""
+"""Another SGLang is unsupported, unless the user insists."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests import ROOT
 @pytest.mark.parametrize("installed", ["0.5.23", "0.5.23.post1", "0.5.23+cu130", "0.5.23rc1"])
 def test_this_release(monkeypatch: pytest.MonkeyPatch, installed: str) -> None:
     monkeypatch.setattr(release, "version", lambda _name: installed)
-    release.refuse_other_release()
+    release.check_release()
 
 
 def test_the_package_asks_for_it() -> None:
@@ -26,6 +26,6 @@ def test_the_package_asks_for_it() -> None:
 def test_another_release(monkeypatch: pytest.MonkeyPatch, installed: str) -> None:
     monkeypatch.setattr(release, "version", lambda _name: installed)
     with pytest.raises(DwdpConfigError, match=f"SGLang {installed} is installed.*sglang==0.5.23"):
-        release.refuse_other_release()
+        release.check_release()
     monkeypatch.setenv(release.OVERRIDE, "1")
-    release.refuse_other_release()
+    release.check_release()

@@ -1,10 +1,13 @@
-"""The table of support: only tests that passed make a cell, and the page in docs/ is the one of its record."""
+"""The page of support: a cell is validated by tests that passed alone, and the page in docs/ is up to date."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+from sglang_dwdp.support.conflicts import CONFLICTS
+from tests.fixtures.conflict_table import rows
 from tests.fixtures.support_table import (
     BY_MODELS,
     FAMILIES,
@@ -42,43 +45,67 @@ def test_a_failure_takes_back_what_passed_before_and_a_skip_does_not() -> None:
     assert record == {"a": "failed 2", "b": "1", "c": "2", "d": "1"}
 
 
-def test_evidence_names_the_test() -> None:
+def test_evidence_is_as_old_as_the_oldest_pass() -> None:
     passed = {"t.py::test_x[a-1]": "2026-02-02", "t.py::test_x[a-2]": "2026-01-01", "t.py::test_y": "2026-01-01"}
-    assert evidence(passed, r"t\.py::test_x\[a") == "verified: `test_x` (2 passed, 2026-01-01)"
+    assert evidence(passed, r"t\.py::test_x\[a") == "validated 2026-01-01"
     assert evidence(passed, r"t\.py::test_z") is None
     one_failed = passed | {"t.py::test_x[a-3]": "failed 2026-03-03"}
-    assert evidence(one_failed, r"t\.py::test_x\[a") == "FAILED: `test_x` (1 of 3, 2026-03-03)"
+    assert evidence(one_failed, r"t\.py::test_x\[a") == "FAILED (1 of 3 tests, 2026-03-03)"
 
 
-def test_a_model_on_gpus_is_verified_with_all_its_ranks_only() -> None:
+def test_a_model_on_gpus_is_validated_only_with_all_its_ranks() -> None:
     case = next(case for case in ALL if case.ranks == (2, 3) and case.name not in FUSED)
     names = [f"{GPU_MODELS}test_parity[{case.name}-{ranks}]" for ranks in (2, 3)]
-    assert on_gpu({names[0]: "2026-01-01"}, case) == "unverified"
+    assert on_gpu({names[0]: "2026-01-01"}, case) == "unvalidated"
     both = dict.fromkeys(names, "2026-01-01")
-    assert on_gpu(both, case) == "verified: `test_parity` (2 passed, 2026-01-01)"
-    assert on_gpu(both | {names[1]: "failed 2026-01-02"}, case).startswith("FAILED: `test_parity` (1 of 2")
+    assert on_gpu(both, case) == "validated 2026-01-01"
+    assert on_gpu(both | {names[1]: "failed 2026-01-02"}, case).startswith("FAILED (1 of 2")
 
 
-def test_ways_without_a_layer_of_their_own_are_verified_by_models() -> None:
-    for key in BY_MODELS:
-        case = next(case for case in ALL if (WEIGHTS[case.weights], case.backend) == key)
+def test_backends_without_a_test_of_a_layer_are_validated_by_models() -> None:
+    for weights, backend in BY_MODELS:
+        case = next(case for case in ALL if (WEIGHTS[case.weights], case.backend) == (weights, backend))
         record = {f"{GPU_MODELS}test_parity[{case.name}-{ranks}]": "2026-01-01" for ranks in case.ranks}
-        row = next(line for line in page(record).splitlines() if line.startswith(f"| {key[0]} | `{key[1]}` |"))
-        assert f"verified: `test_parity` ({len(case.ranks)} passed" in row
-        assert row.endswith("| unverified |")  # on Blackwell
+        formats = page(record).split("## Weight formats")[1]
+        assert f"| {weights} | `{backend}` | validated 2026-01-01 | unvalidated | |" in formats
 
 
-def test_every_model_on_gpus_has_its_words() -> None:
+def test_a_model_has_a_row_with_a_cell_for_each_backend() -> None:
+    case = next(case for case in ALL if case.backend == "deep_gemm" and case.ranks == (3,))
+    text = page({f"{GPU_MODELS}test_parity[{case.name}-3]": "2026-01-01"})
+    row = f"| {FAMILIES[case.family]} | {WEIGHTS[case.weights]} | unvalidated | 3 (2026-01-01) | "
+    assert sum(line.startswith(row) for line in text.splitlines()) == 1
+
+
+def test_models_on_cpus_are_grouped_by_outcome() -> None:
+    record = {"tests/e2e/test_parity.py::test_qwen2_moe_x": "2026-01-01"}
+    record |= {"tests/e2e/test_models.py::test_mixtral_is_refused": "2026-01-02"}
+    text = page(record)
+    assert "\n- validated 2026-01-01: Qwen2-MoE\n" in text
+    assert "\n- unsupported 2026-01-02: Mixtral (" in text
+
+
+def test_every_model_on_gpus_has_a_name() -> None:
     assert {case.family for case in ALL} <= set(FAMILIES)
     assert {case.weights for case in ALL} <= set(WEIGHTS)
 
 
-def test_nothing_is_called_verified_without_a_result() -> None:
+def test_nothing_is_called_validated_without_a_result() -> None:
     text = page({})
-    assert "verified:" not in text.replace("unverified:", "")
-    assert "| Qwen3-MoE | unverified |" in text
-    assert "refused: it makes its tables of pointers" in text
+    assert "validated 2" not in text
+    assert "(20" not in text
+    assert "| Qwen3-MoE | bf16 | unvalidated | unvalidated | unvalidated |" in text
+    assert "\n- unvalidated: Qwen3-MoE, Qwen2-MoE, " in text
+    assert "| it makes its tables of pointers" in text
 
 
-def test_the_page_is_the_one_of_the_record() -> None:
-    assert PAGE.read_text() == page(json.loads(RECORD.read_text()))
+def test_every_conflict_has_a_row() -> None:
+    reason = "--a-b {args.a_b} is not --kt-*, e.g. a|b"
+    conflict = dataclasses.replace(CONFLICTS[0], reason=reason, way_out="Drop --a-b.")
+    assert rows([conflict]) == [r"| `--a-b` … is not `--kt-*`, e.g. a\|b | Drop `--a-b`. |"]
+    table = page({}).split("| unsupported, and why |")[1].split("\n\n")[0].splitlines()[2:]
+    assert table == rows(CONFLICTS)
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert PAGE.read_text() == page(json.loads(RECORD.read_text())), "run python -m tests.fixtures.support_table"

@@ -1,6 +1,6 @@
-"""Stands in for the package sgl_kernel, which cannot be imported where there is no CUDA driver.
+"""A stub of the package sgl_kernel, which cannot be imported without the CUDA driver.
 
-sglang_dwdp.cpu.engine puts this directory on the path, and only there. It registers no operator, so
+sglang_dwdp.cpu.engine puts this directory on the path on such machines only. It registers no operator, so
 SGLang's CPU engine finds none of its optional kernels and computes with plain PyTorch.
 """
 
@@ -10,17 +10,17 @@ from typing import NoReturn
 __version__ = "0"
 
 
-def _refusal(name: str) -> str:
+def _message(name: str) -> str:
     return (
-        f"sgl_kernel.{name} was asked for, but this is sglang_dwdp's empty stand-in for sgl_kernel "
+        f"sgl_kernel.{name} was asked for, but this is sglang_dwdp's empty stub of sgl_kernel "
         f"({__file__}), used on machines without libcuda.so.1. The CPU engine has no such kernel; "
         "choose a backend that is written in PyTorch, such as --attention-backend torch_native."
     )
 
 
-def _refusing(name: str) -> Callable[..., NoReturn]:
+def _missing_kernel(name: str) -> Callable[..., NoReturn]:
     def kernel(*_args: object, **_kwargs: object) -> NoReturn:
-        raise NotImplementedError(_refusal(name))
+        raise NotImplementedError(_message(name))
 
     kernel.__name__ = kernel.__qualname__ = name
     return kernel
@@ -28,9 +28,9 @@ def _refusing(name: str) -> Callable[..., NoReturn]:
 
 def __getattr__(name: str) -> Callable[..., NoReturn]:
     if name.startswith("_"):  # what inspect, pickle and others look for in any module
-        raise AttributeError(_refusal(name))
+        raise AttributeError(_message(name))
     # On a CPU SGLang imports the kernels named *_cpu without asking whether they are there, and
     # calls them for speculative decoding and with AMX only. So these fail when they are called.
     if name.endswith("_cpu"):
-        return _refusing(name)
-    raise ImportError(_refusal(name))  # an AttributeError would become a bare "cannot import name"
+        return _missing_kernel(name)
+    raise ImportError(_message(name))  # an AttributeError would become a bare "cannot import name"

@@ -1,0 +1,129 @@
+"""One rank's joint forwards: from meeting its peers to the result, or to the error that ends joint forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sglang_dwdp.errors import DwdpRuntimeError
+from sglang_dwdp.exchange.inbox import Inbox
+from sglang_dwdp.exchange.layer import Experts, run_joint
+from sglang_dwdp.exchange.meeting import Meeting
+from sglang_dwdp.exchange.round import Joint
+
+
+class JointForwards:
+    """What the engine calls around its forwards, and in MoE layers of joint ones. Owns the meeting and the inbox.
+
+    Attributes:
+        bucket: Of the joint forward that runs, or is captured; None in one that the rank runs alone.
+    """
+
+    def __init__(self, meeting: Meeting, inbox: Inbox, max_bucket: int, limit_s: float) -> None:
+        """Run joint forwards.
+
+        Args:
+            meeting: This rank's.
+            inbox: What rows travel by.
+            max_bucket: Larger forwards are never joint.
+            limit_s: Seconds that a joint forward waits for a peer on a GPU.
+        """
+        self.bucket: int | None = None
+        self._meeting = meeting
+        self._inbox = inbox
+        self._max_bucket = max_bucket
+        self._limit_s = limit_s
+        self._alone: Any = None  # event after the last forward, if that was not joint
+
+    def begin(self, bucket: int, alone_us: float = 0) -> Joint | None:
+        """A forward is about to run.
+
+        A small one first waits until the GPU has run the one before, unless that was joint too: the host is ahead of
+        the GPU, and peers that are joined with this rank would wait in their kernels.
+
+        Args:
+            bucket: Its rows, as the CUDA graph takes them. 0 in an idle rank, which then looks whether peers wait.
+            alone_us: How long a forward is expected to take that is too large to be joint.
+
+        Returns:
+            The joint round to run; None: run alone, or stay idle.
+
+        Raises:
+            DwdpRuntimeError: A peer is stopped while it holds the page.
+        """
+        joint = None
+        if bucket > self._max_bucket:
+            self._meeting.go_away(alone_us)
+        elif bucket:
+            if self._alone is not None:
+                self._alone.synchronize()
+            joint = self._meeting.meet(bucket)
+        elif self._alone is None or self._alone.query():
+            joint = self._meeting.help()
+        self.bucket = joint.bucket if joint else None
+        return joint
+
+    @contextmanager
+    def capturing(self, bucket: int) -> Generator[None]:
+        """Forwards in here are joint ones of `bucket` rows, without a round: all ranks capture the same graphs."""
+        self.bucket = bucket
+        try:
+            yield
+        finally:
+            self.bucket = None
+
+    def layer(
+        self,
+        layer_id: int,
+        rows: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        experts: Experts,
+        table: torch.Tensor,
+    ) -> torch.Tensor:
+        """A MoE layer of the joint forward that runs, or is captured; see `run_joint`.
+
+        Raises:
+            DwdpRuntimeError: A peer took no part. Joint forwards have ended, on all ranks.
+        """
+        assert self.bucket is not None
+        try:
+            return run_joint(self._inbox, layer_id, self.bucket, rows, ids, weights, experts, table)
+        except DwdpRuntimeError:
+            self._meeting.end()
+            raise
+
+    def end(self, done: Any = None) -> Callable[[], None]:
+        """The forward that `begin` announced has been launched; returns at once.
+
+        Args:
+            done: On a GPU, a `torch.cuda.Event` recorded after the forward.
+
+        Returns:
+            What to call before the result is asked for. After a joint forward on a GPU it waits for that, and raises
+            DwdpRuntimeError if a peer took no part; joint forwards have then ended, on all ranks.
+        """
+        joint, self.bucket = self.bucket is not None, None
+        self._alone = None if joint else done
+
+        def wait() -> None:
+            if joint and done is not None:
+                try:
+                    self._inbox.wait(done, self._limit_s)
+                except DwdpRuntimeError:
+                    self._meeting.end()
+                    raise
+
+        return wait
+
+    def report(self) -> dict[str, int | bool]:
+        """Plain numbers for /server_info."""
+        return {**self._meeting.counters.as_dict(), "joint_rounds_ended": self._meeting.ended}
+
+    def close(self) -> None:
+        """Leave the group's rounds, then free what rows travel through. Idempotent."""
+        self._meeting.close()
+        self._inbox.close()

@@ -1,0 +1,182 @@
+"""Stores: where the bytes of expert tensors are put, in memory that can be mapped and in memory that cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from sglang_dwdp.experts.layout import Slice, Span, overlap
+from sglang_dwdp.experts.views import SlotMemory, TensorSpec, View, view_of
+from sglang_dwdp.memory.base import Block, Memory
+
+Parts = Sequence[tuple[int, Span, Block]]  # (owner, what it holds, block): together, all of a tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTensor:
+    """One expert tensor of one layer, shared.
+
+    Attributes:
+        direct: what direct forwards bind; the staged tensor where memory cannot be mapped.
+        staged: what staged forwards bind; None where there are none.
+        pieces: (destination, source) of a slice, uint8.
+    """
+
+    direct: torch.Tensor
+    staged: torch.Tensor | None
+    pieces: Callable[[Slice], tuple[torch.Tensor, torch.Tensor]]
+
+
+class ExpertStore(Protocol):
+    """Takes expert tensors, one after the other."""
+
+    def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> SharedTensor:
+        """Store this rank's experts, and join them with those of the peers.
+
+        Args:
+            spec: the tensor.
+            parts: the blocks of all ranks.
+            shard: this rank's experts.
+            first: the number of the first of them.
+            slot: for staged forwards; None without them.
+        """
+
+    def replicate(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int) -> Callable[[], torch.Tensor]:
+        """Store this rank's experts; the result, called when all ranks have done so, copies those of all ranks."""
+
+    def finish(self) -> None:
+        """All ranks have written: fetch replicas, and make what peers own read-only."""
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def _by_block(parts: Parts, span: Span) -> Iterator[Span]:
+    """`span`, cut where blocks meet: they may lie on different GPUs, and a copy must touch one of them only."""
+    for _, held, _ in parts:
+        piece = overlap(held, span)
+        if piece.nbytes:
+            yield piece
+
+
+class MappedStore:
+    """Memory that can be mapped: tensors are views over the blocks of all ranks."""
+
+    def __init__(self, memory: Memory, rank: int, slots: SlotMemory, owned: ExitStack) -> None:
+        self._memory, self._rank, self._slots, self._owned = memory, rank, slots, owned
+        self._views: list[View] = []
+        self._local: list[tuple[View, int, int]] = []  # staged view, offset and bytes of what is no slot
+        self._replicas: list[tuple[View, View, Sequence[Span]]] = []  # owners' view, own view, what is fetched
+
+    def _view(self, spec: TensorSpec, placed: Sequence[tuple[int, Block]]) -> View:
+        view = view_of(self._memory, spec, placed)
+        self._owned.callback(view.close)
+        return view
+
+    def _written(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int) -> View:
+        """A view on the owners' blocks; this rank's experts are written through it."""
+        view = self._view(spec, [(span.offset, block) for _, span, block in parts])
+        experts, source = spec.layout.expert_span(range(first, first + len(shard))), _bytes(shard)
+        for piece in _by_block(parts, experts):
+            view.piece(piece).copy_(source[piece.offset - experts.offset : piece.end - experts.offset])
+        return view
+
+    def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> SharedTensor:
+        direct = self._written(spec, parts, shard, first)
+        runs = spec.layout.replicas[self._rank]
+        local = [(span.offset, block) for owner, span, block in parts if owner == self._rank]
+        if runs:
+            owners = direct
+            with ExitStack() as temporary:  # the views hold the memory
+                for run in runs:
+                    block = self._memory.create(run.nbytes)
+                    temporary.callback(block.close)
+                    local.append((run.offset, block))
+                peers = [
+                    (span.offset, block)
+                    for owner, span, block in parts
+                    if owner != self._rank and not any(run.offset <= span.offset < run.end for run in runs)
+                ]
+                direct = self._view(spec, [*local, *peers])
+                staged = self._staged(spec, local, slot)
+            self._replicas.append((owners, direct, [piece for run in runs for piece in _by_block(parts, run)]))
+        else:
+            staged = self._staged(spec, local, slot)
+        self._views.append(direct)
+        target = staged or direct
+        return SharedTensor(
+            direct.tensor,
+            staged.tensor if staged else None,
+            lambda piece: (target.piece(piece.span), direct.piece(piece.span)),
+        )
+
+    def _staged(self, spec: TensorSpec, local: Sequence[tuple[int, Block]], slot: int | None) -> View | None:
+        if slot is None:
+            return None
+        view = self._view(spec, [*local, *self._slots.blocks(slot, spec)])
+        self._local += [(view, offset, block.nbytes) for offset, block in local]
+        return view
+
+    def replicate(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int) -> Callable[[], torch.Tensor]:
+        view = self._written(spec, parts, shard, first)
+
+        def copy() -> torch.Tensor:
+            full = torch.empty_like(view.tensor)
+            raw = _bytes(full)
+            for piece in _by_block(parts, Span(0, spec.layout.nbytes)):
+                raw[piece.offset : piece.end].copy_(view.piece(piece))
+            view.close()
+            return full
+
+        return copy
+
+    def finish(self) -> None:
+        for owners, direct, pieces in self._replicas:
+            for piece in pieces:
+                direct.piece(piece).copy_(owners.piece(piece))
+            owners.close()
+        for view in self._views:
+            view.protect()
+        for staged, offset, nbytes in self._local:
+            staged.protect_span(offset, nbytes)
+
+
+class UnmappedStore:
+    """Memory that cannot be mapped: experts stay in their owners' blocks, and slots have room for all of a tensor."""
+
+    def __init__(self, rank: int, slots: SlotMemory) -> None:
+        self._rank, self._slots = rank, slots
+
+    def _write(self, parts: Parts, shard: torch.Tensor) -> None:
+        for owner, _, block in parts:
+            if owner == self._rank:
+                block.tensor().copy_(_bytes(shard))
+
+    def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> SharedTensor:
+        self._write(parts, shard)
+        assert slot is not None, "without views every forward is staged"
+        ((_, block),) = self._slots.blocks(slot, spec)
+        staged = block.tensor()
+        sources = {owner: (span.offset, block.tensor()) for owner, span, block in parts}
+
+        def pieces(piece: Slice) -> tuple[torch.Tensor, torch.Tensor]:
+            start, source = sources[piece.owner]
+            return (
+                staged[piece.span.offset : piece.span.end],
+                source[piece.span.offset - start : piece.span.end - start],
+            )
+
+        tensor = spec.shape(staged)
+        return SharedTensor(tensor, tensor, pieces)
+
+    def replicate(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int) -> Callable[[], torch.Tensor]:
+        self._write(parts, shard)
+        return lambda: spec.shape(torch.cat([block.tensor() for _, _, block in parts]))
+
+    def finish(self) -> None:
+        """Nothing is mapped, so nothing can be protected."""

@@ -1,0 +1,65 @@
+"""Sessions on a server with several ranks: no turn loses the history of the turns before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from sglang_dwdp.demo.families import Family
+from sglang_dwdp.demo.server import Server
+from tests.e2e.conftest import Running
+
+TURNS, NEW_TOKENS, SESSIONS = 3, 8, 8
+TEXT = "The quick brown fox jumps"
+
+
+@pytest.fixture(scope="module")
+def server(running: Running, models: Callable[[Family, int], Path]) -> Iterator[Server]:
+    flags = ("--enable-streaming-session",)
+    with running(models("qwen3_moe", 8), 2, dwdp=("--dwdp-direct-max-tokens", "64"), flags=flags) as server:
+        yield server
+
+
+def post(server: Server, path: str, body: dict[str, Any]) -> Any:
+    answer = requests.post(server.url + path, json=body, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return answer.json() if answer.content else None
+
+
+def turns(server: Server, *, streaming: bool) -> list[int]:
+    """The prompt's tokens in each turn of a new session that says the same text again and again."""
+    session = post(server, "/open_session", {"capacity_of_str_len": 1000, "streaming": streaming})
+    counts: list[int] = []
+    rid: str | None = None
+    for _ in range(TURNS):
+        body = {
+            "text": TEXT,
+            "session_params": {"id": session} | ({} if streaming else {"rid": rid}),
+            "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
+        }
+        info = post(server, "/generate", body)["meta_info"]
+        rid = info["id"]
+        counts.append(info["prompt_tokens"])
+    post(server, "/close_session", {"session_id": session})
+    return counts
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_every_turn_has_the_history(server: Server, *, streaming: bool) -> None:
+    with ThreadPoolExecutor(SESSIONS) as pool:
+        found = list(pool.map(lambda _: turns(server, streaming=streaming), range(SESSIONS)))
+    first = found[0][0]
+    assert found == [[first + turn * (first + NEW_TOKENS) for turn in range(TURNS)]] * SESSIONS
+
+
+@pytest.mark.parametrize("verb", ["start", "stop", "dump"])
+def test_records_of_experts_are_answered_with_an_error(server: Server, verb: str) -> None:
+    answer = requests.post(f"{server.url}/{verb}_expert_distribution_record", timeout=60)
+    assert answer.status_code == 400
+    assert "not supported with --enable-dwdp" in answer.text
+    assert turns(server, streaming=False)
