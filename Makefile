@@ -14,7 +14,7 @@ test: $(VENV)/.installed  ## all tests, with real servers on the CPU engine
 test-fast: $(VENV)/.installed  ## the tests that start no server
 	$(BIN)/python -m pytest -m "not e2e"
 
-test-serving: $(VENV)/.installed  ## a prefill server with DWDP beside a decode server; mixed chunks
+test-serving: $(VENV)/.installed  ## a prefill server with DWDP beside a decode server; mixed chunks; the driver of engines
 	$(BIN)/python -m pytest -m serving
 
 test-models: $(VENV)/.installed  ## more model families on real servers, about a minute for each server

@@ -1,176 +1,188 @@
-"""SGLang engines in processes of their own that are all started first and then take turns.
+"""Engines at SGLang's defaults beside each other on all GPUs: python benchmarks/engines.py [--variants …] [--cases …]
 
-The speed of a host drifts by tens of percent within minutes, which would pass for a difference between engines that
-are measured one after the other. Whoever waits sleeps.
+Variants: dwdp, dwdp-mixed (mixed chunks), dwdp-exchange, in-tree (SGLang's --dwdp-size), dep (attention data
+parallelism with expert parallelism), dep-gatherv (with SGLANG_DP_USE_GATHERV=1), replicas, tp. NAME=KIND is a variant
+of that kind with options of its own: --variants dep staged=dwdp --set staged dwdp_view=staged.
+
+Cases: prefill:TOKENS (one prompt in each forward; the rate is that of --prompts-per-rank prompts on every rank, sent at
+once), prefill:TOKENS:PERCENT (lengths vary by so much), decode:SEQUENCES (of a rank; the rate is that between the last
+sequence's first token and the first sequence's last).
+
+Engines are started --at-a-time, and take turns: for each case, for each repeat, every engine runs it while the others
+wait. Whatever is finished is in OUT/results.json at once, and each engine's log beside it. With one GPU the ranks share
+it, and with --device cpu engines are SGLang's CPU engine: such runs prove that the code works, and their figures say
+nothing about several GPUs.
+
+--tokens sends 64 prompts of 1 to 16,384 tokens to every rank and says how many answers are bitwise those of `replicas`;
+weights are then a random checkpoint, made once (without it SGLang draws them).
 """
 
 from __future__ import annotations
 
-import asyncio
+import argparse
+import json
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import session
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-READY = "ready"
-ANSWER_S = 240.0  # longest time for one run, where the caller sets none
-POLL_S = 0.5
-FAILED = "Scheduler hit an exception"  # SGLang's words; its processes then take a minute to end
-# Engines that start together draw the same ports, so each has a range of its own, below those that systems hand out.
-FIRST_PORT, PORTS = 11000, 500
+from benchmarks import checkpoints
+from benchmarks.cases import DECODE_TOKENS, Case, parse_case
+from benchmarks.engine import EngineProcess
+from benchmarks.engine_table import markdown
+from benchmarks.machine import machine
+from benchmarks.turns import Engine, Result, Turns
+from benchmarks.variants import DEFAULT, KINDS, Setting, Variant, engine_options, environment, parse_variants
 
-Prompts = list[list[int]]
-ByRank = Mapping[int, Prompts]
-
-
-class EngineError(RuntimeError):
-    """An engine did not start, ended, or did not answer; the others go on."""
+CASES = ("prefill:1024", "prefill:4096", "prefill:8192", "prefill:16384", "decode:1", "decode:8", "decode:32")
+CASES_ON_CPU = ("prefill:96", "decode:2")
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What one prompt got.
-
-    logprobs: of the chosen tokens.  top: of each position, (log-probability, token) of the best two. Both are empty
-    where they were not asked for.
-    """
-
-    tokens: list[int]
-    logprobs: list[float]
-    top: list[list[tuple[float, int]]]
+def _case(text: str) -> Case:
+    try:
+        return parse_case(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-Answers = dict[int, list[Answer]]  # by rank
+def parse(words: list[str] | None = None) -> tuple[argparse.Namespace, list[Variant]]:
+    """The command line, and its variants."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", metavar="KIND", help=f"{', '.join(KINDS)}; or NAME=KIND")
+    parser.add_argument("--cases", nargs="*", type=_case, metavar="CASE", help=f"default: {' '.join(CASES)}")
+    parser.add_argument("--set", nargs="+", action="append", default=[], metavar=("VARIANT|all", "KEY=VALUE"))
+    parser.add_argument("--ranks", type=int, help="default: one for each GPU; two on one GPU or on the CPU")
+    parser.add_argument("--layers", type=int, help="of Qwen3-30B-A3B's shape (default: 12; 2 small ones on the CPU)")
+    parser.add_argument("--experts", type=int, help="of each layer (default: 128; 12 on the CPU)")
+    parser.add_argument("--model", help="a checkpoint folder, instead of that shape with random weights")
+    parser.add_argument("--tokens", action="store_true", help="compare tokens and log-probabilities too")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prompts-per-rank", type=int, default=32)
+    parser.add_argument("--decode-tokens", type=int, default=DECODE_TOKENS, help="new tokens of each sequence")
+    parser.add_argument("--prefill-buckets", nargs="+", type=int, help="default: those that the cases use")
+    parser.add_argument("--mem-fraction", type=float, default=0.97, help="0: SGLang's default (default: 0.97)")
+    parser.add_argument("--at-a-time", type=int, default=4, help="engines that run beside each other (default: 4)")
+    parser.add_argument("--start-limit", type=float, default=300, metavar="SECONDS")
+    parser.add_argument("--time-limit", type=float, default=3600, metavar="SECONDS", help="nothing is begun after it")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("out/engines"), help="folder of results.json and logs")
+    args = parser.parse_args(words)
+    cpu = args.device == "cpu"
+    if args.cases is None:
+        args.cases = [parse_case(text) for text in (CASES_ON_CPU if cpu else CASES)]
+    if not args.cases and not args.tokens:
+        parser.error("--cases without a case measures nothing; add --tokens, or a case")
+    if min(args.repeats, args.prompts_per_rank, args.at_a_time, args.decode_tokens - 1) < 1:
+        parser.error("--repeats, --prompts-per-rank and --at-a-time are at least 1, --decode-tokens at least 2")
+    default = ["dwdp", "replicas"] if cpu else list(DEFAULT)
+    try:
+        variants = parse_variants(args.variants or default, args.set)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"results cannot be written: {error}")
+    return args, variants
 
 
-def start_engine(options: Mapping[str, Any], index: int) -> Any:
-    """`sglang.Engine` with what all compared engines have in common; `index` tells their ports apart."""
-    import sglang
-
-    common = {"skip_tokenizer_init": True, "disable_radix_cache": True, "sleep_on_idle": True, "log_level": "info"}
-    return sglang.Engine(port=FIRST_PORT + PORTS * index, **(common | dict(options)))
-
-
-def answer_requests(engine: Any, descriptor: int, other: Callable[[Any], Any] | None = None) -> None:
-    """In the engine's process: answer the parent until it has no more requests, then send the ranks' reports.
-
-    other: answers requests that are no prompts.
-    """
-    with Connection(descriptor) as parent:
-        parent.send(READY)
-        while (request := parent.recv()) is not None:
-            if not isinstance(request, tuple):
-                assert other is not None
-                parent.send(other(request))
-                continue
-            prompts, new_tokens, logprobs = request
-            begin = time.perf_counter()
-            found = engine.loop.run_until_complete(_of_all_ranks(engine, prompts, new_tokens, logprobs))
-            parent.send((time.perf_counter() - begin, found))
-        states = engine.get_server_info()["internal_states"]
-        parent.send([state.get("dwdp") for state in states])
-    engine.shutdown()
+def setting_of(args: argparse.Namespace, variants: list[Variant], devices: int) -> Setting:
+    """What the command line says that concerns all variants. May make a checkpoint."""
+    dummy = not args.model and not args.tokens and devices > 0
+    model = args.model or checkpoints.qwen3(args.layers, args.experts, small=not devices, dummy=dummy, folder=args.out)
+    return Setting(
+        ranks=args.ranks or max(2, devices),
+        devices=devices,
+        model=model,
+        dummy=dummy,
+        cases=args.cases,
+        prompts=args.prompts_per_rank,
+        decode_tokens=args.decode_tokens,
+        buckets=args.prefill_buckets,
+        parity=args.tokens,
+        mem_fraction=args.mem_fraction or None,
+        several=min(args.at_a_time, len(variants)) > 1,
+    )
 
 
-async def _of_all_ranks(engine: Any, prompts: ByRank, new_tokens: int, logprobs: bool) -> Answers:
-    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-    options: dict[str, Any] = {"return_logprob": True, "top_logprobs_num": 2} if logprobs else {}
+def gpu_memory(engine: Engine) -> list[float]:
+    """GiB that an engine's processes take, GPU by GPU; none where the driver does not say."""
+    assert isinstance(engine, EngineProcess)
+    query = ["nvidia-smi", "--query-compute-apps=gpu_uuid,pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    mine, found = engine.process.pids(), dict[str, float]()
+    for line in done.stdout.splitlines():
+        gpu, pid, used = (word.strip() for word in line.split(","))
+        if pid.isdigit() and int(pid) in mine and used.isdigit():
+            found[gpu] = found.get(gpu, 0.0) + int(used) / 1024
+    return [round(used, 1) for _, used in sorted(found.items())]
 
-    async def of_rank(rank: int) -> list[Answer]:
-        found = await engine.async_generate(
-            input_ids=prompts[rank], sampling_params=sampling, routed_dp_rank=rank, **options
+
+def main() -> int:
+    """Run; the exit code is 1 where no variant was measured."""
+    args, variants = parse()
+    end = time.monotonic() + args.time_limit
+    devices = 0
+    if args.device == "cuda":
+        import torch
+
+        devices = torch.cuda.device_count()
+        if not devices:
+            sys.stderr.write("engines.py: error: there is no GPU; --device cpu runs SGLang's CPU engine\n")
+            return 2
+    setting = setting_of(args, variants, devices)
+    log = (args.out / "progress.txt").open("w")
+    begin = time.monotonic()
+
+    def say(text: str) -> None:
+        line = f"{time.monotonic() - begin:6.1f} s  {text}\n"
+        for stream in (sys.stdout, log):
+            stream.write(line)
+            stream.flush()
+
+    def start(variant: Variant, index: int) -> Engine:
+        options = engine_options(variant, setting)
+        folder = args.out / variant.name
+        folder.mkdir(exist_ok=True)
+        variables = environment(
+            variant.kind,
+            ranks=setting.ranks,
+            devices=devices,
+            several=setting.several,
+            made=not args.model,
+            folder=folder,
+            base=os.environ,
         )
-        return [_answer(each) for each in found]
+        variables |= variant.environment
+        return EngineProcess(variant.name, options, variables, folder, index=index, routed=variant.routed)
 
-    done = await asyncio.gather(*(of_rank(rank) for rank in prompts))
-    return dict(zip(prompts, done, strict=True))
+    about: dict[str, Any] = {"machine": machine(), "ranks": setting.ranks, "devices": devices}
+    about |= {"command": sys.argv[1:], "prompts_per_rank": setting.prompts, "decode_tokens": setting.decode_tokens}
+    about |= {"layers": args.layers, "experts": args.experts, "model": args.model}
 
+    def save(result: Result) -> None:
+        answers = result.get("answers")
+        small = {key: value for key, value in result.items() if key != "answers"}
+        for name, content in (("results.json", about | small), ("answers.json", answers)):
+            if content is not None:
+                partial = args.out / f"{name}.partial"
+                partial.write_text(json.dumps(content, indent=1 if name == "results.json" else None) + "\n")
+                partial.replace(args.out / name)
 
-def _answer(found: Mapping[str, Any]) -> Answer:
-    meta = found["meta_info"]
-    chosen = [entry[0] for entry in meta.get("output_token_logprobs") or ()]
-    top = [[(entry[0], entry[1]) for entry in best] for best in meta.get("output_top_logprobs") or ()]
-    return Answer(list(found["output_ids"]), chosen, top)
-
-
-class EngineProcess:
-    """An engine in another process, as the parent sees it."""
-
-    def __init__(self, name: str, connection: Connection, log: Path) -> None:
-        self.name = name
-        self._connection = connection
-        self._log = log
-
-    def ready(self, deadline: float) -> bool:
-        """Whether it comes up before the deadline (of the monotonic clock)."""
-        try:
-            return bool(self._receive(deadline - time.monotonic()) == READY)
-        except EngineError:
-            return False
-
-    def run(
-        self, prompts: ByRank, new_tokens: int, *, logprobs: bool = False, timeout_s: float = ANSWER_S
-    ) -> tuple[float, Answers]:
-        """Seconds until the last of all ranks' prompts is done, and what each got.
-
-        Raises:
-            EngineError: the engine ended, or did not answer in time.
-        """
-        result: tuple[float, Answers] = self.ask((prompts, new_tokens, logprobs), timeout_s)
-        return result
-
-    def stop(self, timeout_s: float = ANSWER_S) -> list[Any]:
-        """Let the engine end; the ranks' reports.
-
-        Raises:
-            EngineError: as `run`.
-        """
-        reports: list[Any] = self.ask(None, timeout_s)
-        return reports
-
-    def ask(self, request: object, timeout_s: float = ANSWER_S) -> Any:
-        """The answer to a request of any kind that the engine's process knows.
-
-        Raises:
-            EngineError: as `run`.
-        """
-        try:
-            self._connection.send(request)
-        except OSError:
-            raise EngineError(f"the engine of {self.name} has ended") from None
-        return self._receive(timeout_s)
-
-    def _receive(self, timeout_s: float) -> Any:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            left = deadline - time.monotonic()
-            try:
-                if self._connection.poll(max(0.0, min(POLL_S, left))):
-                    return self._connection.recv()
-            except (EOFError, OSError):
-                raise EngineError(f"the engine of {self.name} ended while it was waited for") from None
-            if FAILED in self._log.read_text(errors="replace"):
-                raise EngineError(f"a scheduler of {self.name} failed")
-            if left <= 0:
-                raise EngineError(f"the engine of {self.name} did not answer within {timeout_s:.0f} s")
+    turns = Turns(setting, start, gpu_memory, save, say, repeats=args.repeats, start_s=args.start_limit, end=end)
+    result = turns.run(variants, args.at_a_time)
+    text = markdown(result)
+    (args.out / "table.md").write_text(text)
+    sys.stdout.write("\n" + text)
+    log.close()
+    return 0 if any("error" not in variant for variant in result["variants"].values()) else 1
 
 
-@contextmanager
-def engine_process(
-    name: str, command: Sequence[str], environment: Mapping[str, str], log: Path
-) -> Iterator[EngineProcess]:
-    """A process that runs `command --connection FD`. Everything that it started is gone afterwards.
-
-    environment: added to this process's.
-    """
-    mine, theirs = Pipe()
-    descriptor = theirs.fileno()
-    with mine, session([*command, "--connection", str(descriptor)], log, environment, [descriptor]):
-        theirs.close()
-        yield EngineProcess(name, mine, log)
+if __name__ == "__main__":
+    sys.exit(main())

@@ -29,7 +29,9 @@ def register():
 def one_gpu_environment(directory: Path, base: Mapping[str, str] | None = None) -> dict[str, str]:
     """Variables under which all ranks of a server take GPU 0 and talk through gloo.
 
-    directory: where the plugin is written.  base: the variables that these are added to (default: this process's).
+    Args:
+        directory: Where the plugin is written.
+        base: The variables that these are added to; this process's by default.
     """
     base = os.environ if base is None else base
     (directory / f"{NAME}.py").write_text(PLUGIN)

@@ -1,1 +1,1 @@
-"""Comparing servers under SGLang's own serving benchmark; `benchmarks/compare_serving.py` is the command."""
+"""Servers under SGLang's own serving benchmark, side by side."""

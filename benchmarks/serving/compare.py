@@ -1,208 +1,169 @@
-"""A comparison from start to end: variants are served, checked, run at every load point, and stopped."""
+"""Starts a scenario's servers, checks their tokens, and runs SGLang's serving benchmark at every load."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving import client, tokens, workload
-from benchmarks.serving.deployment import Deployment, start
-from benchmarks.serving.errors import RunError
-from benchmarks.serving.figures import all_rows, as_record
-from benchmarks.serving.models import vocabulary_size
-from benchmarks.serving.progress import Display
-from benchmarks.serving.queues import depths, lines_of
-from benchmarks.serving.results import Results
-from benchmarks.serving.scenario import Point, Scenario, Variant
-from benchmarks.serving.tables import heading
+from benchmarks.processes import Process, RunError, reason
+from benchmarks.serving.load import checked_prompts, dataset_options, write_bursty
+from benchmarks.serving.scenario import Load, Scenario
+from benchmarks.serving.servers import Deployment, start
+from benchmarks.turns import counted
 
-_BROKEN_S = 10.0  # SGLang waits for requests that it has not answered; after a failure nobody does
+Result = dict[str, Any]
+CHECKED_TOKENS = 16
+# Of SGLang's result: what is as long as the run.
+_DETAILS = ("generated_texts", "itls", "errors", "output_details", "server_info", "input_lens", "output_lens", "ttfts")
 
 
-class Deadline:
-    """After `seconds` (0: never) nothing new is begun; what is missing then is left for the next call."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds if seconds else float("inf")
-
-    @property
-    def passed(self) -> bool:
-        """Whether it is too late to begin anything."""
-        return time.monotonic() > self._end
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Comparison:
-    """What every step of a comparison needs.
+    """One run; `result` grows as it goes.
 
-    model: as servers get it.  dataset: the file of requests, None where SGLang's benchmark draws them.
+    Args:
+        scenario: What runs.
+        model: Its checkpoint.
+        folder: Where logs and the benchmark's own results go.
+        save: Called with the result whenever something was added.
+        say: Called with a line of progress.
+        end: Of the time (monotonic clock); nothing is begun after it.
     """
 
-    scenario: Scenario
-    model: str
-    dataset: Path | None
-    results: Results
-    display: Display
-    deadline: Deadline
+    def __init__(
+        self,
+        scenario: Scenario,
+        model: str,
+        folder: Path,
+        save: Callable[[Result], None],
+        say: Callable[[str], None],
+        end: float,
+    ) -> None:
+        self._scenario, self._model, self._folder = scenario, model, folder
+        self._save, self._say, self._end = save, say, end
+        self.result: Result = {"variants": {}, "runs": []}
+        self._expected: list[list[int]] | None = None
+        self._file: Path | None = None
 
-    @contextlib.contextmanager
-    def failures_of(self, variant: Variant) -> Iterator[None]:
-        """A `RunError` inside is recorded and shown as the variant's, and ends there."""
+    def run(self, names: Sequence[str]) -> Result:
+        """Measure the named variants.
+
+        Returns:
+            `variants`: by name `start_s`, `same_tokens` (a part of 1), `error`. `runs`: `load`, `variant`, `benchmark`
+            (SGLang's own figures) and `dwdp`, the counters of each rank.
+        """
+        scenario = self._scenario
+        if scenario.load.bursty:
+            from transformers import AutoTokenizer
+
+            self._file = self._folder / "requests.jsonl"
+            write_bursty(scenario.load, scenario.ranks, AutoTokenizer.from_pretrained(self._model), self._file)
+        # The reference comes first: the others' tokens are compared with its.
+        ordered = sorted(names, key=lambda name: name != scenario.reference)
+        for first in range(0, len(ordered), scenario.together):
+            with ExitStack() as stack:
+                self._group(ordered[first : first + scenario.together], stack)
+        return self.result
+
+    def _group(self, names: Sequence[str], stack: ExitStack) -> None:
+        running: dict[str, Deployment] = {}
+        found = self.result["variants"]
+        for name in names:
+            found[name] = {"kind": self._scenario.variants[name].kind}
+            if time.monotonic() > self._end:
+                found[name]["error"] = "no time left"
+                continue
+            self._say(f"starting {name}")
+            try:
+                running[name] = stack.enter_context(start(self._scenario, name, self._model, self._folder))
+            except (RunError, ValueError) as error:
+                self._failed(running, name, error)
+        for name, deployment in list(running.items()):
+            try:
+                found[name]["start_s"] = round(deployment.wait(self._scenario.start_timeout_s), 1)
+                self._say(f"{name} answers after {found[name]['start_s']} s")
+                if self._scenario.reference:
+                    self._check(name, deployment)
+            except RunError as error:
+                self._failed(running, name, error)
+        for label, options in self._scenario.load.points():
+            for name, deployment in list(running.items()):
+                if time.monotonic() > self._end:
+                    found[name].setdefault("error", f"no time left for {label}")
+                    continue
+                try:
+                    self._measure(name, deployment, label, options)
+                except RunError as error:
+                    self._failed(running, name, error)
+
+    def _failed(self, running: dict[str, Deployment], name: str, error: Exception) -> None:
+        running.pop(name, None)
+        self.result["variants"][name]["error"] = str(error)
+        self._say(f"{name}: {error}")
+        self._save(self.result)
+
+    def _check(self, name: str, deployment: Deployment) -> None:
+        """Compare answers of the idle server, on each rank, with the reference's."""
+        ranks = 1 if self._scenario.variants[name].kind in ("tp", "single") else self._scenario.ranks
+        answers = deployment.answers(checked_prompts(self._scenario.load), CHECKED_TOKENS, ranks)
+        if self._expected is None and name == self._scenario.reference:
+            self._expected = answers[0]
+        if self._expected is not None:
+            same = [got == right for row in answers for got, right in zip(row, self._expected, strict=True)]
+            self.result["variants"][name]["same_tokens"] = sum(same) / len(same)
+
+    def _measure(self, name: str, deployment: Deployment, label: str, options: list[str]) -> None:
+        key = f"{name}-{label}".replace(" ", "-").replace("/", "-per-")
+        out = self._folder / f"{key}.jsonl"
+        out.unlink(missing_ok=True)
+        command = benchmark_command(deployment, self._model, self._scenario.load, options, self._file, out)
+        before = deployment.reports()
+        client = Process("the benchmark", command, dict(os.environ), self._folder / f"{key}.log")
         try:
-            yield
-        except RunError as error:
-            self.results.write(variant, "error", {"error": str(error)})
-            self.display.say(f"{variant.name}: failed: {error}")
-            self.display.advance(len(self.results.missing(variant)))
+            while client.exit_code() is None:
+                deployment.check_alive()
+                if time.monotonic() - client.started > self._scenario.run_timeout_s:
+                    raise RunError(f"the benchmark took longer than {self._scenario.run_timeout_s:g} s ({client.log})")
+                time.sleep(0.2)
+        finally:
+            client.stop(5)
+        if client.exit_code() != 0 or not out.is_file():
+            raise RunError(
+                f"the benchmark ended with exit code {client.exit_code()}: {reason(client.log)} ({client.log})"
+            )
+        figures = condensed(json.loads(out.read_text().splitlines()[-1]))
+        counters = [counted(after, earlier) for after, earlier in zip(deployment.reports(), before, strict=False)]
+        self.result["runs"].append({"load": label, "variant": name, "benchmark": figures, "dwdp": counters})
+        rate, ttft = figures["total_throughput"], figures["median_ttft_ms"]
+        self._say(f"{name}, {label}: {rate:,.0f} tok/s in and out, TTFT {ttft:.0f} ms")
+        self._save(self.result)
 
 
-def compare(
-    scenario: Scenario,
-    variants: Sequence[Variant],
-    model: str,
-    results: Results,
-    display: Display,
-    deadline: Deadline,
-) -> None:
-    """Run what is missing of `variants`. One that fails is recorded with its error, and the others go on.
+def benchmark_command(
+    deployment: Deployment, model: str, load: Load, options: list[str], file: Path | None, out: Path
+) -> list[str]:
+    """`python -m sglang.benchmark.serving …` for one run."""
+    command = [sys.executable, "-m", "sglang.benchmark.serving", "--base-url", deployment.url, "--model", model]
+    command += ["--num-prompts", str(load.requests), "--seed", str(load.seed), "--warmup-requests", "2"]
+    command += dataset_options(load, file) + options
+    if deployment.routed:  # the router has no /model_info; and no flush of two servers' caches
+        command += ["--tokenizer", model, "--pd-separated", "--ready-check-timeout-sec", "0"]
+    return [*command, "--output-file", str(out), "--output-details"]
+
+
+def condensed(result: Result) -> Result:
+    """SGLang's result without what is as long as all that was sent.
 
     Raises:
-        ScenarioError: the scenario's port is busy.
+        RunError: Requests failed.
     """
-    file = _dataset(scenario, model, results.folder)
-    whole = Comparison(scenario, model, file, results, display, deadline)
-    for variant in variants:
-        display.advance(len(scenario.load.points()) - len(results.missing(variant)))
-        if results.complete(variant):
-            display.say(f"{variant.name}: kept from an earlier call")
-    missing = [variant for variant in variants if not results.complete(variant)]
-    for first in range(0, len(missing), scenario.together):
-        group = missing[first : first + scenario.together]
-        if deadline.passed:
-            for variant in group:
-                display.say(f"{variant.name}: left for the next call (--time-limit)")
-        else:
-            _run_group(whole, group)
-
-
-def _run_group(whole: Comparison, group: Sequence[Variant]) -> None:
-    """Start the variants of a group together, and let them take turns at every load point."""
-    display, serving = whole.display, dict[str, Deployment]()
-    display.lap()
-
-    def step(variant: Variant, do: Callable[..., None], *arguments: Any) -> None:
-        deployment = serving.get(variant.name)
-        if deployment is None:
-            return
-        with whole.failures_of(variant):
-            do(whole, variant, deployment, *arguments)
-            return
-        del serving[variant.name]
-        deployment.stop(_BROKEN_S)
-
-    def ask_all_to_stop() -> None:
-        for deployment in serving.values():
-            deployment.ask_to_stop()
-
-    with contextlib.ExitStack() as stack:
-        for variant in group:
-            whole.results.forget_error(variant)
-            with whole.failures_of(variant):
-                started = start(whole.scenario, variant, whole.model, whole.results.logs)
-                serving[variant.name] = stack.enter_context(started)
-        stack.callback(ask_all_to_stop)
-        for variant in group:
-            step(variant, _wait)
-        for variant in group:
-            step(variant, _warm_up)
-        for variant in group:
-            step(variant, _check_tokens)
-        for point in whole.scenario.load.points():
-            for variant in group:
-                step(variant, _run_point, point)
-        display.doing(f"stopping {', '.join(serving)}")
-
-
-def _dataset(scenario: Scenario, model: str, folder: Path) -> Path | None:
-    if not workload.needs_file(scenario.load):
-        return None
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    ranks = max(variant.ranks for variant in scenario.variants)  # the same requests, whichever are chosen
-    path = folder / "requests.jsonl"
-    workload.write_file(
-        scenario.load,
-        ranks,
-        lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
-        lambda ids: str(tokenizer.decode(ids)),
-        path,
-    )
-    return path
-
-
-def _wait(whole: Comparison, variant: Variant, deployment: Deployment) -> None:
-    seconds = deployment.wait(whole.scenario.start_timeout_s, whole.display.doing)
-    whole.display.say(f"{variant.name}: serving after {seconds:.0f} s")
-    whole.display.lap()
-
-
-def _warm_up(whole: Comparison, variant: Variant, deployment: Deployment) -> None:
-    whole.display.doing(f"{variant.name}: warm-up")
-    longest = max(workload.prompt_lengths(whole.scenario.load, 1))
-    scenario = whole.scenario
-    tokens.warm_up(deployment, longest, scenario.chunk_tokens, vocabulary_size(whole.model), scenario.run_timeout_s)
-    whole.display.say(f"{variant.name}: warm, {whole.display.lap():.0f} s")
-
-
-def _check_tokens(whole: Comparison, variant: Variant, deployment: Deployment) -> None:
-    check, display = whole.scenario.check, whole.display
-    if not check.requests or whole.results.tokens(variant) is not None:
-        return
-    display.doing(f"{variant.name}: sampled requests for the token check")
-    prompts = workload.sampled_prompts(whole.scenario.load, check.requests, vocabulary_size(whole.model))
-    generated = tokens.generate(deployment, prompts, check.new_tokens, whole.scenario.run_timeout_s)
-    whole.results.write(variant, "tokens", {"tokens": generated})
-    display.say(f"{variant.name}: {check.requests} sampled requests on {len(generated)} ranks, {display.lap():.0f} s")
-
-
-def _run_point(whole: Comparison, variant: Variant, deployment: Deployment, point: Point) -> None:
-    name, display = f"{variant.name}, {point.label}", whole.display
-    if whole.results.run(variant, point) is not None:
-        return
-    if whole.deadline.passed:
-        display.say(f"{name}: left for the next call (--time-limit)")
-        return
-    raw = whole.results.logs / f"{variant.name}.{point.key}.jsonl"
-    log = raw.with_suffix(".log")
-    arguments = client.command(deployment, whole.model, whole.scenario.load, point, whole.dataset, raw)
-    timeout_s = whole.scenario.run_timeout_s
-    record = client.run(deployment, arguments, raw, log, timeout_s, lambda text: display.doing(f"{name}: {text}"))
-    raw.unlink()
-    record["peak_queue"] = [max(row, default=0) for row in depths(record["queues"])]
-    whole.results.write(variant, point.key, record)
-    display.advance(1)
-    data = record["benchmark"]
-    display.say(
-        f"{name}: TTFT {data['median_ttft_ms']:.0f} ms (p99 {data['p99_ttft_ms']:.0f}), TPOT "
-        f"{data['median_tpot_ms']:.1f} ms, {data['input_throughput']:,.0f} in + {data['output_throughput']:,.0f} out "
-        f"tok/s, {display.lap():.0f} s"
-    )
-    for line in lines_of(record["queues"]):
-        display.say(line)
-
-
-def write_json(results: Results, found: dict[str, Any]) -> Path:
-    """Everything of a comparison in one file."""
-    path = results.folder / "results.json"
-    tables = {
-        "heading": dataclasses.asdict(heading(results.scenario)),
-        "figures": list(map(as_record, all_rows(results))),
-    }
-    path.write_text(json.dumps(results.as_json(found) | tables) + "\n")
-    return path
+    errors = [error for error in result.get("errors", ()) if error]
+    if errors:
+        last = errors[0].strip().splitlines()[-1]
+        raise RunError(f"{len(errors)} of {len(result['errors'])} requests failed, the first with: {last[:300]}")
+    return {key: value for key, value in result.items() if key not in _DETAILS}

@@ -1,76 +1,99 @@
-"""The report: one HTML file that needs nothing beside it."""
+"""The report of a comparison: a Markdown table, and one HTML file with bars that needs nothing beside it (pure)."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
-import jinja2
-
-from benchmarks.serving.plots import all_plots
-from benchmarks.serving.results import Results
-from benchmarks.serving.tables import failures, sheets
-
-TEMPLATE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Serving comparison: {{ name }}</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0 }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd }
-th { font-weight: 600; vertical-align: bottom; max-width: 7rem } th:first-child, td:first-child { text-align: left }
-.wide { overflow-x: auto } .error { color: #a00; overflow-wrap: anywhere } .note { color: #555; font-size: .9rem }
-figure { margin: 1rem 0 2rem } figure svg { max-width: 100%; height: auto } figcaption { font-weight: 600 }
-pre { background: #f5f5f5; padding: .6rem; overflow-x: auto; font-size: .8rem }
-</style>
-</head>
-<body>
-<h1>Serving comparison: {{ name }}</h1>
-<p>{{ description }}</p>
-<p class="note">{% for key, value in machine.items() %}{{ key }}: {{ value }}{{ "; " if not loop.last }}{% endfor %}</p>
-<h2>Variants</h2>
-<ul>{% for line in variants %}<li><b>{{ line.name }}</b>: {{ line.what }}</li>{% endfor %}</ul>
-{% if failures %}<h2>Did not run</h2>
-<ul>{% for name, error in failures %}<li class="error"><b>{{ name }}</b>: {{ error }}</li>{% endfor %}</ul>{% endif %}
-{% for sheet in sheets %}<h2>{{ sheet.title }}</h2>
-<div class="wide"><table>
-<tr>{% for heading in sheet.headings %}<th>{{ heading }}</th>{% endfor %}</tr>
-{% for row in sheet.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table></div>{% endfor %}
-<p class="note">TTFT, TPOT and rates are SGLang's serving benchmark's; without "p99" they are medians. "Same tokens":
-sampled greedy requests on an idle server, on every rank. "Same text under load": the benchmark's own answers, which
-run in other batches, so in half precision they may differ between two runs of one server.</p>
-{% for caption, svg in plots %}<figure>{{ svg | safe }}<figcaption>{{ caption }}</figcaption></figure>{% endfor %}
-<h2>Commands of the benchmark</h2>
-{% for command in commands %}<pre>{{ command }}</pre>{% endfor %}
-</body>
-</html>
+Row = Mapping[str, Any]
+# Heading, key in SGLang's result, whether it is divided by the GPUs.
+COLUMNS = (
+    ("TTFT ms", "median_ttft_ms", False),
+    ("TTFT p99", "p99_ttft_ms", False),
+    ("TPOT ms", "median_tpot_ms", False),
+    ("TPOT p99", "p99_tpot_ms", False),
+    ("req/s", "request_throughput", False),
+    ("out tok/s per GPU", "output_throughput", True),
+    ("in+out tok/s per GPU", "total_throughput", True),
+)
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd } td:first-child { text-align: left }
+td div { background: #4a7fb5; height: .35rem; border-radius: 2px } .note { color: #555 }
 """
 
 
-def write_report(results: Results, machine: dict[str, Any]) -> Path:
-    """Write report.html into the results' folder."""
-    scenario = results.scenario
-    variants = [
-        {"name": v.name, "what": f"{v.kind}, {v.ranks} ranks" + (f", {dict(v.flags)}" if v.flags else "")}
-        for v in scenario.variants
-    ]
-    runs = (results.run(variant, point) for variant in scenario.variants for point in scenario.load.points())
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
-    html = environment.from_string(TEMPLATE).render(
-        name=scenario.name,
-        description=scenario.description,
-        machine=machine,
-        variants=variants,
-        failures=failures(results),
-        sheets=sheets(results),
-        plots=all_plots(results),
-        commands=[" ".join(run["command"]) for run in runs if run],
-    )
-    path = results.folder / "report.html"
-    path.write_text(html)
-    return path
+def devices(scenario: Row, name: str) -> int:
+    """What figures per GPU are divided by: GPUs, or on the CPU engine ranks."""
+    if scenario["gpus"] == 1:
+        return 1
+    variant = scenario["variants"][name]
+    ranks = 1 if variant["kind"] == "single" else scenario["ranks"]
+    return int(ranks + (variant["decode"]["ranks"] if variant.get("decode") else 0))
+
+
+def sheets(result: Row) -> dict[str, list[tuple[str, list[float | None]]]]:
+    """By load: each variant's name, and its figures in the order of `COLUMNS`."""
+    found: dict[str, list[tuple[str, list[float | None]]]] = {}
+    for run in result["runs"]:
+        gpus = devices(result["scenario"], run["variant"])
+        figures = [run["benchmark"].get(key) for _, key, _ in COLUMNS]
+        shown = [
+            None if figure is None else figure / gpus if divided else figure
+            for figure, (_, _, divided) in zip(figures, COLUMNS, strict=True)
+        ]
+        found.setdefault(run["load"], []).append((run["variant"], shown))
+    return found
+
+
+def notes(result: Row) -> list[str]:
+    """What else there is to say of the variants: tokens, seconds to start, errors."""
+    lines = []
+    for name, variant in result["variants"].items():
+        said = [f"started in {variant['start_s']} s"] if "start_s" in variant else []
+        if "same_tokens" in variant:
+            said.append(f"{variant['same_tokens']:.0%} of answers are those of {result['scenario']['reference']}")
+        said += [f"error: {variant['error']}"] if "error" in variant else []
+        lines.append(f"{name}: {'; '.join(said)}")
+    return lines
+
+
+def number(value: float | None) -> str:
+    """With as many digits as matter."""
+    return "–" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def markdown(result: Row) -> str:
+    """A table for each load, then the notes."""
+    lines: list[str] = []
+    for load, rows in sheets(result).items():
+        lines += [f"| {load} | {' | '.join(heading for heading, _, _ in COLUMNS)} |"]
+        lines += ["|---" * (len(COLUMNS) + 1) + "|"]
+        lines += [f"| {name} | {' | '.join(map(number, figures))} |" for name, figures in rows] + [""]
+    return "\n".join([*lines, *(f"- {note}" for note in notes(result))]) + "\n"
+
+
+def html(result: Row) -> str:
+    """The same as one page; bars are relative to the largest figure of a column."""
+    scenario = result["scenario"]
+    machine = "; ".join(f"{key}: {value}" for key, value in result["machine"].items())
+    body = [f"<h1>{escape(scenario['name'])}</h1><p>{escape(scenario['description'])}</p>"]
+    body += [f'<p class="note">{escape(machine)}. TTFT, TPOT and rates are SGLang\'s; without p99, medians.</p>']
+    for load, rows in sheets(result).items():
+        body += [f"<h2>{escape(load)}</h2><table><tr><th></th>"]
+        body += [f"<th>{escape(heading)}</th>" for heading, _, _ in COLUMNS]
+        body += ["</tr>", *(_html_row(name, figures, rows) for name, figures in rows), "</table>"]
+    body += ["<h2>Variants</h2><ul>", *(f"<li>{escape(note)}</li>" for note in notes(result)), "</ul>"]
+    head = f'<meta charset="utf-8"><title>{escape(scenario["name"])}</title><style>{_STYLE}</style>'
+    return f'<!DOCTYPE html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
+
+
+def _html_row(name: str, figures: Sequence[float | None], rows: Sequence[tuple[str, Sequence[float | None]]]) -> str:
+    cells = []
+    for index, figure in enumerate(figures):
+        largest = max((row[index] or 0.0 for _, row in rows), default=0.0)
+        width = 100 * (figure or 0.0) / largest if largest else 0.0
+        cells.append(f'<td>{number(figure)}<div style="width:{width:.0f}%"></div></td>')
+    return f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>"

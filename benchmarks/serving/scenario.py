@@ -1,168 +1,159 @@
-"""What a comparison runs."""
+"""What a comparison of servers runs, as a YAML file says it; msgspec checks types and unknown keys."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from sglang_dwdp.planner.workload import Lengths
+import msgspec
+import yaml
 
-Flags = Mapping[str, Any]
-KINDS = {
-    "dwdp": "this plugin, --enable-dwdp over all ranks",
-    "in-tree": "SGLang's own DWDP, --dwdp-size",
-    "dep": "attention data parallelism with expert parallelism, --attn-dp-size and --ep-size",
-    "replicas": "a full copy of the model on each rank behind SGLang's data-parallel controller, --dp-size",
-    "single": "one rank with all experts",
-}
-ORDERS = ("drawn", "long_to_one_rank")
-DTYPES = ("bfloat16", "float32", "float16")
-TRANSFER_BACKENDS = ("mooncake", "mooncake_tcp", "nixl", "mori", "fake")
+from benchmarks.variants import KINDS
+
+SERVER_KINDS = (*KINDS, "single")  # single: one rank with all experts
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Model:
-    """Either `path` (a folder, or a name on the hub), or `make`, the arguments of `make_checkpoint`."""
+class ScenarioError(ValueError):
+    """A scenario cannot work; the message says where and why."""
+
+
+class Strict(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A mapping of the file; other keys than its fields are errors."""
+
+
+class Model(Strict):
+    """Either `path` (a folder, or a name on the hub), or `make`, the arguments of `benchmarks.checkpoints.make`."""
 
     path: str = ""
-    make: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    make: dict[str, Any] = {}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Load:
+class Bursty(Strict):
+    """Lognormal prompt lengths, in tokens, in the worst order for balancing by count.
+
+    Every N-th request, N the number of ranks, is one of the longest: handing requests out by count gives one rank all
+    of them.
+    """
+
+    mean: int
+    std: int
+    limit: int
+
+
+class Load(Strict):
     """The requests of every run.
 
-    lengths: of prompts, in tokens.  output_tokens: the longest answer; with `uniform` lengths answers vary by
-    the same ratio.  rates: requests per second, Poisson (`inf`: all at once).  concurrencies: requests in
-    flight.  order: `drawn`, or `long_to_one_rank`: every N-th request is one of the longest, so that handing
-    requests out by count over N ranks gives one rank all of them.
+    Attributes:
+        input_tokens: The longest prompt.
+        output_tokens: The longest answer.
+        ratio: Lengths of prompts and answers are uniform from this part of the longest on.
+        bursty: Other lengths of prompts.
+        requests: How many are sent at each load.
+        rates: Loads, in requests per second, Poisson.
+        in_flight: Loads, in requests at a time.
+        seed: Of all that is drawn.
     """
 
-    lengths: Lengths
     output_tokens: int
     requests: int
-    rates: tuple[float, ...] = ()
-    concurrencies: tuple[int, ...] = ()
-    order: str = "drawn"
+    input_tokens: int = 0
+    ratio: float = 1.0
+    bursty: Bursty | None = None
+    rates: list[float] = []
+    in_flight: list[int] = []
     seed: int = 1
-    options: Flags = dataclasses.field(default_factory=dict)
 
-    def points(self) -> tuple[Point, ...]:
-        """Every run that a variant makes."""
-        rates = (Point("rate", rate) for rate in self.rates)
-        return (*rates, *(Point("concurrency", count) for count in self.concurrencies))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Point:
-    """One load level: a rate in requests per second, or a number of requests in flight."""
-
-    kind: str
-    value: float
-
-    @property
-    def label(self) -> str:
-        """As tables show it."""
-        if self.kind == "rate":
-            return "all at once" if self.value == float("inf") else f"{self.value:g} requests/s"
-        return f"{self.value:g} in flight"
-
-    @property
-    def key(self) -> str:
-        """As file names have it."""
-        return f"{self.kind}-{self.value:g}"
+    def points(self) -> list[tuple[str, list[str]]]:
+        """Every load: its name, and the options of SGLang's benchmark for it."""
+        rates = [(f"{rate:g} req/s", ["--request-rate", f"{rate:g}"]) for rate in self.rates]
+        flying = [
+            (f"{count} in flight", ["--request-rate", "inf", "--max-concurrency", str(count)])
+            for count in self.in_flight
+        ]
+        return rates + flying
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Check:
-    """Sampled requests whose tokens are compared with the reference's, each on every rank of an idle server.
-
-    must_equal: a difference is a failure of the comparison (for float32; in bfloat16 rounding may decide ties).
-    """
-
-    requests: int = 8
-    new_tokens: int = 16
-    must_equal: bool = False
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Decode:
-    """The decode side of a disaggregated variant, whose prefill side is the variant itself."""
+class Decode(Strict):
+    """The decode server of a disaggregated variant, whose prefill server is the variant itself."""
 
     ranks: int = 1
-    transfer_backend: str = "mooncake"
-    flags: Flags = dataclasses.field(default_factory=dict)
+    transfer_backend: str = "nixl"
+    flags: dict[str, Any] = {}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Variant:
-    """One way to serve the model. `flags` are added to the scenario's, and win over them."""
+class ServedVariant(Strict):
+    """One way to serve: a kind, and flags and variables that win over the scenario's."""
 
-    name: str
     kind: str
-    ranks: int
-    flags: Flags = dataclasses.field(default_factory=dict)
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    flags: dict[str, Any] = {}
+    environment: dict[str, str] = {}
     decode: Decode | None = None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Scenario:
-    """A whole comparison.
+class Scenario(Strict):
+    """A comparison.
 
-    gpus: 0 for SGLang's CPU engine.  one_gpu: all ranks share the first GPU.  chunk_tokens: the chunked prefill
-    size of a rank, for every variant alike (0: SGLang's default).  port: of the servers (0: a free one).
-    reference: the variant whose tokens count as right.  together: how many variants' servers run at the same time;
-    only one is measured at a time, and at every load point they take turns. It saves time where servers start
-    slowly, and shows them in the same minutes of a host whose speed drifts; all have to fit the GPUs together.
+    Attributes:
+        gpus: 0 for SGLang's CPU engine; with 1, the ranks share it.
+        ranks: Of each variant.
+        variants: By name.
+        reference: The variant whose tokens count as right; empty where none are compared.
+        same_tokens: A difference is a failure. In half precision rounding may decide ties.
+        chunk_tokens: Of a rank's prefill, for every variant alike; 0 for SGLang's default.
+        together: How many variants' servers run at the same time and take turns; all have to fit the GPUs together.
     """
 
     name: str
     model: Model
     gpus: int
     load: Load
-    variants: tuple[Variant, ...]
-    reference: str
+    variants: dict[str, ServedVariant]
     description: str = ""
-    one_gpu: bool = False
+    ranks: int = 2
+    reference: str = ""
+    same_tokens: bool = False
     chunk_tokens: int = 0
-    port: int = 0
     together: int = 1
     start_timeout_s: float = 900.0
     run_timeout_s: float = 3600.0
-    check: Check = dataclasses.field(default_factory=Check)
-    flags: Flags = dataclasses.field(default_factory=dict)
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def cpu(self) -> bool:
-        """Whether servers run on SGLang's CPU engine."""
-        return self.gpus == 0
-
-    def devices(self, variant: Variant) -> int:
-        """What figures "per GPU" are divided by: GPUs, or ranks on the CPU engine."""
-        ranks = variant.ranks + (variant.decode.ranks if variant.decode else 0)
-        return 1 if self.one_gpu else ranks
-
-    def fingerprint(self, variant: Variant) -> str:
-        """Changes when anything changes that a result of `variant` depends on."""
-        shared = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in ("variants", "reference", "description", "port", "start_timeout_s", "run_timeout_s")
-        }
-        text = json.dumps([_plain(shared), _plain(variant)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    flags: dict[str, Any] = {}
+    environment: dict[str, str] = {}
 
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+def load_scenario(path: Path) -> Scenario:
+    """The scenario of a file, which gets the file's name.
+
+    Raises:
+        ScenarioError: It cannot be read, or cannot work.
+    """
+    try:
+        scenario = msgspec.convert({"name": path.stem, **(yaml.safe_load(path.read_text()) or {})}, Scenario)
+    except (OSError, yaml.YAMLError, msgspec.ValidationError, TypeError) as error:
+        raise ScenarioError(f"{path}: {error}") from None
+    problem = _problem(scenario)
+    if problem:
+        raise ScenarioError(f"{path}: {problem}")
+    return scenario
+
+
+def _problem(scenario: Scenario) -> str | None:
+    load = scenario.load
+    for name, variant in scenario.variants.items():
+        if variant.kind not in SERVER_KINDS:
+            return f"variants.{name}.kind: {variant.kind!r} is none of {', '.join(SERVER_KINDS)}"
+        for flag in variant.flags:
+            if flag.startswith("-"):
+                return f"variants.{name}.flags: write {flag.lstrip('-')} without dashes"
+    if bool(scenario.model.path) == bool(scenario.model.make):
+        return "model: give either path or make"
+    if not load.points():
+        return "load: give rates, in_flight, or both"
+    if (load.input_tokens > 0) == (load.bursty is not None):
+        return "load: give either input_tokens or bursty"
+    if scenario.reference and scenario.reference not in scenario.variants:
+        return f"reference: {scenario.reference!r} is no variant"
+    if scenario.same_tokens and not scenario.reference:
+        return "same_tokens needs a reference"
+    if min(scenario.ranks, scenario.together, load.requests, load.output_tokens, len(scenario.variants)) < 1:
+        return "ranks, together, requests, output_tokens and the number of variants are at least 1"
+    return None

@@ -1,143 +1,210 @@
-"""Server processes: started, watched until they answer, and stopped with everything they started."""
+"""One variant, serving: its server, or a prefill server, a decode server and SGLang's router in front of them."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-import psutil
 import requests
 
-from benchmarks.serving.errors import RunError
+from benchmarks.processes import Process, RunError, reason
+from benchmarks.serving.scenario import Scenario, ServedVariant
+from benchmarks.variants import DIVIDED, WAITING, environment, kind_options
+from sglang_dwdp.cpu import engine as cpu_engine
+from sglang_dwdp.demo.server import free_port
 
 _POLL_S = 0.5
-FAILED = "Scheduler hit an exception"  # what SGLang logs before a scheduler ends by itself
-_WORKER = "sglang::"  # how SGLang names its schedulers, controllers and detokenizers
-# Lines of a log that say why a server ended, the most telling first.
-_TELLING = ("sglang-dwdp: error:", "AssertionError", "ValueError", "RuntimeError", "OutOfMemoryError", "Error:")
 
 
-class Process:
-    """A program in a process group of its own, with its output in a log file.
+def server_flags(scenario: Scenario, variant: ServedVariant) -> dict[str, Any]:
+    """Flags of a variant's server but model, host and port: the scenario's, then the kind's, then the variant's own."""
+    flags: dict[str, Any] = {}
+    if scenario.gpus == 0:
+        flags |= cpu_engine.default_flags()
+    if scenario.chunk_tokens:
+        flags["chunked-prefill-size"] = scenario.chunk_tokens * (scenario.ranks if variant.kind in DIVIDED else 1)
+    if scenario.together > 1 and variant.kind not in WAITING:
+        flags["sleep-on-idle"] = True  # servers that wait leave the cores to the one that is measured
+    kind = {"tp_size": 1} if variant.kind == "single" else kind_options(variant.kind, scenario.ranks)
+    merged = flags | scenario.flags | kind | variant.flags
+    return {name.replace("_", "-"): value for name, value in merged.items()}
 
-    Raises:
-        RunError: the program does not exist.
+
+def split_flags(scenario: Scenario, variant: ServedVariant, bootstrap: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Flags of the prefill server and of the decode server of a disaggregated variant.
+
+    Args:
+        scenario: Whose.
+        variant: With `decode`.
+        bootstrap: The port where the two meet.
     """
-
-    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        self.name = name
-        self.log = log
-        self.started = time.monotonic()
-        self._asked = False
-        self._workers: dict[psutil.Process, str] = {}
-        with log.open("wb") as output:
-            try:
-                self._process = subprocess.Popen(
-                    command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-                )
-            except OSError as error:
-                raise RunError(f"{name} could not be started: {error}") from None
-
-    @property
-    def pid(self) -> int:
-        """Of the program, and of its process group."""
-        return self._process.pid
-
-    def exit_code(self) -> int | None:
-        """None while it runs."""
-        return self._process.poll()
-
-    def watch_workers(self) -> None:
-        """From now on `check_alive` also looks at the processes of SGLang that the program has started.
-
-        SGLang itself does not notice when one is killed, and leaves its requests unanswered.
-        """
-        with contextlib.suppress(psutil.Error):
-            for child in psutil.Process(self.pid).children(recursive=True):
-                with contextlib.suppress(psutil.Error, IndexError):
-                    title = child.cmdline()[0]
-                    if title.startswith(_WORKER):
-                        self._workers[child] = title
-
-    def lost(self) -> str | None:
-        """The title of a watched process that is gone."""
-        for worker, title in self._workers.items():
-            try:
-                if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
-                    continue
-            except psutil.NoSuchProcess:
-                pass
-            return f"{title}, process {worker.pid}"
-        return None
-
-    def check_alive(self) -> None:
-        """
-        Raises:
-            RunError: the program, or a process of it that is watched, has ended; the message says why, as far as its
-                log does.
-        """
-        code = self.exit_code()
-        if code is not None:
-            raise RunError(f"{self.name} ended with exit code {code}: {reason(self.log)} (log: {self.log})")
-        gone = self.lost()
-        if gone:
-            why = reason(self.log) if FAILED in self.log.read_text(errors="replace") else "killed, or ended in silence"
-            raise RunError(f"{self.name} lost {gone}: {why} (log: {self.log})")
-
-    def ask_to_stop(self) -> None:
-        """SIGTERM, once: where several are to end, they do so together."""
-        if self.exit_code() is None and not self._asked:
-            self._asked = True
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGTERM)
-
-    def stop(self, timeout_s: float = 60.0) -> None:
-        """SIGTERM, and after `timeout_s` seconds SIGKILL, to the program; then whatever is left of its group.
-
-        Idempotent.
-        """
-        self.ask_to_stop()
-        if self.exit_code() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout_s)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait()
+    decode = variant.decode
+    assert decode is not None
+    backend = {"disaggregation-transfer-backend": decode.transfer_backend}
+    prefill = server_flags(scenario, variant) | backend
+    prefill |= {"disaggregation-mode": "prefill", "disaggregation-bootstrap-port": bootstrap}
+    plain = ServedVariant(kind="single", flags={"tp-size": decode.ranks, **decode.flags})
+    other = server_flags(scenario, plain) | backend | {"disaggregation-mode": "decode"}
+    if scenario.gpus > 1:  # on the GPUs after those that prefill
+        other.setdefault("base-gpu-id", scenario.ranks)
+    return prefill, other
 
 
-def wait_healthy(process: Process, url: str, timeout_s: float, progress: Callable[[str], None]) -> None:
+def as_arguments(flags: Mapping[str, Any]) -> list[str]:
+    """`{"tp-size": 2, "enable-dwdp": True}` as `--tp-size 2 --enable-dwdp`; False leaves a flag out."""
+    arguments: list[str] = []
+    for name, value in flags.items():
+        if value is not False:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            arguments += [f"--{name}", *map(str, values)]
+    return arguments
+
+
+def server_command(model: str, port: int, flags: Mapping[str, Any]) -> list[str]:
+    """`python -m sglang.launch_server …`."""
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
+    return [*command, "--host", "127.0.0.1", "--port", str(port), *as_arguments(flags)]
+
+
+def router_command(prefill: str, bootstrap_port: int, decode: str, port: int) -> list[str]:
+    """SGLang's mini load balancer in front of one prefill and one decode server, given by their URLs."""
+    command = [sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation", "--mini-lb"]
+    command += ["--prefill", prefill, str(bootstrap_port), "--decode", decode]
+    return [*command, "--host", "127.0.0.1", "--port", str(port)]
+
+
+def wait_healthy(process: Process, url: str, timeout_s: float) -> None:
     """Return when `url` answers GET /health.
 
-    timeout_s: since the process was started.
+    Args:
+        process: That is to answer.
+        url: Where.
+        timeout_s: Seconds since the process was started.
 
     Raises:
-        RunError: the process ended, or did not answer in time.
+        RunError: The process ended, or did not answer in time.
     """
     while True:
         process.check_alive()
-        seconds = time.monotonic() - process.started
-        progress(f"{process.name}: starting, {seconds:.0f} s")
         with contextlib.suppress(requests.RequestException):
             if requests.get(f"{url}/health", timeout=5).ok:
                 return
-        if seconds > timeout_s:
-            raise RunError(
-                f"{process.name} did not answer within {timeout_s:g} s (start_timeout_s): {reason(process.log)} "
-                f"(log: {process.log})"
-            )
+        if time.monotonic() - process.started > timeout_s:
+            why = f"{reason(process.log)} (log: {process.log})"
+            raise RunError(f"{process.name} did not answer within {timeout_s:g} s: {why}")
         time.sleep(_POLL_S)
 
 
-def reason(log: Path) -> str:
-    """The line of a log that best says why its program ended."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    for mark in _TELLING:
-        for line in reversed(lines):
-            if mark in line:
-                return line[:400]
-    return lines[-1][:400] if lines else "it printed nothing"
+class Deployment:
+    """Where requests go, and the processes behind it.
+
+    Attributes:
+        url: For clients.
+        server_url: Of the server whose ranks are asked; behind a router, the prefill server.
+        routed: Whether a router is in front.
+    """
+
+    def __init__(self, url: str, server_url: str, processes: Mapping[str, Process]) -> None:
+        self.url, self.server_url = url, server_url
+        self.routed = url != server_url
+        self._processes = dict(processes)
+
+    def wait(self, timeout_s: float) -> float:
+        """Return when every process answers; seconds since the first was started.
+
+        Raises:
+            RunError: A process ended, or did not answer in time.
+        """
+        for url, process in self._processes.items():
+            wait_healthy(process, url, timeout_s)
+        return time.monotonic() - min(process.started for process in self._processes.values())
+
+    def check_alive(self) -> None:
+        """Look whether all processes run.
+
+        Raises:
+            RunError: One has ended.
+        """
+        for process in self._processes.values():
+            process.check_alive()
+
+    def answers(self, prompts: list[list[int]], new_tokens: int, ranks: int) -> list[list[list[int]]]:
+        """Greedy tokens `[ranks][prompts][new_tokens]`, one prompt at a time; behind a router of any rank.
+
+        Raises:
+            RunError: A request failed.
+        """
+        sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        one_rank = self.routed or ranks == 1
+        where: list[dict[str, Any]] = [{}] if one_rank else [{"routed_dp_rank": rank} for rank in range(ranks)]
+        found: list[list[list[int]]] = []
+        for rank in where:
+            found.append([])
+            for prompt in prompts:
+                body = {"input_ids": prompt, "sampling_params": sampling, **rank}
+                try:
+                    answer = requests.post(f"{self.url}/generate", json=body, timeout=300)
+                    answer.raise_for_status()
+                except requests.RequestException as error:
+                    raise RunError(f"a prompt of {len(prompt)} tokens got no answer: {error}") from None
+                found[-1].append(answer.json()["output_ids"])
+        return found
+
+    def reports(self) -> list[dict[str, Any]]:
+        """Every rank's DWDP counters, in rank order; empty where the server has none."""
+        with contextlib.suppress(requests.RequestException, ValueError):
+            states = requests.get(f"{self.server_url}/server_info", timeout=30).json().get("internal_states", [])
+            return sorted((s["dwdp"] for s in states if s.get("dwdp")), key=lambda report: int(report["rank"]))
+        return []
+
+
+@contextlib.contextmanager
+def start(scenario: Scenario, name: str, model: str, logs: Path) -> Iterator[Deployment]:
+    """A variant whose processes have been started, in time to be waited for; stopped in the end, whatever happens.
+
+    Raises:
+        RunError: A process could not be started.
+    """
+    variant = scenario.variants[name]
+    with tempfile.TemporaryDirectory(prefix="compare-serving-") as directory, contextlib.ExitStack() as stack:
+        variables = environment(
+            variant.kind,
+            ranks=scenario.ranks,
+            devices=scenario.gpus,
+            several=scenario.together > 1,
+            made=bool(scenario.model.make),
+            folder=Path(directory),
+            base=os.environ,
+        )
+        if variant.decode is not None:  # both servers are on this host, which need not have a network
+            variables.setdefault("SGLANG_HOST_IP", "127.0.0.1")
+        variables |= scenario.environment | variant.environment
+        processes: dict[str, Process] = {}
+
+        def begin(role: str, command: list[str], at: int) -> str:
+            url = f"http://127.0.0.1:{at}"
+            full = f"{name}-{role}" if role else name
+            processes[url] = Process(full, command, variables, logs / f"{full}.log")
+            stack.callback(processes[url].stop)
+            return url
+
+        front = free_port()
+        if variant.decode is None:
+            url = begin("", server_command(model, front, server_flags(scenario, variant)), front)
+            deployment = Deployment(url, url, processes)
+        else:
+            bootstrap, prefill_port, decode_port = free_port(), free_port(), free_port()
+            flags = split_flags(scenario, variant, bootstrap)
+            prefill = begin("prefill", server_command(model, prefill_port, flags[0]), prefill_port)
+            decode = begin("decode", server_command(model, decode_port, flags[1]), decode_port)
+            url = begin("router", router_command(prefill, bootstrap, decode, front), front)
+            deployment = Deployment(url, prefill, processes)
+        yield deployment
+        for process in processes.values():  # together, since each takes a while
+            process.ask_to_stop()

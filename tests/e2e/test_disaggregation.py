@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from benchmarks.serving.launch import router_command
-from benchmarks.serving.servers import Process, wait_healthy
+from benchmarks.processes import Process
+from benchmarks.serving.servers import router_command, wait_healthy
 from sglang_dwdp.demo.server import Server, free_port
 from tests.e2e.conftest import FLAGS, Answers, Footprint
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
@@ -77,7 +77,7 @@ def group(
         url = f"http://127.0.0.1:{router_port}"
         command = router_command(prefill.url, bootstrap, decode.url, router_port)
         router = Process("the router", command, dict(os.environ), tmp_path / "router.log")
-        wait_healthy(router, url, 120, lambda _text: None)
+        wait_healthy(router, url, 120)
         footprint = Footprint(tmp_path / "prefill")
         yield prefill, url
         router.stop()

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import requests
 
-from sglang_dwdp.demo.families import Family
 from sglang_dwdp.demo.server import Server
 from tests.e2e.conftest import Running
+from tests.fixtures.families import Family
 
 TURNS, NEW_TOKENS, SESSIONS = 3, 8, 8
 TEXT = "The quick brown fox jumps"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -175,3 +176,33 @@ FUSED = {
     "glm4_moe-bf16-triton": ("qwen3_moe-bf16-triton", "qwen3_moe-bf16-deep_gemm"),
     "deepseek_v3-fp8-triton": ("deepseek_v3-fp8-triton", "deepseek_v3-fp8-deep_gemm"),
 }
+
+# What all engines have in common.
+CHUNK = 1024
+OPTIONS: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    "attention_backend": "triton",
+    "disable_custom_all_reduce": True,
+    "cuda_graph_max_bs_decode": 4,
+    "chunked_prefill_size": CHUNK,
+    "max_prefill_tokens": CHUNK,
+    "max_total_tokens": 8192,
+    "max_running_requests": 12,  # divided by the ranks
+    "mem_fraction_static": 0.9,  # of what the other engines leave; the number of tokens is what limits the cache
+    "log_level": "info",
+}
+LENGTHS = (1, 5, 17, 63, 64, 65, 130, 257, 513, 900, 1025, 1500)
+NEW_TOKENS = 12
+
+
+def prompts() -> list[list[int]]:
+    """Prompts on both sides of the limit of direct views and of a chunk.
+
+    Every third goes on where an earlier one ended, so that it finds a prefix in the radix cache.
+    """
+    draw = random.Random(0)
+    result: list[list[int]] = []
+    for index, length in enumerate(LENGTHS):
+        known = result[index - 2] if index % 3 == 2 else []
+        result.append([*known, *(draw.randrange(10, 2000) for _ in range(length - len(known)))])
+    return result

@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.moe_problems import (
+from sglang_dwdp.block_fp8 import Workspace
+from sglang_dwdp.config import DwdpConfig
+from sglang_dwdp.runtime import DwdpRuntime
+from tests.fixtures.moe_problems import (
     FORMATS,
     Case,
     Shape,
@@ -27,9 +30,6 @@ from benchmarks.moe_problems import (
     run_flashinfer,
     run_triton,
 )
-from sglang_dwdp.block_fp8 import Workspace
-from sglang_dwdp.config import DwdpConfig
-from sglang_dwdp.runtime import DwdpRuntime
 from tests.fixtures.ranks import PlainLayer, run_ranks
 
 pytestmark = pytest.mark.gpu(3)

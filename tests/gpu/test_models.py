@@ -16,14 +16,13 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
 import threading
 import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.engine import REPORT, EngineProcess, Request
 from benchmarks.one_gpu import one_gpu_environment
+from benchmarks.processes import RunError
+from benchmarks.variants import QUIET
 from sglang_dwdp.demo.server import fewer_models
-from tests import ROOT
 from tests.fixtures.families import make_checkpoint
-from tests.gpu.cases import ALL, BY_NAME, FUSED, VARIATIONS, Case
-from tests.gpu.engine import LENGTHS
+from tests.gpu.cases import ALL, BY_NAME, FUSED, LENGTHS, NEW_TOKENS, OPTIONS, VARIATIONS, Case, prompts
 
 RESUME = os.environ.get("DWDP_ENGINES_RESUME") == "1"
 pytestmark = [pytest.mark.models] if RESUME else [pytest.mark.gpu(3), pytest.mark.models]
@@ -69,8 +69,6 @@ def register():
 
     HookRegistry.register("sglang.srt.runtime_context.publish", install, HookType.AFTER)
 """
-# NVLink multicast is not what is tested, and some machines do without.
-QUIET = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 
 
 class Engines:
@@ -99,7 +97,7 @@ class Engines:
             self._futures[name] = self._pool.submit(self._run, name, case, ranks, fused)
 
     def result(self, case: Case, ranks: int, *, fused: bool = False) -> dict[str, Any]:
-        """What `engine.measure` returned."""
+        """By rank its answers (`benchmarks.engine.Answer`) and reports, and the engine's log."""
         self.start(case, ranks, fused=fused)
         result = self._futures[self.name(case, ranks, fused)].result()
         if "skipped" in result:
@@ -140,11 +138,10 @@ class Engines:
     def _run_on(self, gpu: str, name: str, case: Case, ranks: int, fused: bool) -> dict[str, Any]:
         own = self._directory / name
         own.mkdir(parents=True)
-        spec, out, log = own / "spec.json", self.logs / f"{name}.json", self.logs / f"{name}.log"
-        out.unlink(missing_ok=True)
-        spec.write_text(json.dumps(self.options(case, ranks, fused) | {"model_path": str(self._models(case))}))
+        kept = self.logs / f"{name}.json"
+        kept.unlink(missing_ok=True)
+        options = OPTIONS | self.options(case, ranks, fused) | {"model_path": str(self._models(case))}
         environment = {**os.environ, **fewer_models(), **QUIET, **case.environment, "CUDA_VISIBLE_DEVICES": gpu}
-        environment |= {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
         environment |= {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
         environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         if ranks > 1:
@@ -153,36 +150,28 @@ class Engines:
                 environment |= plugin_environment(own, "share_all", SHARE_ALL_PLUGIN, environment)
         elif case.kernels is not None:
             environment |= plugin_environment(own, "resident_kernels", RESIDENT_PLUGIN, environment)
-        command = [sys.executable, str(ROOT / "tests/gpu/engine.py"), str(spec), str(out)]
         began = time.monotonic()
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, cwd=own
-            )
+        until = min(began + ENGINE_S, self._deadline)
+        with closing(EngineProcess(name, options, environment, self.logs, routed=ranks > 1)) as engine:
             try:
-                code: int | None = self._wait(process, out)
-            finally:
-                end_session(process)
-        if not out.exists():
-            if code is None and time.monotonic() > self._deadline:
-                return {"skipped": f"{name} had no answers before DWDP_ENGINES_DEADLINE_S; {log}"}
-            ended = f"no answers within {ENGINE_S:.0f} s" if code is None else f"exit code {code}"
-            last = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
-            return {"error": f"{name}: {ended}; {log}:\n{last}"}
-        result: dict[str, Any] = json.loads(out.read_text())
+                engine.wait_ready(until - time.monotonic())
+                request = Request("answers", dict.fromkeys(range(ranks), prompts()), NEW_TOKENS)
+                answers = engine.ask(request, until - time.monotonic())
+                states = engine.ask(REPORT, until - time.monotonic())
+            except RunError as error:
+                if time.monotonic() > self._deadline:
+                    return {"skipped": f"{name} had no answers before DWDP_ENGINES_DEADLINE_S; {engine.log}"}
+                last = "\n".join(engine.log.read_text(errors="replace").splitlines()[-40:])
+                return {"error": f"{error}; {engine.log}:\n{last}"}
+        result = {
+            "answers": [answers[rank] for rank in range(ranks)],
+            "reports": [state.get("dwdp") for state in states],
+        }
+        kept.with_suffix(".part").write_text(json.dumps(result))
+        kept.with_suffix(".part").rename(kept)
         print(f"{name}: {time.monotonic() - began:.0f} s on GPU {gpu}")  # noqa: T201
-        return result | {"log": log.read_text(errors="replace")}
-
-    def _wait(self, process: subprocess.Popen[bytes], out: Path) -> int | None:
-        """The exit code, or None when the time is over; 0 as soon as the answers are there, which saves the end."""
-        until = min(time.monotonic() + ENGINE_S, self._deadline)
-        while time.monotonic() < until:
-            if out.exists():
-                return 0
-            if (code := process.poll()) is not None:
-                return code
-            time.sleep(0.2)
-        return None
+        # Through JSON, as answers of an interrupted run come.
+        return {**json.loads(kept.read_text()), "log": engine.log.read_text(errors="replace")}
 
     def options(self, case: Case, ranks: int, fused: bool) -> dict[str, Any]:
         """The engine's options. Engines that start together would draw the same ports."""
@@ -197,17 +186,6 @@ class Engines:
         if ranks > 1:
             result |= {"enable_dwdp": True, "dwdp_direct_max_tokens": DIRECT_MAX_TOKENS, **case.dwdp}
         return result
-
-
-def end_session(process: subprocess.Popen[bytes]) -> None:
-    """End whatever is left of a process's session: SGLang gives its children process groups of their own."""
-    listed = subprocess.run(["ps", "-o", "pid=", "-s", str(process.pid)], capture_output=True, text=True, check=False)
-    for pid in listed.stdout.split():
-        try:
-            os.kill(int(pid), 9)
-        except ProcessLookupError:
-            continue
-    process.wait()
 
 
 def plugin_environment(directory: Path, name: str, source: str, base: dict[str, str]) -> dict[str, str]:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.moe_problems import ALPHA, LIMIT, Case, Experts, Shape, make, make_case, reference, relative_error
-from benchmarks.sglang_kernels import deep_gemm, published
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.runtime import DwdpRuntime
+from tests.fixtures.moe_problems import ALPHA, LIMIT, Case, Experts, Shape, make, make_case, reference, relative_error
 from tests.fixtures.ranks import PlainLayer, run_ranks
+from tests.fixtures.sglang_kernels import deep_gemm, published
 
 pytestmark = pytest.mark.gpu(3)
 

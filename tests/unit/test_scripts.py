@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import moe_layer, multi_gpu, reproduce_paper, serving_table
+from benchmarks import compare_serving, engines, gpu_links, moe_layer, reproduce_paper
 
 
 @pytest.mark.parametrize(
     ("main", "arguments", "message"),
     [
-        (serving_table.main, ["{there}/nosuch.json"], "RESULTS.json has to be what compare_serving.py wrote"),
-        (serving_table.main, ["{there}/list.json"], "RESULTS.json has to be what compare_serving.py wrote"),
-        (serving_table.main, ["{there}/binary"], "RESULTS.json has to be what compare_serving.py wrote"),
-        (moe_layer.main, ["--docs", "{there}/list.json"], "--docs takes files that this script wrote"),
-        (multi_gpu.main, ["--out", "{there}/binary/x.json"], "results cannot be written"),
+        (compare_serving.main, ["{there}/nosuch.yaml"], "No such file"),
+        (compare_serving.main, ["{there}/list.json"], "list.json: "),
+        (engines.main, ["--cases", "prefill:x"], "'prefill:x' is no case"),
+        (engines.main, ["--variants", "x"], "'x' is none of dwdp"),
+        (engines.main, ["--cases"], "measures nothing"),
+        (engines.main, ["--out", "{there}/binary/x"], "results cannot be written"),
+        (gpu_links.main, ["--cpu", "--out", "{there}/binary/x.json"], "results cannot be written"),
+        (moe_layer.main, ["--out", "x", "--shapes", "x"], "invalid choice: 'x'"),
         (reproduce_paper.main, ["--requests", "0"], "at least one is needed"),
     ],
 )
@@ -35,6 +38,6 @@ def test_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["script", *(one.format(there=tmp_path) for one in arguments)])
     with pytest.raises(SystemExit) as ended:
-        main()
+        sys.exit(main())  # type: ignore[arg-type]
     assert ended.value.code == 2
     assert message in capsys.readouterr().err

@@ -17,7 +17,7 @@ from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 
 from sglang_dwdp.experts.placement import balanced
-from sglang_dwdp.srt_patches.checks import refuse_unknown_state
+from sglang_dwdp.srt_patches.checks import check_expert_state
 
 EXPERTS, HIDDEN, INTER = 7, 256, 128
 
@@ -50,7 +50,7 @@ def test_bf16_blocks_are_made_expert_by_expert(name: str, size: tuple[int, int],
     assert torch.equal(torch.cat(parts), whole)
     # What the method keeps is for any expert, so it is no state that would have to grow with them.
     for part in shards(group_size):
-        refuse_unknown_state(SimpleNamespace(layer_id=0, num_local_experts=len(part), quant_method=method))
+        check_expert_state(SimpleNamespace(layer_id=0, num_local_experts=len(part), quant_method=method))
 
 
 class Layer(torch.nn.Module):
