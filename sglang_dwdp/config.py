@@ -11,6 +11,7 @@ from sglang_dwdp.errors import DwdpConfigError
 
 ViewMode = Literal["auto", "direct", "staged"]
 Transport = Literal["auto", "host-shm", "cuda-vmm", "cuda-ipc"]
+ExchangeMode = Literal["off", "auto"]
 
 ENABLE = "enable_dwdp"
 PREFIX = "dwdp_"
@@ -67,6 +68,9 @@ class Views:
         return self.direct and (not self.staged or num_tokens <= self.max_tokens)
 
 
+_CHOICES = {"view": get_args(ViewMode), "exchange": get_args(ExchangeMode), "transport": get_args(Transport)}
+
+
 def _option(default: Any, text: str, kind: type | None = None) -> Any:
     """An option whose value is of type `kind`; None: of its default's type."""
     return dataclasses.field(default=default, metadata={"help": text, "kind": kind or type(default)})
@@ -94,6 +98,12 @@ class DwdpConfig:
         "any size. Default: where reading the chosen experts takes as long as copying all of them, by the model's "
         "numbers of experts.",
         int,
+    )
+    exchange: ExchangeMode = _option(
+        "off",
+        "Whether ranks may decode together, by sending tokens to the experts instead of reading the experts. auto: "
+        "where all ranks of a group are about to decode, and that is sooner than each alone; tokens are then those of "
+        "another batch size, as in expert parallelism, not bitwise a single rank's. off: a rank waits for nobody.",
     )
     depth: int = _option(2, "Slots for staged experts, each with room for the remote experts of one MoE layer.")
     transport: Transport = _option(
@@ -129,7 +139,7 @@ class DwdpConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, choices in (("view", get_args(ViewMode)), ("transport", get_args(Transport))):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 self._reject(name, f"is not one of {', '.join(choices)}")
         for name, least in (("direct_max_tokens", 0), ("depth", 1), ("group_size", 2), ("local_experts", 1)):
@@ -142,6 +152,8 @@ class DwdpConfig:
             self._reject("memory_gib", "must be a number of GiB above 0")
         if self.memory_gib is not None and self.local_experts is not None:
             self._reject("memory_gib", "decides the same as --dwdp-local-experts: give one of them only")
+        if self.exchange == "auto" and not self.views().direct:
+            self._reject("exchange", "needs experts that can be read in place: use --dwdp-view auto or direct")
         if not self._maps and self.view == "direct":
             self._reject("view", f"needs mapped memory; with --dwdp-transport {self.transport} use auto or staged")
         if not self._maps and (self.local_experts or self.memory_gib):
@@ -214,7 +226,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if kind is bool:
             keywords["action"] = "store_true"
         elif kind is str:
-            keywords["choices"] = get_args(ViewMode if field.name == "view" else Transport)
+            keywords["choices"] = _CHOICES[field.name]
         else:
             keywords["type"] = kind
         text = field.metadata["help"]

@@ -79,6 +79,8 @@ class DwdpRuntime:
         self._staged_replay = False
         self._captured: list[int] = []
         self._is_capturing: Callable[[], bool] | None = None
+        self._reports: list[Callable[[], Mapping[str, int | float | str]]] = []
+        self._closers: list[Callable[[], None]] = []
         self.in_forward = False
 
     def setup(self, layers: Sequence[ExpertLayer], name: str) -> None:
@@ -161,6 +163,19 @@ class DwdpRuntime:
         """The compute stream has run this MoE layer: its slot may be filled anew."""
         if not self._direct and self._prefetcher is not None and not self._captured:
             self._prefetcher.release(self._position[layer_id])
+
+    def layers(self) -> list[ExpertLayer]:
+        """The MoE layers whose experts are shared, in the order in which a forward runs them."""
+        return [shared.layer for shared in self._shared.layers] if self._shared else []
+
+    def add_part(self, report: Callable[[], Mapping[str, int | float | str]], close: Callable[[], None]) -> None:
+        """Let something that builds on the shared experts report with this runtime, and end before it."""
+        self._reports.append(report)
+        self._closers.append(close)
+
+    def visit(self, layer_id: int) -> None:
+        """This MoE layer runs in a way of its own, as in an exchange step."""
+        self._visit(self._position[layer_id])
 
     def _visit(self, position: int) -> None:
         if self._last_visit[position] != self._forward:
@@ -288,10 +303,13 @@ class DwdpRuntime:
             "late_fills": late,
             "exposed_copy_s": round(self._engine.exposed_s(), 6),
             **self.counters.as_dict(),
+            **{name: value for report in self._reports for name, value in report().items()},
         }
 
     def close(self) -> None:
         """Stop copying and unmap everything. Idempotent."""
+        while self._closers:
+            self._closers.pop()()
         self._engine.close()
         self._prefetcher = None
         if self._shared is not None:

@@ -152,6 +152,7 @@ class SglangLayer:
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
+        self.fused = layer
         self.layer_id: int = layer.layer_id
         self.placement = placement_of(layer)
 

@@ -63,8 +63,13 @@ def set_up(runner: Any) -> None:
     memory = memory_for(runner.device, index, config.transport)
     runtime = DwdpRuntime(config, memory, rank_in_group(), parallel.dwdp_size)
     group = parallel.tp_rank // parallel.dwdp_size
-    runtime.setup(layers, f"{_common_name(parallel.tp_group)}.{group}")
+    name = f"{_common_name(parallel.tp_group)}.{group}"
+    runtime.setup(layers, name)
     set_global_dwdp_manager(Manager(runtime))
+    if config.exchange == "auto":
+        from sglang_dwdp.srt_patches import exchange
+
+        exchange.set_up(runtime, runner, name)
     declare_fixed(runner.model)
     views = config.views(maps=memory.maps)
     if views.direct and views.staged:

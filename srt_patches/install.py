@@ -64,6 +64,12 @@ def _install(role: str, config: DwdpConfig, device: str | None) -> None:
         install((*reports.SCHEDULER_HOOKS, *weights.SCHEDULER_HOOKS))
         install((*sessions.SCHEDULER_HOOKS, *recorder.SCHEDULER_HOOKS))
         collectives.guard_collectives(device)
+        if config.exchange == "auto":
+            from sglang_dwdp.srt_patches import exchange
+
+            install(exchange.HOOKS)
+            if device == "cuda":
+                install(exchange.GPU_HOOKS)
         if config.audit:
             install(experts.AUDIT_HOOKS)
     elif role == "dp_controller":

@@ -52,6 +52,10 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         num_experts = _check_model(config, model, view.model_path, group_size)
         _check_device(config, view.device)
         check_graph_backends(view)
+        if config.exchange == "auto" and view.disaggregation_mode == "prefill":
+            raise DwdpConfigError(
+                "--dwdp-exchange auto is for servers that decode: drop it with --disaggregation-mode prefill."
+            )
     config = with_direct_limit(config, num_experts, models.experts_per_token(model.hf_text_config))
     attach_config(server_args, config)
     declare_resolution(server_args, _SOURCE, dwdp_size=group_size, attn_dp_size=view.tp_size, **RESOLVED)
@@ -61,7 +65,7 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
     if view.device == "cpu":
         # An idle rank would spin on a core, and on a CPU the busy ranks compute with those.
         # And custom all-reduce, which is for GPUs, would be tried and warned of.
-        declare_resolution(server_args, _SOURCE, sleep_on_idle=True, disable_custom_all_reduce=True)
+        declare_resolution(server_args, _SOURCE, sleep_on_idle=config.exchange == "off", disable_custom_all_reduce=True)
     declare_resolution(server_args, _SOURCE, **graph_arguments(view, has_direct=config.views().direct))
 
 
