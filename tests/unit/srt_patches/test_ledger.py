@@ -9,6 +9,7 @@ import pytest
 from sglang_dwdp.srt_patches import (
     arguments,
     controller,
+    exchange,
     experts,
     flashinfer_fp8,
     forward,
@@ -37,6 +38,8 @@ HOOKS = (
     *loading.HOOKS,
     *forward.HOOKS,
     *prefill_graphs.HOOKS,
+    *exchange.HOOKS,
+    *exchange.GPU_HOOKS,
     *reports.SCHEDULER_HOOKS,
     *reports.CONTROLLER_HOOKS,
     *weights.SCHEDULER_HOOKS,
