@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.multi.variants import DEP, IN_TREE, OURS, REPLICAS
-from sglang_dwdp.planner.compare import Case, Point, evaluate
 from sglang_dwdp.planner.cost import Group
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import default_precision, get_format
 from sglang_dwdp.planner.gpus import Gpu, gpu_of_device
 from sglang_dwdp.planner.models import load_model
+from sglang_dwdp.planner.plan import Case, Point, evaluate
 from sglang_dwdp.planner.workload import Lengths
 
 GRID = tuple(256 * step for step in (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128))

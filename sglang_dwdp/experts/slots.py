@@ -34,7 +34,11 @@ class _Slot:
 class Prefetcher:
     """Fills the slots of a ring of staged layers.
 
-    plans: `[num_layers]`, what a fill of each layer copies.  plan_bytes: `[num_layers]`, its size.
+    Args:
+        engine: that copies.
+        plans: `[num_layers]`, what a fill of each layer copies.
+        plan_bytes: `[num_layers]`, its size.
+        depth: how many slots there are, at most one for each layer.
     """
 
     def __init__(self, engine: CopyEngine, plans: Sequence[CopyList], plan_bytes: Sequence[int], depth: int) -> None:

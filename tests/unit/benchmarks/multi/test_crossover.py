@@ -86,10 +86,10 @@ def test_what_was_measured_counts_without_a_plan() -> None:
 
 def test_the_planned_crossover_is_near_that_of_the_plan() -> None:
     """`sglang-dwdp plan` packs prompts of one length into chunks; here a forward has one prompt of the chunk's size."""
-    from sglang_dwdp.planner.compare import Case
     from sglang_dwdp.planner.cost import Group
     from sglang_dwdp.planner.formats import default_precision, get_format
     from sglang_dwdp.planner.gpus import get_gpu
+    from sglang_dwdp.planner.plan import Case
 
     model = load_model("qwen3-30b-a3b")
     case = Case(model, get_gpu("h100"), default_precision(get_format("bf16")), Lengths(length=8192))
