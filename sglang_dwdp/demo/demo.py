@@ -24,13 +24,7 @@ _TEXT = " ".join(topics["class"].split())
 
 # From a few tokens to several hundred: with --dwdp-view auto, short ones run on direct views and the long one's
 # prefill on staged ones.
-PROMPTS = (
-    "The class statement",
-    "A decorator is called with",
-    _TEXT[:200],
-    _TEXT[300:900],
-    _TEXT[: 3 * 900],
-)
+PROMPTS = ("The class statement", "A decorator is called with", _TEXT[:200], _TEXT[300:900], _TEXT[: 3 * 900])
 
 
 @dataclass(frozen=True, slots=True)
