@@ -105,12 +105,10 @@ def descendants(root: int) -> set[int]:
         with contextlib.suppress(OSError, ValueError):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             children.setdefault(int(fields[1]), []).append(pid)
-    found, todo = set(), [root]
-    while todo:
-        pid = todo.pop()
-        found.add(pid)
-        todo += children.get(pid, [])
-    return found
+    found = [root]
+    for pid in found:  # which grows meanwhile
+        found += children.get(pid, [])
+    return set(found)
 
 
 def all_pids() -> list[int]:
@@ -122,7 +120,7 @@ def clean(files: set[Path]) -> None:
     """Remove `files` as processes stop mapping them, for a while."""
     deadline = time.monotonic() + _DEADLINE_S
     while files and time.monotonic() < deadline:
-        for path in files - mapped(all_pids(), SHM):
+        for path in files - mapped(all_pids()):
             path.unlink(missing_ok=True)
             files.discard(path)
         time.sleep(_POLL_S / 2)

@@ -26,10 +26,8 @@ class Counters:
     def count_forward(self, num_tokens: int, *, direct: bool) -> None:
         """Count one forward of so many tokens."""
         self.forward_tokens += num_tokens
-        if direct:
-            self.direct_forwards += 1
-        else:
-            self.staged_forwards += 1
+        self.direct_forwards += direct
+        self.staged_forwards += not direct
 
     def as_dict(self) -> dict[str, int]:
         """The totals by name, as `/server_info` shows them."""

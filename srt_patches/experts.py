@@ -110,15 +110,10 @@ def load(
 
 
 def load_fused(
-    original: Callable[..., None],
-    layer: Any,
-    param: Any,
-    loaded_weight: torch.Tensor,
-    weight_name: str,
-    shard_id: str,
+    original: Callable[..., None], layer: Any, param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any
 ) -> None:
     """Around `FusedMoE.weight_loader_fused`, which always gets all experts."""
-    original(layer, param, shard_of(layer, param, loaded_weight), weight_name, shard_id)
+    original(layer, param, shard_of(layer, param, loaded_weight), *args, **kwargs)
 
 
 def deferred_finalize(original: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -221,12 +216,9 @@ def install_shard_count() -> None:
 
 
 _PATH = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
+_CHECK = "sglang.srt.model_executor.model_runner.ModelRunner.check_quantized_moe_compatibility"
 HOOKS = (
-    Hook(
-        "sglang.srt.model_executor.model_runner.ModelRunner.check_quantized_moe_compatibility",
-        HookType.REPLACE,
-        check_blocks,
-    ),
+    Hook(_CHECK, HookType.REPLACE, check_blocks),
     Hook(f"{_PATH}.__init__", HookType.AROUND, build),
     Hook(f"{_PATH}._map_global_expert_id_to_local_expert_id", HookType.REPLACE, local_index),
     Hook(f"{_PATH}.weight_loader", HookType.AROUND, load),

@@ -8,6 +8,7 @@ from argparse import Namespace
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -15,9 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_dwdp.config import MIB
-from sglang_dwdp.demo import workload
 from sglang_dwdp.demo.checkpoint import make_checkpoint
 from sglang_dwdp.demo.server import Server
+
+MAX_NEW_TOKENS = 16
+_TEXT = " ".join(topics["class"].split())
+
+# From a few tokens to several hundred: with --dwdp-view auto, short ones run on direct views and the long one's
+# prefill on staged ones.
+PROMPTS = ("The class statement", "A decorator is called with", _TEXT[:200], _TEXT[300:900], _TEXT[: 3 * 900])
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +67,48 @@ def _ask(server: Server, name: str, console: Console) -> Answers:
         server.wait()
         console.print(f"{name}: serving after {time.monotonic() - start:.0f} s")
         status.update(f"{name}: /generate, /v1/chat/completions, and a frontend program that forks")
-        generated = [workload.generate(server, rank) for rank in range(server.ranks)]
-        chat, frontend = workload.chat(server), workload.frontend(server)
+        generated = [_generate(server, rank) for rank in range(server.ranks)]
+        chat, frontend = _chat(server), _frontend(server)
         reports = server.reports() if server.ranks > 1 else []
         status.update(f"Stopping {name}")
     return Answers(generated, chat, frontend, reports)
+
+
+def _generate(server: Server, rank: int) -> list[list[int]]:
+    """`/generate`, all prompts on one rank: their tokens."""
+    return [server.generate(prompt, MAX_NEW_TOKENS, rank) for prompt in PROMPTS]
+
+
+def _chat(server: Server) -> str:
+    """`/v1/chat/completions`: the answer's text."""
+    body = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": "What does the with statement do?"}],
+        "temperature": 0,
+        "max_tokens": MAX_NEW_TOKENS,
+    }
+    answer = server.post("/v1/chat/completions", body)
+    text: str = answer["choices"][0]["message"]["content"]
+    return text
+
+
+def _frontend(server: Server) -> tuple[str, str, str]:
+    """A frontend program that forks: both branches' texts, and what is generated after they joined."""
+    import sglang as sgl
+
+    @sgl.function
+    def compare(s, first, second):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        s += "Two statements of the language. "
+        forks = s.fork(2)
+        for fork, word in zip(forks, (first, second), strict=True):
+            fork += f"The {word} statement"
+            fork += sgl.gen("text", max_tokens=MAX_NEW_TOKENS, temperature=0)
+        s += f"One: {forks[0]['text']} Other: {forks[1]['text']} Both:"
+        s += sgl.gen("both", max_tokens=MAX_NEW_TOKENS, temperature=0)
+        s["first"], s["second"] = forks[0]["text"], forks[1]["text"]
+
+    state = compare.run("while", "for", backend=sgl.RuntimeEndpoint(server.url))
+    return state["first"], state["second"], state["both"]
 
 
 def _agree(shared: Answers, reference: Answers) -> bool:
@@ -78,7 +122,7 @@ def _agree(shared: Answers, reference: Answers) -> bool:
 def _table(shared: Answers, reference: Answers) -> Table:
     table = Table(title="DWDP against one rank that holds all experts, greedy")
     # Narrow enough for a terminal of 80 columns.
-    table.add_column()
+    table.add_column(no_wrap=True)
     for heading in ("same\ntokens", "experts\nstored", "copied\nahead", "read in\nplace", "collectives\nin forwards"):
         table.add_column(heading, justify="right", no_wrap=True)
     for report, tokens in zip(shared.reports, shared.generated, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise, zip_longest
@@ -90,19 +90,19 @@ class TensorLayout:
 
         def cut_segment(own: Span) -> tuple[Span, ...]:
             points = [own.offset, *(edge for edge in edges if own.offset < edge < own.end), own.end]
-            return _spans(pairwise(points))
+            return tuple(Span(low, high - low) for low, high in pairwise(points) if high > low)
 
         return tuple(map(cut_segment, self.segments))
 
     @cached_property
     def remote_runs(self) -> tuple[tuple[Span, ...], ...]:
         """`[group_size]`: what each rank reads from peers, as at most two contiguous runs of pages."""
-        every = []
-        for segment, replicas in zip(self.segments, self.replicas, strict=True):
-            local = sorted((span.offset, span.end) for span in (segment, *replicas) if span.nbytes)
-            edges = [0, *(edge for ends in local for edge in ends), self.reserved_bytes]
-            every.append(_spans(zip(edges[::2], edges[1::2], strict=True)))
-        return tuple(every)
+        return tuple(map(self._remote_runs, range(len(self.segments))))
+
+    def _remote_runs(self, rank: int) -> tuple[Span, ...]:
+        local = sorted((self.segments[rank], *self.replicas[rank]), key=lambda span: (span.offset, span.nbytes))
+        edges = [0, *(edge for span in local if span.nbytes for edge in (span.offset, span.end)), self.reserved_bytes]
+        return tuple(Span(low, high - low) for low, high in zip(edges[::2], edges[1::2], strict=True) if high > low)
 
 
 @lru_cache(maxsize=256)  # layers are alike, and a memory budget is tried with several numbers of local experts
@@ -139,11 +139,7 @@ def tensor_layout(
     return TensorLayout(expert_bytes, page_bytes, placement.num_experts, segments, kept)
 
 
-def _spans(ends: Iterable[tuple[int, int]]) -> tuple[Span, ...]:
-    return tuple(Span(low, high - low) for low, high in ends if high > low)
-
-
-def cut(span: Span, slice_bytes: int, unit: int) -> tuple[Span, ...]:
+def cut(span: Span, slice_bytes: int, unit: int) -> Iterator[Span]:
     """`span` in pieces of about `slice_bytes`, at most half as much again; all but the last are whole units.
 
     Of about equal size: a small rest would cost as much time to start as a whole slice.
@@ -151,7 +147,7 @@ def cut(span: Span, slice_bytes: int, unit: int) -> tuple[Span, ...]:
     count = max(1, round(span.nbytes / slice_bytes))
     units = -(-span.nbytes // unit)
     edges = [span.offset + min(span.nbytes, units * i // count * unit) for i in range(count + 1)]
-    return _spans(pairwise(edges))
+    return (Span(low, high - low) for low, high in pairwise(edges) if high > low)
 
 
 def overlap(a: Span, b: Span) -> Span:

@@ -222,11 +222,7 @@ class _Sharing:
 
 
 def share_experts(
-    config: DwdpConfig,
-    memory: Memory,
-    exchange: Exchange,
-    layers: Sequence[ExpertLayer],
-    ready: Ready | None = None,
+    config: DwdpConfig, memory: Memory, exchange: Exchange, layers: Sequence[ExpertLayer], ready: Ready | None = None
 ) -> SharedExperts:
     """Share the experts of `layers` with the group; all its ranks call this together.
 

@@ -64,12 +64,11 @@ def _emit(data: object) -> None:
 def _run_plan(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from sglang_dwdp.planner.compare import Case
     from sglang_dwdp.planner.cost import Group
     from sglang_dwdp.planner.formats import default_precision, get_format
     from sglang_dwdp.planner.gpus import get_gpu, with_file
     from sglang_dwdp.planner.models import load_model
-    from sglang_dwdp.planner.plan import make_plan
+    from sglang_dwdp.planner.plan import Case, make_plan
     from sglang_dwdp.planner.plots import check_figure, plot_plan
     from sglang_dwdp.planner.report import plan_json, plan_tables
     from sglang_dwdp.planner.workload import Lengths

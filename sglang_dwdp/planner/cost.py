@@ -5,7 +5,7 @@ All times are seconds per forward of one rank unless a name says otherwise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from pydantic.dataclasses import dataclass as validated_dataclass
@@ -208,9 +208,7 @@ def dwdp(
         first = dense + (compute - base.grouped_gemm) / model.layers
         cold = max(0.0, per_layer - first)
     exposed = max(0.0, bound - compute) + cold
-    parts = Parts(
-        base.attention, base.grouped_gemm, base.dense_gemm, base.other, interference=interference, exposed_copy=exposed
-    )
+    parts = replace(base, interference=interference, exposed_copy=exposed)
     return Estimate(scheme, batch.tokens, parts, compute, fetch, total_bytes)
 
 

@@ -114,15 +114,13 @@ def scenario_from_mapping(data: Mapping[str, Any], name: str = "scenario") -> Sc
 
 def _precision(model: ModelShape, formats: Mapping[str, str]) -> Precision:
     precision = default_precision(get_format(formats.get("weight_format", model.expert_format)))
-    if "projection_format" in formats:
-        precision = replace(precision, projections=get_format(formats["projection_format"]))
+    attention = formats.get("attention_format", precision.attention)
+    if attention not in ("bf16", "fp8"):
+        raise PlannerError(f"attention_format {attention!r} is none of bf16, fp8")
     if "dispatch_format" in formats:
         precision = replace(precision, dispatch_bytes=get_format(formats["dispatch_format"]).bytes_per_param)
-    if "attention_format" in formats:
-        if formats["attention_format"] not in ("bf16", "fp8"):
-            raise PlannerError(f"attention_format {formats['attention_format']!r} is none of bf16, fp8")
-        precision = replace(precision, attention=formats["attention_format"])
-    return precision
+    projections = get_format(formats.get("projection_format", precision.projections.name))
+    return replace(precision, attention=attention, projections=projections)
 
 
 def load_scenarios(path: str) -> list[Scenario]:

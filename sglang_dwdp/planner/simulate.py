@@ -64,12 +64,6 @@ class _Rank:
         self.busy = False
         self.step: Sequence[_Rank] = (self,)
 
-    def form(self, s: Scenario) -> tuple[Batch, list[Prompt]]:
-        """Take a forward's worth from the queue."""
-        batch, finished = take(self.queue, s.token_budget, s.chunked, s.model.window, s.max_prefill_tokens)
-        self.backlog -= batch.tokens
-        return batch, finished
-
 
 class _Simulation:
     def __init__(self, scenario: Scenario) -> None:
@@ -126,7 +120,10 @@ class _Simulation:
             self.at(self.now, lambda: self.forward(ranks))
 
     def forward(self, ranks: Sequence[_Rank]) -> None:
-        formed = [rank.form(self.scenario) for rank in ranks]
+        s = self.scenario
+        formed = [take(rank.queue, s.token_budget, s.chunked, s.model.window, s.max_prefill_tokens) for rank in ranks]
+        for rank, (batch, _) in zip(ranks, formed, strict=True):
+            rank.backlog -= batch.tokens
         seconds = self.seconds([batch for batch, _ in formed])
         self.result.forwards += len(ranks)
         self.at(self.now + seconds, lambda: self.finish(ranks, [r for _, finished in formed for r in finished]))

@@ -27,10 +27,10 @@ class WeightFormat(StrEnum):
 
 
 class Status(Enum):
-    """VALIDATED: against a single rank, see docs/support.md.  UNVALIDATED: fits by reading SGLang's code."""
+    """How far a backend may be trusted."""
 
-    VALIDATED = "validated"
-    UNVALIDATED = "unvalidated"
+    VALIDATED = "validated"  # against a single rank, see docs/support.md
+    UNVALIDATED = "unvalidated"  # it fits by reading SGLang's code
     UNSUPPORTED = "unsupported"
 
 

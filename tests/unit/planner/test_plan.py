@@ -4,14 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from sglang_dwdp.planner.compare import Case, evaluate
 from sglang_dwdp.planner.cost import Group
 from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import FORMATS, default_precision
 from sglang_dwdp.planner.gpus import get_gpu
 from sglang_dwdp.planner.memory import memory
 from sglang_dwdp.planner.models import load_model
-from sglang_dwdp.planner.plan import Plan, make_plan
+from sglang_dwdp.planner.plan import Case, Plan, evaluate, make_plan
 from sglang_dwdp.planner.workload import Lengths
 
 LENGTHS = Lengths("uniform", 8192, ratio=0.8)
