@@ -112,3 +112,12 @@ def test_transports() -> None:
     assert options.transports_of("cuda") == ["cuda-vmm", "cuda-ipc"]
     assert options.transports_of("cpu") == ["host-shm"]
     assert options.transports_of("npu") == []
+
+
+@pytest.mark.parametrize("other", [{"view": "staged"}, {"transport": "cuda-ipc"}])
+def test_exchange_steps_need_experts_that_can_be_read_in_place(other: dict[str, Any]) -> None:
+    """A rank whose peers do not come decodes alone, on direct views."""
+    with pytest.raises(DwdpConfigError, match="--dwdp-exchange needs experts that can be read in place"):
+        DwdpConfig(exchange="auto", **other)
+    with pytest.raises(DwdpConfigError, match="--dwdp-exchange is not one of off, auto"):
+        DwdpConfig(exchange="on")  # type: ignore[arg-type]
