@@ -36,7 +36,9 @@ def test_ranks_decode_together(
             with ThreadPoolExecutor(4) as pool:
                 assert all(pool.map(ask, range(4), [0] * 4))
             idle = server.reports()[1:]
-            if all(after["helped_rounds"] > before["helped_rounds"] for before, after in zip(loaded[1:], idle)):
+            if all(
+                after["helped_rounds"] > before["helped_rounds"] for before, after in zip(loaded[1:], idle, strict=True)
+            ):
                 break
         else:
             raise AssertionError(f"no idle rank helped: {idle}")
