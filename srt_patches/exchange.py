@@ -252,8 +252,10 @@ _current: list[ExchangeSteps] = []  # of this process: none, or one
 def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     """Meet the peers a second time and make what joint forwards need; all ranks of the group call this together.
 
+    Where rows cannot travel, nothing is made, and ranks decode alone.
+
     Raises:
-        DwdpSetupError: A peer failed, or its rows cannot travel.
+        DwdpSetupError: A peer failed.
     """
     from sglang_dwdp.srt_patches.experts import rank_in_group
 
@@ -261,6 +263,10 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     rank, size = rank_in_group(), runtime.size
     config = runner.model_config
     shape = RowShape(_MAX_ROWS, layers[0].fused.hidden_size, layers[0].fused.top_k, config.dtype)
+    why = why_alone(layers, size, shape, runner.device)
+    if why is not None:
+        logger.warning("DWDP: ranks decode alone, whatever --dwdp-exchange says: %s.", why)
+        return
     handshake = Exchange(f"{name}.exchange", rank, size, runtime.config.timeout_s)
     try:
         handshake.connect()
@@ -285,6 +291,29 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     )
 
 
+def why_alone(layers: Sequence[Any], size: int, shape: RowShape, device: str) -> str | None:
+    """Why a model's layers cannot run in joint forwards; None if they can.
+
+    Args:
+        layers: Its MoE layers.
+        size: Ranks of the group.
+        shape: Of rows, as the first layer has them.
+        device: "cuda" or "cpu".
+    """
+    counts = {layer.placement.num_experts for layer in layers}
+    rows = {(layer.fused.hidden_size, layer.fused.top_k) for layer in layers}
+    if len(counts) > 1 or rows != {(shape.hidden_size, shape.top_k)}:
+        return "its MoE layers differ in their numbers of experts, or in their rows"
+    if device != "cuda":
+        return None
+    backends = {getattr(layer.fused.runner_backend, "value", None) for layer in layers}
+    if backends != {"triton"}:
+        return f"joint forwards are validated with the MoE runner backend triton, not with {sorted(map(str, backends))}"
+    from sglang_dwdp.exchange.flashinfer_inbox import why_unsupported
+
+    return why_unsupported(counts.pop(), size, shape)
+
+
 def _inbox(
     device: str, handshake: Exchange, layers: Sequence[Any], shape: RowShape, lost: Callable[[], Sequence[int]]
 ) -> Inbox:
@@ -299,7 +328,8 @@ def _inbox(
 
 
 def _first_times(num_layers: int) -> StepTimes:
-    """What small forwards take, before any was timed: per layer as measured for Qwen3-30B-A3B between two H100."""
+    """What small forwards take, by which a rank decides how long to wait: for every model, per layer what was measured
+    for Qwen3-30B-A3B between two H100. Only ratios of the two matter much."""
     alone = [(rows, us * num_layers / 12) for rows, us in ((1, 2100.0), (8, 10300.0), (32, 21500.0), (64, 28000.0))]
     joint = [(rows, us * num_layers / 12) for rows, us in ((1, 2000.0), (8, 3000.0), (32, 4400.0), (64, 6000.0))]
     return StepTimes(alone, joint)
