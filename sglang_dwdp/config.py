@@ -134,8 +134,8 @@ class DwdpConfig:
     )
     audit: bool = _option(
         False,
-        "Count, in every forward, calls into torch.distributed and the bytes of remote experts read in place, and "
-        "report both in /server_info. Slows forwards down; replays of CUDA graphs are not counted.",
+        "Count the bytes of remote experts that forwards read in place, and report them in /server_info. Slows "
+        "forwards down; replays of CUDA graphs are not counted.",
     )
 
     def __post_init__(self) -> None:

@@ -328,8 +328,11 @@ def _inbox(
 
 
 def _step_times(num_layers: int, device: str) -> StepTimes:
-    """What small forwards take, by which a rank decides how long to wait: for every model, per layer what was measured
-    for Qwen3-30B-A3B between two H100. Only the ratio of the two matters much."""
+    """What small forwards take, by which a rank decides how long to wait.
+
+    For every model and GPU, per layer: alone what was measured for Qwen3-30B-A3B between two H100, joint what was
+    expected there. So a rank may wait too long, or not long enough, on others.
+    """
     if device == "cpu":  # ranks of the CPU engine share few cores, so a peer may be milliseconds late
         return StepTimes(((1, 40_000.0),), ((1, 4_000.0),))
     alone = [(rows, us * num_layers / 12) for rows, us in ((1, 2100.0), (8, 10300.0), (32, 21500.0), (64, 28000.0))]

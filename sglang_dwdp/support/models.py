@@ -88,5 +88,5 @@ def check(architectures: Iterable[str] | None) -> str | None:
         return None
     return (
         f"{', '.join(names)} has not been validated against a single rank (docs/support.md). Compare some answers with "
-        "a server without --enable-dwdp first; --dwdp-audit counts the collectives of forwards, which must be 0."
+        "a server without --enable-dwdp first."
     )
