@@ -8,15 +8,10 @@ for peers that wait where SGLang's scheduler would sleep or spin, and computes t
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
-from sglang.srt.layers.moe.topk import StandardTopKOutput, TopKOutputChecker
+from sglang.srt.layers.moe.topk import TopKOutputChecker
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.errors import DwdpSetupError
@@ -28,222 +23,18 @@ from sglang_dwdp.exchange.page import share_page
 from sglang_dwdp.exchange.policy import StepTimes
 from sglang_dwdp.memory.handshake import Exchange
 from sglang_dwdp.runtime import DwdpRuntime
+from sglang_dwdp.srt_patches.exchange_steps import ExchangeSteps
 from sglang_dwdp.srt_patches.forward import current_runtime
 from sglang_dwdp.srt_patches.hooks import Hook
+from sglang_dwdp.srt_patches.shard_run import JointLayer, ShardRun, why_alone
 
 logger = logging.getLogger(__name__)
 _VARIANT = "dwdp_exchange"
 _MAX_ROWS = 256
 _WAIT_LIMIT_S = 10.0
-
-
-class ShardRun:
-    """A FusedMoE that computes partial sums with this rank's experts, as in expert parallelism."""
-
-    def __init__(self, layer: Any, shard: range, size: int, rank: int) -> None:
-        self._layer, self._shard, self._size, self._rank = layer, shard, size, rank
-        names = ["w13_weight", "w2_weight", *(n for n, _ in layer.named_per_expert_tensors(layer.num_experts))]
-        self._tensors = {name: _tensor_of(layer, name)[shard.start : shard.stop] for name in names}
-        self._on_cpu = layer.w13_weight.device.type == "cpu"
-
-    def __call__(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """`Experts`."""
-        with self._as_shard():
-            if not self._on_cpu:
-                return self._run(rows, ids, weights)
-            # SGLang's native kernel knows no id of -1, so each choice of experts is run for the rows that have it.
-            total = torch.zeros_like(rows)
-            for choice in range(ids.shape[1]):
-                kept = ids[:, choice] >= 0
-                if kept.any():
-                    column = slice(choice, choice + 1)
-                    total[kept] += self._run(rows[kept], ids[kept, column], weights[kept, column])
-            return total
-
-    def _run(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        topk = StandardTopKOutput(weights, ids, weights)  # nothing reads router logits here
-        output: torch.Tensor = self._layer.run_moe_core(StandardDispatchOutput(rows, None, topk)).hidden_states
-        return output
-
-    @contextmanager
-    def _as_shard(self) -> Iterator[None]:
-        """The layer as a rank of expert parallelism has it. In a CUDA graph this happens at its capture alone."""
-        layer, config = self._layer, self._layer.moe_runner_config
-        full = {name: _tensor_of(layer, name) for name in self._tensors}
-        before = layer.moe_ep_size, layer.moe_ep_rank, layer.num_local_experts, config.num_local_experts, config.inplace
-        count = layer.num_experts
-        for name, tensor in self._tensors.items():
-            layer.replace_expert_tensor(name, tensor)
-        layer.moe_ep_size, layer.moe_ep_rank = self._size, self._rank
-        layer.num_local_experts = config.num_local_experts = len(self._shard)
-        config.inplace = False  # rows lie in memory that peers write to
-        if self._on_cpu:
-            layer.num_experts = len(self._shard)  # SGLang's native kernel runs as many
-        try:
-            yield
-        finally:
-            for name, tensor in full.items():
-                layer.replace_expert_tensor(name, tensor)
-            (
-                layer.moe_ep_size,
-                layer.moe_ep_rank,
-                layer.num_local_experts,
-                config.num_local_experts,
-                config.inplace,
-            ) = before
-            layer.num_experts = count
-
-
-def _tensor_of(layer: Any, name: str) -> torch.Tensor:
-    tensor = getattr(layer, name)
-    return tensor.data if isinstance(tensor, torch.nn.Parameter) else tensor
-
-
-@dataclass(frozen=True, slots=True)
-class JointLayer:
-    """What a MoE layer computes in a joint forward.
-
-    Attributes:
-        experts: Partial sums with the experts that this rank stores.
-        table: `shard_table` of those experts.
-    """
-
-    experts: ShardRun
-    table: torch.Tensor
-
-
-class ExchangeSteps:
-    """The exchange steps of one scheduler: what the hooks share.
-
-    Attributes:
-        forwards: Decides with the peers which forwards are joint.
-        bucket: Of the joint forward under way, or under capture; 0 outside of one.
-    """
-
-    def __init__(self, forwards: JointForwards, layers: Mapping[int, JointLayer], shape: RowShape, device: str) -> None:
-        """Steps of a rank with these layers, by layer id in the order in which a forward runs them."""
-        self.forwards, self._layers, self._shape = forwards, layers, shape
-        self._on_gpu = device == "cuda"
-        self._graphs: dict[int, Any] = {}  # by bucket: what an idle rank replays
-        self._joint_done: Any = torch.cuda.Event() if self._on_gpu else None  # type: ignore[no-untyped-call]
-        self._alone_done: Any = torch.cuda.Event() if self._on_gpu else None  # type: ignore[no-untyped-call]
-        # Rows of a graph's bucket that are a request's; the others are padding, and are sent nowhere.
-        self._num_rows = torch.zeros(1, dtype=torch.int32, device=device)
-        self._row_numbers = torch.arange(shape.max_bucket, dtype=torch.int32, device=device)[:, None]
-        self._prefill_us = 5.0  # of a token
-        self._waits: deque[Callable[[], None]] = deque()  # of forwards whose results were not asked for yet
-
-    @property
-    def bucket(self) -> int:
-        return self.forwards.bucket or 0
-
-    def has_layer(self, layer_id: int) -> bool:
-        """Whether a layer's rows can travel."""
-        return layer_id in self._layers
-
-    def bucket_of(self, rows: int) -> int:
-        """The size of the graph that so many rows are replayed in; `rows` without graphs."""
-        return min((size for size in self._graphs if size >= rows), default=rows)
-
-    def begin(self, rows: int, *, is_decode: bool) -> bool:
-        """A forward of `rows` rows is about to run.
-
-        Returns:
-            Whether it is joint.
-
-        Raises:
-            DwdpRuntimeError: A peer stopped in the middle of a change.
-        """
-        if not is_decode:
-            self.forwards.begin(self._shape.max_bucket + 1, rows * self._prefill_us)
-            return False
-        if self.forwards.begin(self.bucket_of(rows)) is None:
-            return False
-        self._num_rows.fill_(rows)
-        if self._on_gpu:  # an idle rank's graph may still run, on another stream
-            torch.cuda.current_stream().wait_event(self._joint_done)
-        return True
-
-    def end(self, *, is_joint: bool) -> None:
-        """The forward has been launched on the current stream."""
-        done = self._joint_done if is_joint else self._alone_done
-        if self._on_gpu:
-            done.record()
-        self._waits.append(self.forwards.end(done))
-
-    def wait(self) -> None:
-        """Wait for the oldest forward whose result was not asked for: a peer may have left it.
-
-        Raises:
-            DwdpRuntimeError: It did; layer and peer are named.
-        """
-        if self._waits:
-            self._waits.popleft()()
-
-    def help_out(self) -> None:
-        """An idle rank: take part in a joint forward with no rows, if peers wait for one.
-
-        Raises:
-            DwdpRuntimeError: As `begin`.
-        """
-        while self._waits:
-            self.wait()
-        if self.forwards.begin(0) is None:
-            return
-        self._num_rows.fill_(0)
-        if self._on_gpu:
-            torch.cuda.current_stream().wait_event(self._joint_done)
-            self._graphs[self.bucket_of(self.bucket)].replay()
-        else:
-            self._run_layers(0)
-        self.end(is_joint=True)
-
-    @contextmanager
-    def capture(self, bucket: int) -> Iterator[None]:
-        """Warm-ups and the capture of a joint forward of this bucket; all ranks do it at the same time."""
-        self._num_rows.fill_(bucket)
-        with self.forwards.capturing(bucket):
-            yield
-
-    def capture_help(self, bucket: int, stream: Any) -> None:
-        """Capture what an idle rank replays in a joint forward of this bucket; all ranks do it at the same time."""
-        with self.capture(bucket):
-            for _ in range(2):
-                self._run_layers(bucket)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                self._run_layers(bucket)
-        self._graphs[bucket] = graph
-
-    def _run_layers(self, num_rows: int) -> None:
-        """All MoE layers, with so many rows of padding."""
-        shape, device = self._shape, self._num_rows.device
-        rows = torch.zeros((num_rows, shape.hidden_size), dtype=shape.dtype, device=device)
-        ids = torch.zeros((num_rows, shape.top_k), dtype=torch.int32, device=device)
-        weights = torch.zeros((num_rows, shape.top_k), dtype=torch.float32, device=device)
-        for layer_id in self._layers:
-            self.run_layer(layer_id, rows, ids, weights)
-
-    def run_layer(self, layer_id: int, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """One MoE layer of the joint forward under way.
-
-        Args:
-            layer_id: Which one.
-            rows: `[n, hidden_size]`, padding included.
-            ids: `[n, top_k]`, of all experts of the model.
-            weights: `[n, top_k]`.
-
-        Returns:
-            `[n, hidden_size]`.
-
-        Raises:
-            DwdpRuntimeError: A peer took no part; see `Inbox.dispatch`.
-        """
-        layer = self._layers[layer_id]
-        own = torch.where(self._row_numbers[: len(rows)] < self._num_rows, ids, -1).to(torch.int32)
-        weights = weights.to(torch.float32).contiguous()
-        return self.forwards.layer(layer_id, rows.contiguous(), own, weights, layer.experts, layer.table)
+# Where forwards are not graphs, which are timed at start. Ranks of the CPU engine share few cores, so a peer may be
+# milliseconds late.
+_UNTIMED = StepTimes(((1, 40_000.0),), ((1, 4_000.0),))
 
 
 _current: list[ExchangeSteps] = []  # of this process: none, or one
@@ -281,7 +72,7 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
         )
         for layer in layers
     }
-    forwards = JointForwards(Meeting(page, _step_times(len(layers), runner.device)), inbox, _MAX_ROWS, _WAIT_LIMIT_S)
+    forwards = JointForwards(Meeting(page, _UNTIMED), inbox, _MAX_ROWS, _WAIT_LIMIT_S)
     _current[:] = [ExchangeSteps(forwards, joint, shape, runner.device)]
     runtime.add_part(forwards.report, forwards.close)
     logger.info(
@@ -289,29 +80,6 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
         _MAX_ROWS,
         type(inbox).__name__,
     )
-
-
-def why_alone(layers: Sequence[Any], size: int, shape: RowShape, device: str) -> str | None:
-    """Why a model's layers cannot run in joint forwards; None if they can.
-
-    Args:
-        layers: Its MoE layers.
-        size: Ranks of the group.
-        shape: Of rows, as the first layer has them.
-        device: "cuda" or "cpu".
-    """
-    counts = {layer.placement.num_experts for layer in layers}
-    rows = {(layer.fused.hidden_size, layer.fused.top_k) for layer in layers}
-    if len(counts) > 1 or rows != {(shape.hidden_size, shape.top_k)}:
-        return "its MoE layers differ in their numbers of experts, or in their rows"
-    if device != "cuda":
-        return None
-    backends = {getattr(layer.fused.runner_backend, "value", None) for layer in layers}
-    if backends != {"triton"}:
-        return f"joint forwards are validated with the MoE runner backend triton, not with {sorted(map(str, backends))}"
-    from sglang_dwdp.exchange.flashinfer_inbox import why_unsupported
-
-    return why_unsupported(counts.pop(), size, shape)
 
 
 def _inbox(
@@ -325,19 +93,6 @@ def _inbox(
     from sglang_dwdp.exchange.host_inbox import share_inbox
 
     return share_inbox(handshake, shape, _WAIT_LIMIT_S, lost)
-
-
-def _step_times(num_layers: int, device: str) -> StepTimes:
-    """What small forwards take, by which a rank decides how long to wait.
-
-    For every model and GPU, per layer: alone what was measured for Qwen3-30B-A3B between two H100, joint what was
-    expected there. So a rank may wait too long, or not long enough, on others.
-    """
-    if device == "cpu":  # ranks of the CPU engine share few cores, so a peer may be milliseconds late
-        return StepTimes(((1, 40_000.0),), ((1, 4_000.0),))
-    alone = [(rows, us * num_layers / 12) for rows, us in ((1, 2100.0), (8, 10300.0), (32, 21500.0), (64, 28000.0))]
-    joint = [(rows, us * num_layers / 12) for rows, us in ((1, 2000.0), (8, 3000.0), (32, 4400.0), (64, 6000.0))]
-    return StepTimes(alone, joint)
 
 
 def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -396,6 +151,18 @@ def capture_shape(original: Callable[..., None], runner: Any, size: int, *args: 
     with _current[0].capture(size):
         original(runner, size, forward_fn, stream_idx, _VARIANT)
     _current[0].capture_help(size, runner.stream)
+    if size & (size - 1) == 0:  # the times of others lie between theirs
+        _time(runner, size, args)
+
+
+def _time(runner: Any, size: int, args: Sequence[Any]) -> None:
+    """Time the two graphs of a bucket, with tokens that differ: equal ones would read the same few experts."""
+    stream_idx, *variants = (*args[1:], None, None, None)[:3]
+    alone = runner._make_graph_key(size, stream_idx, *variants)
+    joint = runner._make_graph_key(size, stream_idx, _VARIANT, *variants[1:])
+    ids = runner.buffers.input_ids[: size * runner.captured_req_width]
+    ids.random_(0, runner.model_runner.model_config.vocab_size)
+    _current[0].time(size, lambda: runner.backend.replay(alone, None), lambda: runner.backend.replay(joint, None))
 
 
 def graph_variant(original: Callable[..., Any], runner: Any, forward_batch: Any) -> Any:

@@ -12,6 +12,7 @@ from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.exchange.inbox import Inbox
 from sglang_dwdp.exchange.layer import Experts, run_joint
 from sglang_dwdp.exchange.meeting import Meeting
+from sglang_dwdp.exchange.policy import StepTimes
 from sglang_dwdp.exchange.round import Joint
 
 
@@ -58,13 +59,22 @@ class JointForwards:
         if bucket > self._max_bucket:
             self._meeting.go_away(alone_us)
         elif bucket:
-            if self._alone is not None:
+            if self._alone is not None and self._meeting.times.may_save(bucket):
                 self._alone.synchronize()
             joint = self._meeting.meet(bucket)
         elif self._alone is None or self._alone.query():
             joint = self._meeting.help()
         self.bucket = joint.bucket if joint else None
         return joint
+
+    @property
+    def times(self) -> StepTimes:
+        """How long small forwards take, by which this rank decides how long it waits."""
+        return self._meeting.times
+
+    @times.setter
+    def times(self, times: StepTimes) -> None:
+        self._meeting.times = times
 
     @contextmanager
     def capturing(self, bucket: int) -> Generator[None]:

@@ -1,0 +1,238 @@
+"""Exchange steps of one scheduler: joint forwards and their CUDA graphs, and the idle rank's part in them."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sglang_dwdp.exchange.inbox import RowShape
+from sglang_dwdp.exchange.joint import JointForwards
+from sglang_dwdp.exchange.policy import StepTimes
+from sglang_dwdp.srt_patches.shard_run import JointLayer
+
+logger = logging.getLogger(__name__)
+_TIMED_REPLAYS = 3
+
+
+class ExchangeSteps:
+    """The exchange steps of one scheduler: what the hooks share.
+
+    Attributes:
+        forwards: Decides with the peers which forwards are joint.
+        bucket: Of the joint forward under way, or under capture; 0 outside of one.
+    """
+
+    def __init__(self, forwards: JointForwards, layers: Mapping[int, JointLayer], shape: RowShape, device: str) -> None:
+        """Steps of a rank with these layers, by layer id in the order in which a forward runs them."""
+        self.forwards, self._layers, self._shape = forwards, layers, shape
+        self._on_gpu = device == "cuda"
+        self._graphs: dict[int, Any] = {}  # by bucket: what an idle rank replays
+        self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
+        self._alone_us: dict[int, float] = {}  # by bucket, as measured
+        self._joint_us: dict[int, float] = {}
+        self._last_joint: Any = None  # event after the last joint forward
+        # Rows of a graph's bucket that are a request's; the others are padding, and are sent nowhere.
+        self._num_rows = torch.zeros(1, dtype=torch.int32, device=device)
+        self._row_numbers = torch.arange(shape.max_bucket, dtype=torch.int32, device=device)[:, None]
+        self._prefill = PrefillClock() if self._on_gpu else None
+        self._waits: deque[Callable[[], None]] = deque()  # of forwards whose results were not asked for yet
+
+    @property
+    def bucket(self) -> int:
+        return self.forwards.bucket or 0
+
+    def has_layer(self, layer_id: int) -> bool:
+        """Whether a layer's rows can travel."""
+        return layer_id in self._layers
+
+    def bucket_of(self, rows: int) -> int:
+        """The size of the graph that so many rows are replayed in; `rows` without graphs."""
+        return min((size for size in self._graphs if size >= rows), default=rows)
+
+    def begin(self, rows: int, *, is_decode: bool) -> bool:
+        """A forward of `rows` rows is about to run.
+
+        Returns:
+            Whether it is joint.
+
+        Raises:
+            DwdpRuntimeError: A peer stopped in the middle of a change.
+        """
+        if not is_decode:
+            self.forwards.begin(self._shape.max_bucket + 1, self._prefill.begin(rows) if self._prefill else 0.0)
+            return False
+        if self.forwards.begin(self.bucket_of(rows)) is None:
+            return False
+        self._join(rows)
+        return True
+
+    def end(self, *, is_joint: bool) -> None:
+        """The forward has been launched on the current stream."""
+        done: Any = None
+        if self._on_gpu:
+            # One for each forward: the next is launched, and recorded, before this one's result is asked for.
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+            if is_joint:
+                self._last_joint = done
+        if self._prefill is not None:
+            self._prefill.end()
+        self._waits.append(self.forwards.end(done))
+
+    def wait(self) -> None:
+        """Wait for the oldest forward whose result was not asked for: a peer may have left it.
+
+        Raises:
+            DwdpRuntimeError: It did; layer and peer are named.
+        """
+        if self._waits:
+            self._waits.popleft()()
+
+    def help_out(self) -> None:
+        """An idle rank: take part in a joint forward with no rows, if peers wait for one.
+
+        Raises:
+            DwdpRuntimeError: As `begin`.
+        """
+        while self._waits:
+            self.wait()
+        if self.forwards.begin(0) is None:
+            return
+        self._join(0)
+        graph = self._graphs.get(self.bucket_of(self.bucket))
+        if graph is None:  # decode runs without graphs
+            self._run_layers(0)
+        else:
+            graph.replay()
+        self.end(is_joint=True)
+
+    def _join(self, rows: int) -> None:
+        """The current stream is about to run a joint forward with so many own rows."""
+        if self._last_joint is not None:  # an idle rank's graph may still run, on another stream
+            torch.cuda.current_stream().wait_event(self._last_joint)
+        self._num_rows.fill_(rows)
+
+    @contextmanager
+    def capture(self, bucket: int) -> Iterator[None]:
+        """Warm-ups and the capture of a joint forward of this bucket; all ranks do it at the same time."""
+        self._num_rows.fill_(bucket)
+        with self.forwards.capturing(bucket):
+            yield
+
+    def capture_help(self, bucket: int, stream: Any) -> None:
+        """Capture what an idle rank replays in a joint forward of this bucket; all ranks do it at the same time."""
+        with self.capture(bucket):
+            for _ in range(2):
+                self._run_layers(bucket)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # One replay at a time, so their memory may be the same; other graphs' may be in use on another stream.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                self._run_layers(bucket)
+        self._graphs[bucket] = graph
+
+    def time(self, bucket: int, alone: Callable[[], Any], joint: Callable[[], Any]) -> None:
+        """Time a bucket's two graphs, by which a rank decides how long to wait; all ranks do it at the same time.
+
+        Args:
+            bucket: Of both.
+            alone: Replays the graph that reads experts in place.
+            joint: Replays the joint one.
+        """
+        self._num_rows.fill_(bucket)
+        # Joint first: its kernels make the ranks begin together, as they read from each other in the other.
+        self._joint_us[bucket] = _replay_us(joint)
+        self._alone_us[bucket] = _replay_us(alone)
+        self.forwards.times = StepTimes(sorted(self._alone_us.items()), sorted(self._joint_us.items()))
+        logger.debug(
+            "DWDP: a decode forward of %d takes %.0f us alone, %.0f us as an exchange step",
+            bucket,
+            self._alone_us[bucket],
+            self._joint_us[bucket],
+        )
+
+    def _run_layers(self, num_rows: int) -> None:
+        """All MoE layers, with so many rows of padding."""
+        shape, device = self._shape, self._num_rows.device
+        rows = torch.zeros((num_rows, shape.hidden_size), dtype=shape.dtype, device=device)
+        ids = torch.zeros((num_rows, shape.top_k), dtype=torch.int32, device=device)
+        weights = torch.zeros((num_rows, shape.top_k), dtype=torch.float32, device=device)
+        for layer_id in self._layers:
+            self.run_layer(layer_id, rows, ids, weights)
+
+    def run_layer(self, layer_id: int, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """One MoE layer of the joint forward under way.
+
+        Args:
+            layer_id: Which one.
+            rows: `[n, hidden_size]`, padding included.
+            ids: `[n, top_k]`, of all experts of the model.
+            weights: `[n, top_k]`.
+
+        Returns:
+            `[n, hidden_size]`.
+
+        Raises:
+            DwdpRuntimeError: A peer took no part; see `Inbox.dispatch`.
+        """
+        layer = self._layers[layer_id]
+        own = torch.where(self._row_numbers[: len(rows)] < self._num_rows, ids, -1).to(torch.int32)
+        weights = weights.to(torch.float32).contiguous()
+        return self.forwards.layer(layer_id, rows.contiguous(), own, weights, layer.experts, layer.table)
+
+
+def _replay_us(replay: Callable[[], Any]) -> float:
+    """Microseconds of a replay on the GPU: the shortest of some, after one that warms up.
+
+    Ranks must replay equally often, so this is not a loop that fills a time.
+    """
+    replay()
+    times: list[float] = []
+    for _ in range(_TIMED_REPLAYS):
+        start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        stop: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start.record()
+        replay()
+        stop.record()
+        stop.synchronize()
+        times.append(1000.0 * start.elapsed_time(stop))
+    return min(times)
+
+
+class PrefillClock:
+    """How long prefills take on this GPU, by which peers know when a rank is back."""
+
+    def __init__(self) -> None:
+        self._us_per_token = 0.0  # of the first prefill: peers do not count on its end
+        self._start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._stop: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._tokens = 0  # of the prefill between the two events; 0: none
+        self._is_under_way = False
+
+    def begin(self, tokens: int) -> float:
+        """A prefill is about to be launched on the current stream.
+
+        Args:
+            tokens: Its rows.
+
+        Returns:
+            Microseconds that it is expected to take.
+        """
+        if self._tokens and self._stop.query():
+            self._us_per_token = 1000.0 * self._start.elapsed_time(self._stop) / self._tokens
+            self._tokens = 0
+        if not self._tokens:
+            self._start.record()
+            self._tokens, self._is_under_way = tokens, True
+        return tokens * self._us_per_token
+
+    def end(self) -> None:
+        """A forward has been launched."""
+        if self._is_under_way:
+            self._stop.record()
+            self._is_under_way = False
