@@ -24,16 +24,19 @@ class Case:
         kind: `prefill`: one prompt in each forward, one new token. `decode`: many new tokens.
         size: Tokens of a prompt, or sequences of a rank.
         variation: Of prefills: lengths are uniform over size x (1 ± variation).
+        busy: Of decodes: ranks that have sequences, the others are idle; 0 for all.
     """
 
     kind: Literal["prefill", "decode"]
     size: int
     variation: float = 0.0
+    busy: int = 0
 
     @property
     def name(self) -> str:
         """As the command line has it."""
-        return f"{self.kind}:{self.size}" + (f":{self.variation * 100:g}" if self.variation else "")
+        more = f"{self.variation * 100:g}" if self.variation else f"{self.busy}" if self.busy else ""
+        return f"{self.kind}:{self.size}" + (f":{more}" if more else "")
 
     @property
     def longest(self) -> int:
@@ -48,14 +51,14 @@ class Case:
             prompts: Of a rank; a decode has its own number.
         """
         if self.kind == "decode":
-            return [[DECODE_PROMPT] * self.size for _ in range(ranks)]
+            return [[DECODE_PROMPT] * self.size if rank < (self.busy or ranks) else [] for rank in range(ranks)]
         draw = random.Random(zlib.crc32(self.name.encode()))
         low = round(self.size * (1 - self.variation))
         return [[draw.randint(low, self.longest) for _ in range(prompts)] for _ in range(ranks)]
 
 
 def parse_case(text: str) -> Case:
-    """A case from `prefill:TOKENS`, `prefill:TOKENS:PERCENT` or `decode:SEQUENCES`.
+    """A case from `prefill:TOKENS[:PERCENT]` or `decode:SEQUENCES[:RANKS]`.
 
     Raises:
         ValueError: It is none of these.
@@ -63,13 +66,13 @@ def parse_case(text: str) -> Case:
     kind, *numbers = text.split(":")
     try:
         values = [int(number) for number in numbers]
-        if kind == "decode" and len(values) == 1 and values[0] > 0:
-            return Case("decode", values[0])
+        if kind == "decode" and len(values) in (1, 2) and min(values) > 0:
+            return Case("decode", values[0], busy=sum(values[1:]))
         if kind == "prefill" and len(values) in (1, 2) and values[0] > 0 and 0 <= sum(values[1:]) < 100:
             return Case("prefill", values[0], sum(values[1:]) / 100)
     except ValueError:
         pass
-    raise ValueError(f"{text!r} is no case: prefill:TOKENS, prefill:TOKENS:PERCENT or decode:SEQUENCES")
+    raise ValueError(f"{text!r} is no case: prefill:TOKENS[:PERCENT] or decode:SEQUENCES[:RANKS]")
 
 
 class Draws:

@@ -6,7 +6,7 @@ of that kind with options of its own: --variants dep staged=dwdp --set staged dw
 
 Cases: prefill:TOKENS (one prompt in each forward; the rate is that of --prompts-per-rank prompts on every rank, sent at
 once), prefill:TOKENS:PERCENT (lengths vary by so much), decode:SEQUENCES (of a rank; the rate is that between the last
-sequence's first token and the first sequence's last).
+sequence's first token and the first sequence's last), decode:SEQUENCES:RANKS (only so many ranks have sequences).
 
 Engines are started --at-a-time, and take turns: for each case, for each repeat, every engine runs it while the others
 wait. Whatever is finished is in OUT/results.json at once, and each engine's log beside it. With one GPU the ranks share

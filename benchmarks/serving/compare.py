@@ -48,7 +48,7 @@ class Comparison:
         self._save, self._say, self._end = save, say, end
         self.result: Result = {"variants": {}, "runs": []}
         self._expected: list[list[int]] | None = None
-        self._file: Path | None = None
+        self._files: dict[str, Path] = {}  # of loads that SGLang's benchmark reads
 
     def run(self, names: Sequence[str]) -> Result:
         """Measure the named variants.
@@ -58,11 +58,12 @@ class Comparison:
             (SGLang's own figures) and `dwdp`, the counters of each rank.
         """
         scenario = self._scenario
-        if scenario.load.bursty:
-            from transformers import AutoTokenizer
+        for name, load in scenario.loads.items():
+            if load.bursty:
+                from transformers import AutoTokenizer
 
-            self._file = self._folder / "requests.jsonl"
-            write_bursty(scenario.load, scenario.ranks, AutoTokenizer.from_pretrained(self._model), self._file)
+                self._files[name] = self._folder / f"{name}-requests.jsonl"
+                write_bursty(load, scenario.ranks, AutoTokenizer.from_pretrained(self._model), self._files[name])
         # The reference comes first: the others' tokens are compared with its.
         ordered = sorted(names, key=lambda name: name != scenario.reference)
         for first in range(0, len(ordered), scenario.together):
@@ -91,15 +92,18 @@ class Comparison:
                     self._check(name, deployment)
             except RunError as error:
                 self._failed(running, name, error)
-        for label, options in self._scenario.load.points():
-            for name, deployment in list(running.items()):
-                if time.monotonic() > self._end:
-                    found[name].setdefault("error", f"no time left for {label}")
-                    continue
-                try:
-                    self._measure(name, deployment, label, options)
-                except RunError as error:
-                    self._failed(running, name, error)
+        for load_name, load in self._scenario.loads.items():
+            for point, options in load.points():
+                label = f"{load_name}, {point}"
+                for name, deployment in list(running.items()):
+                    if time.monotonic() > self._end:
+                        found[name].setdefault("error", f"no time left for {label}")
+                        continue
+                    sent = dataset_options(load, self._files.get(load_name)) + options
+                    try:
+                        self._measure(name, deployment, label, load, sent)
+                    except RunError as error:
+                        self._failed(running, name, error)
 
     def _failed(self, running: dict[str, Deployment], name: str, error: Exception) -> None:
         running.pop(name, None)
@@ -110,18 +114,18 @@ class Comparison:
     def _check(self, name: str, deployment: Deployment) -> None:
         """Compare answers of the idle server, on each rank, with the reference's."""
         ranks = 1 if self._scenario.variants[name].kind in ("tp", "single") else self._scenario.ranks
-        answers = deployment.answers(checked_prompts(self._scenario.load), CHECKED_TOKENS, ranks)
+        answers = deployment.answers(checked_prompts(next(iter(self._scenario.loads.values()))), CHECKED_TOKENS, ranks)
         if self._expected is None and name == self._scenario.reference:
             self._expected = answers[0]
         if self._expected is not None:
             same = [got == right for row in answers for got, right in zip(row, self._expected, strict=True)]
             self.result["variants"][name]["same_tokens"] = sum(same) / len(same)
 
-    def _measure(self, name: str, deployment: Deployment, label: str, options: list[str]) -> None:
-        key = f"{name}-{label}".replace(" ", "-").replace("/", "-per-")
+    def _measure(self, name: str, deployment: Deployment, label: str, load: Load, options: list[str]) -> None:
+        key = f"{name}-{label}".replace(", ", "-").replace(" ", "-").replace("/", "-per-")
         out = self._folder / f"{key}.jsonl"
         out.unlink(missing_ok=True)
-        command = benchmark_command(deployment, self._model, self._scenario.load, options, self._file, out)
+        command = benchmark_command(deployment, self._model, load, options, out)
         before = deployment.reports()
         client = Process("the benchmark", command, dict(os.environ), self._folder / f"{key}.log")
         try:
@@ -144,13 +148,11 @@ class Comparison:
         self._save(self.result)
 
 
-def benchmark_command(
-    deployment: Deployment, model: str, load: Load, options: list[str], file: Path | None, out: Path
-) -> list[str]:
+def benchmark_command(deployment: Deployment, model: str, load: Load, options: list[str], out: Path) -> list[str]:
     """`python -m sglang.benchmark.serving …` for one run."""
     command = [sys.executable, "-m", "sglang.benchmark.serving", "--base-url", deployment.url, "--model", model]
     command += ["--num-prompts", str(load.requests), "--seed", str(load.seed), "--warmup-requests", "2"]
-    command += dataset_options(load, file) + options
+    command += options
     if deployment.routed:  # the router has no /model_info; and no flush of two servers' caches
         command += ["--tokenizer", model, "--pd-separated", "--ready-check-timeout-sec", "0"]
     return [*command, "--output-file", str(out), "--output-details"]

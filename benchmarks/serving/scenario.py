@@ -41,7 +41,7 @@ class Bursty(Strict):
 
 
 class Load(Strict):
-    """The requests of every run.
+    """The requests of a run.
 
     Attributes:
         input_tokens: The longest prompt.
@@ -96,6 +96,7 @@ class Scenario(Strict):
     Attributes:
         gpus: 0 for SGLang's CPU engine; with 1, the ranks share it.
         ranks: Of each variant.
+        loads: By name.
         variants: By name.
         reference: The variant whose tokens count as right; empty where none are compared.
         same_tokens: A difference is a failure. In half precision rounding may decide ties.
@@ -106,7 +107,7 @@ class Scenario(Strict):
     name: str
     model: Model
     gpus: int
-    load: Load
+    loads: dict[str, Load]
     variants: dict[str, ServedVariant]
     description: str = ""
     ranks: int = 2
@@ -137,7 +138,6 @@ def load_scenario(path: Path) -> Scenario:
 
 
 def _problem(scenario: Scenario) -> str | None:
-    load = scenario.load
     for name, variant in scenario.variants.items():
         if variant.kind not in SERVER_KINDS:
             return f"variants.{name}.kind: {variant.kind!r} is none of {', '.join(SERVER_KINDS)}"
@@ -146,14 +146,17 @@ def _problem(scenario: Scenario) -> str | None:
                 return f"variants.{name}.flags: write {flag.lstrip('-')} without dashes"
     if bool(scenario.model.path) == bool(scenario.model.make):
         return "model: give either path or make"
-    if not load.points():
-        return "load: give rates, in_flight, or both"
-    if (load.input_tokens > 0) == (load.bursty is not None):
-        return "load: give either input_tokens or bursty"
+    for name, load in scenario.loads.items():
+        if not load.points():
+            return f"loads.{name}: give rates, in_flight, or both"
+        if (load.input_tokens > 0) == (load.bursty is not None):
+            return f"loads.{name}: give either input_tokens or bursty"
+        if min(load.requests, load.output_tokens) < 1:
+            return f"loads.{name}: requests and output_tokens are at least 1"
     if scenario.reference and scenario.reference not in scenario.variants:
         return f"reference: {scenario.reference!r} is no variant"
     if scenario.same_tokens and not scenario.reference:
         return "same_tokens needs a reference"
-    if min(scenario.ranks, scenario.together, load.requests, load.output_tokens, len(scenario.variants)) < 1:
-        return "ranks, together, requests, output_tokens and the number of variants are at least 1"
+    if min(scenario.ranks, scenario.together, len(scenario.loads), len(scenario.variants)) < 1:
+        return "ranks, together, and the numbers of loads and variants are at least 1"
     return None

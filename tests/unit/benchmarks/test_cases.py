@@ -16,13 +16,13 @@ from benchmarks.cases import (
 )
 
 
-@pytest.mark.parametrize("text", ["prefill:4096", "prefill:4096:20", "decode:8"])
+@pytest.mark.parametrize("text", ["prefill:4096", "prefill:4096:20", "decode:8", "decode:8:1"])
 def test_names_survive_parsing(text: str) -> None:
     assert parse_case(text).name == text
 
 
 @pytest.mark.parametrize(
-    "text", ["prefill", "prefill:0", "prefill:x", "prefill:8:100", "decode:8:20", "decode:", "x:1"]
+    "text", ["prefill", "prefill:0", "prefill:x", "prefill:8:100", "decode:8:0", "decode:", "decode:8:1:1", "x:1"]
 )
 def test_what_is_no_case(text: str) -> None:
     with pytest.raises(ValueError, match="is no case"):
@@ -38,6 +38,7 @@ def test_lengths_vary_on_both_sides_and_are_the_same_at_every_call() -> None:
     assert 1150 < max(first) <= case.longest == 1200
     assert parse_case("prefill:7").lengths(2, 3) == [[7] * 3] * 2
     assert parse_case("decode:3").lengths(2, 32) == [[128] * 3] * 2
+    assert parse_case("decode:3:1").lengths(2, 32) == [[128] * 3, []]
 
 
 def test_prompts_are_never_the_same_twice() -> None:

@@ -53,7 +53,7 @@ def scenario(monkeypatch: pytest.MonkeyPatch) -> Scenario:
         name="fake",
         model=Model(path="m"),
         gpus=0,
-        load=Load(input_tokens=8, output_tokens=4, requests=2, rates=[2], in_flight=[4]),
+        loads={"x": Load(input_tokens=8, output_tokens=4, requests=2, rates=[2], in_flight=[4])},
         variants={
             "dwdp": ServedVariant(kind="dwdp", flags={"token": 1}),
             "other": ServedVariant(kind="dwdp", flags={"token": 2}),
@@ -84,7 +84,8 @@ def test_variants_are_compared_and_failures_reported(scenario: Scenario, tmp_pat
     }
     assert "broken ended with exit code 1: RuntimeError: no such model" in variants["broken"]["error"]
     loads = [(one["load"], one["variant"]) for one in result["runs"]]
-    assert loads[:4] == [("2 req/s", "dep"), ("2 req/s", "dwdp"), ("4 in flight", "dep"), ("4 in flight", "dwdp")]
+    assert loads[:2] == [("x, 2 req/s", "dep"), ("x, 2 req/s", "dwdp")]
+    assert loads[2:4] == [("x, 4 in flight", "dep"), ("x, 4 in flight", "dwdp")]
     assert result["runs"][0]["benchmark"]["total_throughput"] == 100.0
     assert result["runs"][1]["dwdp"] == [{"late_fills": 0}] * 2
 

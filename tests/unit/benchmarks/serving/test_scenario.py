@@ -18,7 +18,7 @@ FORBIDDEN = ("attention-backend", "moe-runner-backend", "cuda-graph", "disable-c
 RIGHT: dict[str, Any] = {
     "model": {"path": "m"},
     "gpus": 2,
-    "load": {"input_tokens": 8, "output_tokens": 4, "requests": 2, "rates": [1]},
+    "loads": {"short": {"input_tokens": 8, "output_tokens": 4, "requests": 2, "rates": [1]}},
     "variants": {"dwdp": {"kind": "dwdp"}},
 }
 
@@ -49,8 +49,10 @@ def test_shipped_scenarios_are_at_defaults(path: Path) -> None:
         ({"variants": {"a": {"kind": "b"}}}, "variants.a.kind: 'b' is none of dwdp"),
         ({"variants": {"a": {"kind": "tp", "flags": {"--x": 1}}}}, "write x without dashes"),
         ({"variants": {}}, "are at least 1"),
-        ({"load": {"input_tokens": 8, "output_tokens": 4, "requests": 2}}, "give rates, in_flight"),
-        ({"load": {"output_tokens": 4, "requests": 2, "rates": [1]}}, "either input_tokens or bursty"),
+        ({"loads": {"x": {"input_tokens": 8, "output_tokens": 4, "requests": 2}}}, "loads.x: give rates, in_flight"),
+        ({"loads": {"x": {"input_tokens": 8, "output_tokens": 0, "requests": 2, "rates": [1]}}}, "are at least 1"),
+        ({"loads": {}}, "numbers of loads"),
+        ({"loads": {"x": {"output_tokens": 4, "requests": 2, "rates": [1]}}}, "either input_tokens or bursty"),
     ],
 )
 def test_what_is_wrong(change: dict[str, Any], message: str, tmp_path: Path) -> None:
