@@ -11,10 +11,12 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import zmq
 from sglang.srt.layers.moe.topk import TopKOutputChecker
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.errors import DwdpSetupError
+from sglang_dwdp.exchange.bells import share_bells
 from sglang_dwdp.exchange.inbox import Inbox, RowShape
 from sglang_dwdp.exchange.joint import JointForwards
 from sglang_dwdp.exchange.layer import shard_table
@@ -62,6 +64,7 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     try:
         handshake.connect()
         page = share_page(handshake)
+        bells = share_bells(handshake)
         inbox = _inbox(runner.device, handshake, layers, shape, page.lost)
     finally:
         handshake.close()
@@ -72,8 +75,8 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
         )
         for layer in layers
     }
-    forwards = JointForwards(Meeting(page, _UNTIMED), inbox, _MAX_ROWS, _WAIT_LIMIT_S)
-    _current[:] = [ExchangeSteps(forwards, joint, shape, runner.device)]
+    forwards = JointForwards(Meeting(page, _UNTIMED, bells), inbox, _MAX_ROWS, _WAIT_LIMIT_S)
+    _current[:] = [ExchangeSteps(forwards, bells, joint, shape, runner.device)]
     runtime.add_part(forwards.report, forwards.close)
     logger.info(
         "DWDP: decode forwards of up to %d sequences a rank may be exchange steps; rows travel by %s",
@@ -114,6 +117,16 @@ def idle_step(original: Callable[..., Any], adapter: Any, batch: Any) -> Any:
     return original(adapter, batch)
 
 
+def sleep(original: Callable[..., None], sleeper: Any) -> None:
+    """Around `IdleSleeper.maybe_sleep` (--sleep-on-idle): peers that wait wake this rank."""
+    if not _current:
+        original(sleeper)
+        return
+    sleeper.poller.register(_current[0].bells.fileno(), zmq.POLLIN)  # again and again, which costs little
+    original(sleeper)
+    _current[0].bells.silence()
+
+
 def before_result(_scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
     """Before `Scheduler.process_batch_result`: the kernels of a joint forward may wait for a peer that has ended."""
     if _current:
@@ -137,6 +150,7 @@ HOOKS = (
         HookType.AROUND,
         idle_step,
     ),
+    Hook("sglang.srt.managers.scheduler_components.idle_sleeper.IdleSleeper.maybe_sleep", HookType.AROUND, sleep),
     Hook("sglang.srt.managers.scheduler.Scheduler.process_batch_result", HookType.BEFORE, before_result),
     Hook("sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.forward_impl", HookType.AROUND, run_layer),
 )

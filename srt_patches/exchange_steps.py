@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sglang_dwdp.exchange.bells import Bells
 from sglang_dwdp.exchange.inbox import RowShape
 from sglang_dwdp.exchange.joint import JointForwards
 from sglang_dwdp.exchange.policy import StepTimes
@@ -24,12 +25,15 @@ class ExchangeSteps:
 
     Attributes:
         forwards: Decides with the peers which forwards are joint.
+        bells: By which peers wake this rank.
         bucket: Of the joint forward under way, or under capture; 0 outside of one.
     """
 
-    def __init__(self, forwards: JointForwards, layers: Mapping[int, JointLayer], shape: RowShape, device: str) -> None:
+    def __init__(
+        self, forwards: JointForwards, bells: Bells, layers: Mapping[int, JointLayer], shape: RowShape, device: str
+    ) -> None:
         """Steps of a rank with these layers, by layer id in the order in which a forward runs them."""
-        self.forwards, self._layers, self._shape = forwards, layers, shape
+        self.forwards, self.bells, self._layers, self._shape = forwards, bells, layers, shape
         self._on_gpu = device == "cuda"
         self._graphs: dict[int, Any] = {}  # by bucket: what an idle rank replays
         self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None

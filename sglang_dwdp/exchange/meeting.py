@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from sglang_dwdp.errors import DwdpRuntimeError
+from sglang_dwdp.exchange.bells import Bells
 from sglang_dwdp.exchange.page import Page
 from sglang_dwdp.exchange.policy import StepTimes, after_waiting, deadline_us
 from sglang_dwdp.exchange.round import Joint, Phase, Round
@@ -51,11 +52,14 @@ class RoundCounters:
 
 
 class Meeting:
-    """One rank's side of the rounds. Owns its page."""
+    """One rank's side of the rounds. Owns its page and its bells."""
 
-    def __init__(self, page: Page, times: StepTimes, clock_us: Callable[[], int] = _clock_us) -> None:
-        """Meet peers on `page`; `times` may be replaced as measurements come in."""
+    def __init__(
+        self, page: Page, times: StepTimes, bells: Bells | None = None, clock_us: Callable[[], int] = _clock_us
+    ) -> None:
+        """Meet peers on `page`; `times` may be replaced as measurements come in; peers without `bells` never sleep."""
         self.page = page
+        self.bells = bells
         self.times = times
         self.counters = RoundCounters()
         self.ended = False
@@ -146,6 +150,8 @@ class Meeting:
             with contextlib.suppress(DwdpRuntimeError):  # peers see it by the page's lock as well
                 self.end()
             self.page.close()
+            if self.bells is not None:
+                self.bells.close()
 
     def _meet(self, bucket: int, deadline: Callable[[Round], int], alone_us: float) -> tuple[Round, int]:
         """Enter and wait; the state at the end, and microseconds waited."""
@@ -169,6 +175,8 @@ class Meeting:
             return self._without_lost(left.publish(rank, self._clock_us() + int(alone_us)))
 
         state = self._change(enter)
+        if self.bells is not None and bucket and state.seats[rank].phase is Phase.ENTERED:
+            self.bells.ring(state.sleepers(start))
         waited_us = 0
         while state.seats[rank].phase is Phase.ENTERED:
             end = deadline(state)

@@ -96,6 +96,10 @@ class Round:
             seat.phase is Phase.ENTERED and seat.bucket for peer, seat in enumerate(self.seats) if peer != rank
         )
 
+    def sleepers(self, now_us: int) -> list[int]:
+        """Ranks that may be idle, so that one of them may sleep."""
+        return [rank for rank, seat in enumerate(self.seats) if seat.phase is Phase.AWAY and seat.back_us <= now_us]
+
     def joint_of(self, rank: int) -> Joint | None:
         """The joint round that `rank` is in, or None."""
         return self.last if self.seats[rank].phase is Phase.JOINT else None
