@@ -56,6 +56,11 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
             raise DwdpConfigError(
                 "--dwdp-exchange auto is for servers that decode: drop it with --disaggregation-mode prefill."
             )
+        elif config.exchange == "off" and view.disaggregation_mode != "prefill":
+            logger.info(
+                "DWDP: every rank decodes alone. --dwdp-exchange auto lets ranks decode together: 6.5 times as fast for 32 "
+                "sequences a rank between two H200 (docs/performance.md)."
+            )
     config = with_direct_limit(config, num_experts, models.experts_per_token(model.hf_text_config))
     attach_config(server_args, config)
     declare_resolution(server_args, _SOURCE, dwdp_size=group_size, attn_dp_size=view.tp_size, **RESOLVED)
@@ -65,7 +70,7 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
     if view.device == "cpu":
         # An idle rank would spin on a core, and on a CPU the busy ranks compute with those.
         # And custom all-reduce, which is for GPUs, would be tried and warned of.
-        declare_resolution(server_args, _SOURCE, sleep_on_idle=config.exchange == "off", disable_custom_all_reduce=True)
+        declare_resolution(server_args, _SOURCE, sleep_on_idle=True, disable_custom_all_reduce=True)
     declare_resolution(server_args, _SOURCE, **graph_arguments(view, has_direct=config.views().direct))
 
 

@@ -1,0 +1,71 @@
+"""Exchange steps of models between two GPUs: answers of ranks that decode together beside those that decode alone.
+
+python -m pytest -m "gpus and models" tests/gpu/test_exchange_models.py
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.engine import REPORT, EngineProcess, Request
+from benchmarks.variants import QUIET
+from sglang_dwdp.demo.server import fewer_models
+from tests.fixtures.families import make_checkpoint
+from tests.gpu.cases import BY_NAME, NEW_TOKENS, OPTIONS, prompts
+from tests.gpu.test_models import Distance
+
+pytestmark = [pytest.mark.gpus(2), pytest.mark.models]
+SIZE, READY_S = 2, 300.0
+
+
+@pytest.mark.parametrize(
+    ("name", "joint"),
+    [("qwen3_moe-bf16-triton", True), ("deepseek_v3-fp8-triton", True), ("qwen3_moe-bf16-flashinfer_cutlass", False)],
+)
+def test_answers_are_those_of_decoding_alone(tmp_path: Path, name: str, joint: bool) -> None:
+    """Up to the rounding of sums: tokens part only where the two best are close. Other runners decode alone."""
+    case = BY_NAME[name]
+    if case.kernels is not None:
+        from sglang_dwdp.support import flashinfer_modules
+
+        if case.kernels not in flashinfer_modules.built():
+            pytest.skip(f"needs `python kernels/build.py --format {case.kernels}`")
+    model = tmp_path / "model"
+    make_checkpoint(model, case.family, quantization=case.quantization, **case.shape)
+    environment = {**os.environ, **fewer_models(), **QUIET, **case.environment, "HF_HUB_OFFLINE": "1"}
+    environment |= {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+    shared: dict[str, Any] = {
+        **OPTIONS,
+        **case.options,
+        "model_path": str(model),
+        "tp_size": SIZE,
+        "enable_dwdp": True,
+        "moe_runner_backend": case.backend,
+        "cuda_graph_backend_prefill": "disabled",
+        "mem_fraction_static": 0.4,
+    }
+    found: dict[str, Any] = {}
+    engines = {
+        mode: EngineProcess(mode, {**shared, "dwdp_exchange": mode}, environment, tmp_path, index=index)
+        for index, mode in enumerate(("off", "auto"))
+    }
+    for mode, engine in engines.items():
+        with closing(engine):
+            engine.wait_ready(READY_S)
+            found[mode] = engine.ask(Request("answers", dict.fromkeys(range(SIZE), prompts()), NEW_TOKENS))
+            reports = [state["dwdp"] for state in engine.ask(REPORT)]
+    if not joint:
+        assert "ranks decode alone" in engines["auto"].log.read_text(errors="replace")
+        assert found["auto"] == found["off"]
+        return
+    assert all(report["joint_rounds"] > 0 and not report["joint_rounds_ended"] for report in reports)
+    for rank in range(SIZE):
+        distance = Distance(found["auto"][rank], found["off"][rank])
+        assert distance.tokens > len(prompts()) * NEW_TOKENS / 4, distance
+        assert distance.largest < 0.25, distance
+        assert distance.gap < 0.25, distance
