@@ -65,6 +65,7 @@ class Meeting:
         self.ended = False
         self._clock_us = clock_us
         self._patient_from_us = (0,) * page.size
+        self._back_us = self._duration_us = 0  # of the last forward that was not small
         self._wanted = False  # peers waited when this rank, idle, looked last
         self._closed = False
 
@@ -126,14 +127,20 @@ class Meeting:
         return joint
 
     def go_away(self, duration_us: float) -> None:
-        """A forward that is not small begins; peers need not wait for this rank before it ends.
+        """A forward that is not small is launched; peers need not wait for this rank before it ends.
+
+        Args:
+            duration_us: How long it takes once it runs, which is when the one before has ended: a scheduler is ahead
+                of its GPU by at most that one.
 
         Raises:
             DwdpRuntimeError: As `meet`.
         """
+        now = self._clock_us()
+        start = min(max(now, self._back_us), now + self._duration_us)
+        self._back_us, self._duration_us = start + int(duration_us), int(duration_us)
         if not self.ended:
-            back_us = self._clock_us() + int(duration_us)
-            self._change(lambda state: state.publish(self.page.rank, back_us))
+            self._change(lambda state: state.publish(self.page.rank, self._back_us))
 
     def end(self) -> None:
         """A joint forward failed here: no further round is joint, on any rank.

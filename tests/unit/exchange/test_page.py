@@ -326,3 +326,21 @@ def test_an_idle_rank_looks_for_one_read_of_memory(fd: int) -> None:
     assert idle.ended
     assert idle.help() is None
     idle.close()
+
+
+def test_a_forward_that_is_launched_early_is_back_later(fd: int) -> None:
+    now = [1000]
+    meeting = Meeting(Page(fd, 0, 2), HASTY, clock_us=lambda: now[0])
+
+    def back_us(duration_us: float) -> int:
+        meeting.go_away(duration_us)
+        return meeting.page.change(lambda state: state).seats[0].back_us
+
+    assert back_us(300) == 1300
+    now[0] = 1100
+    assert back_us(200) == 1500  # the one before still runs
+    now[0] = 1250
+    assert back_us(200) == 1650  # no more than one is still to run: what was expected of the first was too much
+    now[0] = 9000
+    assert back_us(100) == 9100
+    meeting.close()
