@@ -14,14 +14,12 @@ class Counters:
         staged_forwards: forwards that copied them first.
         forward_tokens: tokens of both.
         bytes_read_in_place: of peers' experts; counted with --dwdp-audit only.
-        collectives: within forwards; counted with --dwdp-audit only.
     """
 
     direct_forwards: int = 0
     staged_forwards: int = 0
     forward_tokens: int = 0
     bytes_read_in_place: int = 0
-    collectives: int = 0
 
     def count_forward(self, num_tokens: int, *, direct: bool) -> None:
         """Count one forward of so many tokens."""
