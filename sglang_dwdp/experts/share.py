@@ -24,7 +24,7 @@ from sglang_dwdp.experts.layout import Span, copy_order, remote_bytes_of_experts
 from sglang_dwdp.experts.stores import ExpertStore, MappedStore, Parts, SharedTensor, UnmappedStore
 from sglang_dwdp.experts.views import SlotMemory, TensorSpec
 from sglang_dwdp.memory.base import Block, CopyList, Memory
-from sglang_dwdp.memory.handles import agree_on_handles, swap_blocks
+from sglang_dwdp.memory.handles import swap_blocks
 from sglang_dwdp.memory.handshake import Exchange
 
 
@@ -111,7 +111,6 @@ class _Sharing:
 
     def run(self, layers: Sequence[ExpertLayer]) -> SharedExperts:
         self.exchange.connect()
-        self.handles = agree_on_handles(self.memory, self.exchange)
         tensors = [tensors_of(layer, self.rank) for layer in layers]
         sizes = [
             (layer.placement, {tensor.name: tensor.expert_bytes for tensor in of_layer if not tensor.replicated})
@@ -213,7 +212,7 @@ class _Sharing:
         ranks = range(self.exchange.size)
         spans = [[(spec.name, span) for spec in specs for span in spec.layout.blocks[rank]] for rank in ranks]
         sizes = [[span.nbytes for _, span in of_rank] for of_rank in spans]
-        blocks = swap_blocks(self.memory, self.exchange, self.handles, sizes, stack)
+        blocks = swap_blocks(self.memory, self.exchange, sizes, stack)
         parts: dict[str, list[tuple[int, Span, Block]]] = {spec.name: [] for spec in specs}
         for rank in ranks:
             for (name, span), block in zip(spans[rank], blocks[rank], strict=True):

@@ -10,22 +10,8 @@ from sglang_dwdp.memory.base import Block, Handle, Memory
 from sglang_dwdp.memory.handshake import Exchange, close_fds
 
 
-def agree_on_handles(memory: Memory, exchange: Exchange) -> str:
-    """Let `memory` use the best kind of handle that works on every rank; returns it.
-
-    Raises:
-        DwdpSetupError: there is none.
-    """
-    offers = [answer.decode().split() for answer in exchange.all_gather(" ".join(memory.handle_kinds()).encode())]
-    for kind in offers[exchange.rank]:
-        if all(kind in offer for offer in offers):
-            memory.use_handles(kind)
-            return kind
-    raise DwdpSetupError(f"the ranks have no kind of memory handle in common: {offers}")
-
-
 def swap_blocks(
-    memory: Memory, exchange: Exchange, kind: str, sizes: Sequence[Sequence[int]], stack: ExitStack
+    memory: Memory, exchange: Exchange, sizes: Sequence[Sequence[int]], stack: ExitStack
 ) -> list[list[Block]]:
     """Make this rank's blocks and import its peers'; `stack` closes all of them.
 
@@ -34,7 +20,6 @@ def swap_blocks(
     Args:
         memory: of this rank.
         exchange: with the peers.
-        kind: of handle, see `agree_on_handles`.
         sizes: `[group_size]`, the bytes of each of a rank's blocks; the same on all ranks.
         stack: gets a callback for each block.
 
@@ -53,7 +38,7 @@ def swap_blocks(
     own = [kept(memory.create(nbytes)) for nbytes in sizes[exchange.rank]]
     handles = [memory.export(block) for block in own]
     received: Sequence[Sequence[Handle]]
-    if kind == "fd":
+    if memory.has_fds:
         received = exchange.all_gather_fds([handle for handle in handles if isinstance(handle, int)])
     else:
         joined = b"".join(handle for handle in handles if isinstance(handle, bytes))
