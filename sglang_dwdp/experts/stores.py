@@ -45,9 +45,6 @@ class ExpertStore(Protocol):
             slot: for staged forwards; None without them.
         """
 
-    def replicate(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int) -> Callable[[], torch.Tensor]:
-        """Store this rank's experts; the result, called when all ranks have done so, copies those of all ranks."""
-
     def finish(self) -> None:
         """All ranks have written: fetch replicas, and make what peers own read-only."""
 
@@ -122,19 +119,6 @@ class MappedStore:
         self._local += [(view, Span(offset, block.nbytes)) for offset, block in local]
         return view
 
-    def replicate(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int) -> Callable[[], torch.Tensor]:
-        view = self._written(spec, parts, shard, first)
-
-        def copy() -> torch.Tensor:
-            full = torch.empty_like(view.tensor)
-            raw = _bytes(full)
-            for piece in _by_block(parts, Span(0, spec.layout.nbytes)):
-                raw[piece.offset : piece.end].copy_(view.piece(piece))
-            view.close()
-            return full
-
-        return copy
-
     def finish(self) -> None:
         for owners, direct, pieces in self._replicas:
             for piece in pieces:
@@ -152,13 +136,10 @@ class UnmappedStore:
     def __init__(self, rank: int, slots: SlotMemory) -> None:
         self._rank, self._slots = rank, slots
 
-    def _write(self, parts: Parts, shard: torch.Tensor) -> None:
+    def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> SharedTensor:
         for owner, _, block in parts:
             if owner == self._rank:
                 block.tensor().copy_(_bytes(shard))
-
-    def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> SharedTensor:
-        self._write(parts, shard)
         assert slot is not None, "without views every forward is staged"
         ((_, block),) = self._slots.blocks(slot, spec)
         staged = block.tensor()
@@ -171,10 +152,6 @@ class UnmappedStore:
 
         tensor = spec.shape(staged)
         return SharedTensor(tensor, tensor, pieces)
-
-    def replicate(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int) -> Callable[[], torch.Tensor]:
-        self._write(parts, shard)
-        return lambda: spec.shape(torch.cat([block.tensor() for _, _, block in parts]))
 
     def finish(self) -> None:
         """Nothing is mapped, so nothing can be protected."""
