@@ -99,9 +99,9 @@ class Server:
             time.sleep(0.5)
         raise ServerFailed(f"the server did not answer within {timeout_s:g} s:\n{self.log_end()}")
 
-    def log_end(self, lines: int = 15) -> str:
+    def log_end(self) -> str:
         """The last lines of the log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
 
     def post(self, path: str, body: Mapping[str, Any], timeout_s: float = 120.0) -> Any:
         """The JSON answer to a POST.
@@ -127,12 +127,12 @@ class Server:
         states = requests.get(f"{self.url}/server_info", timeout=30).json()["internal_states"]
         return sorted((state["dwdp"] for state in states), key=lambda report: int(report["rank"]))
 
-    def stop(self, how: signal.Signals = signal.SIGTERM, timeout_s: float = 60.0) -> int:
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         """Ask the server to end and wait for it; its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(how)
         try:
-            return self.process.wait(timeout_s)
+            return self.process.wait(60)
         finally:
             self.kill()
 

@@ -35,29 +35,17 @@ class CudaCopyEngine:
 
     Args:
         device: the GPU's index.
-        streams: how many copy streams; benchmarks vary it, as they do the next two.
-        batched: one driver call for a plan instead of one for each copy.
-        prefer_overlap: the driver's hint to leave the multiprocessors alone.
         time_every: one wait of the compute stream in so many is timed.
     """
 
     STREAMS = 2
 
-    def __init__(
-        self,
-        device: int,
-        streams: int = STREAMS,
-        *,
-        batched: bool = True,
-        prefer_overlap: bool = True,
-        time_every: int = Stopwatch.EVERY,
-    ) -> None:
+    def __init__(self, device: int, *, time_every: int = Stopwatch.EVERY) -> None:
         self._device = device
         self._compute_streams: dict[int, torch.cuda.Stream] = {}
-        self._streams = [torch.cuda.Stream(device) for _ in range(streams)]  # type: ignore[no-untyped-call]
+        self._streams = [torch.cuda.Stream(device) for _ in range(self.STREAMS)]  # type: ignore[no-untyped-call]
         self._joined = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._submit = _batch_function() if batched else None
-        self._prefer_overlap = prefer_overlap
+        self._submit = _batch_function()
         self._stopwatch = Stopwatch(time_every)
 
     def event(self) -> Event:
@@ -79,11 +67,7 @@ class CudaCopyEngine:
     def prepare(self, copies: CopyList) -> list[Prepared]:
         plan = [(to.data_ptr(), source.data_ptr(), source.numel()) for to, source in copies]
         parts = [plan[first :: len(self._streams)] for first in range(len(self._streams))]
-        return [
-            Prepared(part, _Batch(self._submit, part, self._prefer_overlap) if self._submit else None)
-            for part in parts
-            if part
-        ]
+        return [Prepared(part, _Batch(self._submit, part) if self._submit else None) for part in parts if part]
 
     def fill(self, prepared: list[Prepared], after: Event, done: Event) -> None:
         assert isinstance(after, torch.cuda.Event)
@@ -123,7 +107,7 @@ class CudaCopyEngine:
 class _Batch:
     """The arguments of one `cuMemcpyBatchAsync`, built once: a layer's whole copy plan is one driver call."""
 
-    def __init__(self, submit: Any, copies: Sequence[Copy], prefer_overlap: bool) -> None:
+    def __init__(self, submit: Any, copies: Sequence[Copy]) -> None:
         destinations, sources, sizes = zip(*copies, strict=True)
         count = len(sizes)
         self._submit = submit
@@ -136,8 +120,7 @@ class _Batch:
         self._attributes.srcAccessOrder = driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
         # Copy engines, not multiprocessors, which the layers before need: on an H100 whose layers take 12 times as
         # long as a fill of 604 MiB, fills made layers 5.5 % longer with this flag and 8.0 % without it.
-        if prefer_overlap:
-            self._attributes.flags = driver.CUmemcpyFlags.CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE.value
+        self._attributes.flags = driver.CUmemcpyFlags.CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE.value
         self._first = (ctypes.c_size_t * 1)(0)
 
     def submit(self, stream: int) -> None:
