@@ -17,9 +17,10 @@ from sglang_dwdp.experts.share import SharedExperts, SharedLayer, share_experts
 from sglang_dwdp.experts.slots import Prefetcher
 from sglang_dwdp.memory.base import Memory
 from sglang_dwdp.memory.handshake import Exchange
-from sglang_dwdp.metrics import Counters
 
 logger = logging.getLogger(__name__)
+# Since the start; the last with --dwdp-audit only.
+COUNTS = ("direct_forwards", "staged_forwards", "forward_tokens", "bytes_read_in_place")
 
 
 class Graph(Protocol):
@@ -63,7 +64,7 @@ class DwdpRuntime:
         self.config = config
         self.rank = rank
         self.size = size
-        self.counters = Counters()
+        self._counts = dict.fromkeys(COUNTS, 0)
         self._memory = memory
         self._engine = memory.copy_engine(config.timeout_s)
         self._shared: SharedExperts | None = None
@@ -265,7 +266,9 @@ class DwdpRuntime:
                 "through DWDP, so its tokens may be wrong. This model, or another plugin, runs experts by a way "
                 "that DWDP does not know: serve without --enable-dwdp, and please report the model."
             )
-        self.counters.count_forward(num_tokens, direct=not self._staged_replay and (self._direct or replayed))
+        direct = not self._staged_replay and (self._direct or replayed)
+        self._counts["direct_forwards" if direct else "staged_forwards"] += 1
+        self._counts["forward_tokens"] += num_tokens
         self._direct = self._rests_direct
 
     def abort_forward(self) -> None:
@@ -282,7 +285,7 @@ class DwdpRuntime:
         if self._direct and self.in_forward:
             remote = self._shared.layers[self._position[layer_id]].remote_bytes
             routed = set(expert_ids.reshape(-1).tolist())
-            self.counters.bytes_read_in_place += sum(remote[e] for e in routed if 0 <= e < len(remote))
+            self._counts["bytes_read_in_place"] += sum(remote[e] for e in routed if 0 <= e < len(remote))
 
     def report(self) -> Mapping[str, int | float | str]:
         """Plain numbers and words for /server_info."""
@@ -302,7 +305,7 @@ class DwdpRuntime:
             "bytes_copied": copied,
             "late_fills": late,
             "exposed_copy_s": round(self._engine.exposed_s(), 6),
-            **self.counters.as_dict(),
+            **self._counts,
             **{name: value for report in self._reports for name, value in report().items()},
         }
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from sglang_dwdp.experts.layout import Slice, Span, overlap
-from sglang_dwdp.experts.views import SlotMemory, TensorSpec, View, view_of
+from sglang_dwdp.experts.views import SlotMemory, TensorSpec, View
 from sglang_dwdp.memory.base import Block, Memory
 
 Parts = Sequence[tuple[int, Span, Block]]  # (owner, what it holds, block): together, all of a tensor
@@ -71,7 +71,7 @@ class MappedStore:
         self._replicas: list[tuple[View, View, Sequence[Span]]] = []  # owners' view, own view, what is fetched
 
     def _view(self, spec: TensorSpec, placed: Sequence[tuple[int, Block]]) -> View:
-        view = view_of(self._memory, spec, placed)
+        view = View(self._memory, spec, placed)
         self._owned.callback(view.close)
         return view
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -10,9 +11,8 @@ import torch
 class Stopwatch:
     """How long the compute stream stood at its waits, estimated from a sample of them.
 
-    One wait in `every` is timed, by a pair of events around it. The pairs are used in turn and read when their turn
-    comes again, or when someone asks, so nothing ever waits for the GPU. A wait that finds its pair still on the way,
-    many waits later, is not timed.
+    One wait in `every` is timed, by a pair of events around it. Pairs are read when the GPU has passed them, so nothing
+    ever waits for the GPU; while many are on the way, waits are not timed.
 
     Args:
         every: waits that one timed wait stands for. A prime, so that over several forwards every layer's waits are
@@ -24,10 +24,8 @@ class Stopwatch:
 
     def __init__(self, every: int = EVERY) -> None:
         self._every = every
-        self._skip = 0
-        self._pairs: list[tuple[Any, Any]] = []
-        self._running: list[bool] = []
-        self._turn = 0
+        self._waits = 0
+        self._pairs: deque[tuple[Any, Any]] = deque()
         self._ms = 0.0
 
     def start(self, stream: Any) -> Any:
@@ -36,35 +34,24 @@ class Stopwatch:
         Returns:
             The event to record after the wait, or None where the wait is not timed.
         """
-        if self._skip:
-            self._skip -= 1
+        is_timed = self._waits % self._every == 0
+        self._waits += 1
+        if not is_timed:
             return None
-        self._skip = self._every - 1
-        index = self._turn
-        self._turn = (index + 1) % self.PAIRS
-        if index == len(self._pairs):
-            timed = torch.cuda.Event
-            self._pairs.append((timed(enable_timing=True), timed(enable_timing=True)))  # type: ignore[no-untyped-call]
-            self._running.append(False)
-        if not self._read(index):
+        self._read()
+        if len(self._pairs) == self.PAIRS:
             return None
-        first, last = self._pairs[index]
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         first.record(stream)
-        self._running[index] = True
+        self._pairs.append((first, last))
         return last
 
     def seconds(self) -> float:
         """Seconds of all waits that the GPU has passed, as the timed ones show them."""
-        for index in range(len(self._pairs)):
-            self._read(index)
+        self._read()
         return self._ms * self._every / 1000
 
-    def _read(self, index: int) -> bool:
-        """Add what a pair measured; False while the GPU is still on its way there."""
-        if self._running[index]:
-            first, last = self._pairs[index]
-            if not last.query():
-                return False
+    def _read(self) -> None:
+        while self._pairs and self._pairs[0][1].query():
+            first, last = self._pairs.popleft()
             self._ms += first.elapsed_time(last)
-            self._running[index] = False
-        return True

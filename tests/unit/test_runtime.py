@@ -94,7 +94,7 @@ def test_redundant_experts_are_read_and_copied_by_nobody() -> None:
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> list[Any]:
         runtime.begin_forward(1)
         runtime.count_reads(1, torch.arange(8))
-        read = runtime.counters.bytes_read_in_place
+        read = runtime.report()["bytes_read_in_place"]
         forward(runtime, layers, 1000)
         report = runtime.report()
         return [read, *(report[name] for name in ("bytes_copied", "stored_bytes", "slot_bytes"))]
@@ -238,7 +238,7 @@ def test_bytes_read_in_place_follow_the_routing() -> None:
         runtime.count_reads(1, torch.tensor([[0, 5], [0, 6], [-1, 1]]))
         runtime.begin_forward(1000)  # staged: nothing is read in place
         runtime.count_reads(1, torch.tensor([[0, 7]]))
-        return runtime.counters.bytes_read_in_place
+        return runtime.report()["bytes_read_in_place"]
 
     assert run_ranks(2, full, step) == [2 * 4096, 2 * 4096]
 
