@@ -74,9 +74,7 @@ class DwdpRuntime:
         self._views = config.views(maps=memory.maps)
         self._rests_direct = memory.maps
         self._direct = self._rests_direct
-        self._forward = 0  # the number of this forward, by which a layer's visits are told apart
-        self._last_visit: list[int] = []
-        self._visited = 0
+        self._visited: set[int] = set()  # in this forward, by position
         self._staged_replay = False
         self._captured: list[int] = []
         self._is_capturing: Callable[[], bool] | None = None
@@ -102,7 +100,6 @@ class DwdpRuntime:
         self._shared = shared
         self._position = {layer.layer.layer_id: i for i, layer in enumerate(shared.layers)}
         self._uses_direct = [self._direct] * len(shared.layers)
-        self._last_visit = [0] * len(shared.layers)
         self._log_setup(shared, time.perf_counter() - start)
 
     def _prepare(self, layers: Sequence[SharedLayer]) -> None:
@@ -134,8 +131,7 @@ class DwdpRuntime:
     def begin_forward(self, num_tokens: int) -> None:
         """A forward of `num_tokens` tokens is about to run: choose its views."""
         self._direct = self._views.is_direct(num_tokens)
-        self._forward += 1
-        self._visited = 0
+        self._visited.clear()
         self._staged_replay = False
         self.in_forward = True
 
@@ -158,7 +154,7 @@ class DwdpRuntime:
                 self._captured.append(position)
             else:
                 self._prefetcher.wait(position)
-        self._visit(position)
+        self._visited.add(position)
 
     def release(self, layer_id: int) -> None:
         """The compute stream has run this MoE layer: its slot may be filled anew."""
@@ -176,12 +172,7 @@ class DwdpRuntime:
 
     def visit(self, layer_id: int) -> None:
         """This MoE layer runs in a way of its own, as in an exchange step."""
-        self._visit(self._position[layer_id])
-
-    def _visit(self, position: int) -> None:
-        if self._last_visit[position] != self._forward:
-            self._last_visit[position] = self._forward
-            self._visited += 1
+        self._visited.add(self._position[layer_id])
 
     @contextmanager
     def capture(self, num_tokens: int, is_capturing: Callable[[], bool]) -> Iterator[None]:
@@ -234,7 +225,7 @@ class DwdpRuntime:
             self._prefetcher.prime()
         for position in positions:
             self._prefetcher.wait(position)
-            self._visit(position)
+            self._visited.add(position)
 
     def leave_segment(self, positions: Sequence[int]) -> None:
         """The compute stream has replayed a piece with these MoE layers: their slots may be filled anew."""
@@ -260,9 +251,9 @@ class DwdpRuntime:
         """
         self.in_forward = False
         calls_back = self._staged_replay or not replayed
-        if calls_back and num_tokens and self._visited != len(self._position):
+        if calls_back and num_tokens and len(self._visited) != len(self._position):
             raise DwdpRuntimeError(
-                f"a forward of {num_tokens} tokens visited {self._visited} of {len(self._position)} MoE layers "
+                f"a forward of {num_tokens} tokens visited {len(self._visited)} of {len(self._position)} MoE layers "
                 "through DWDP, so its tokens may be wrong. This model, or another plugin, runs experts by a way "
                 "that DWDP does not know: serve without --enable-dwdp, and please report the model."
             )

@@ -113,13 +113,12 @@ class SglangLayer:
     """A FusedMoE as an `ExpertLayer`."""
 
     def __init__(self, layer: Any) -> None:
-        self._layer = layer
         self.fused = layer
         self.layer_id: int = layer.layer_id
         self.placement = placement_of(layer)
 
     def shards(self) -> Mapping[str, torch.Tensor]:
-        layer = self._layer
+        layer = self.fused
         weights = {name: getattr(layer, name) for name in _WEIGHTS}
         return weights | dict(layer.named_per_expert_tensors(layer.num_local_experts))
 
@@ -127,11 +126,11 @@ class SglangLayer:
         return name in _WEIGHTS
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._layer.bind_full_expert_weights(tensors)
-        rebuild_state(self._layer)
+        self.fused.bind_full_expert_weights(tensors)
+        rebuild_state(self.fused)
 
     def use(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        replace = self._layer.replace_expert_tensor
+        replace = self.fused.replace_expert_tensor
         for name, tensor in tensors.items():
             replace(name, tensor)
 

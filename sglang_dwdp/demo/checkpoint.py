@@ -64,11 +64,6 @@ class Shape:
     max_positions: int = 4096
 
     def __post_init__(self) -> None:
-        """Check the sizes.
-
-        Raises:
-            ValueError: more experts are chosen than there are.
-        """
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k={self.top_k} is not between 1 and num_experts={self.num_experts}")
 
@@ -110,9 +105,7 @@ def qwen3_moe_config(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
         "rope_theta": 10000.0,
         "rope_scaling": None,
         "attention_bias": False,
-        "attention_dropout": 0.0,
         "tie_word_embeddings": False,
-        "use_cache": True,
         "eos_token_id": 0,
         "bos_token_id": 1,
         "pad_token_id": 2,

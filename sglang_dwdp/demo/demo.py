@@ -67,16 +67,13 @@ def _ask(server: Server, name: str, console: Console) -> Answers:
         server.wait()
         console.print(f"{name}: serving after {time.monotonic() - start:.0f} s")
         status.update(f"{name}: /generate, /v1/chat/completions, and a frontend program that forks")
-        generated = [_generate(server, rank) for rank in range(server.ranks)]
+        generated = [
+            [server.generate(prompt, MAX_NEW_TOKENS, rank) for prompt in PROMPTS] for rank in range(server.ranks)
+        ]
         chat, frontend = _chat(server), _frontend(server)
         reports = server.reports() if server.ranks > 1 else []
         status.update(f"Stopping {name}")
     return Answers(generated, chat, frontend, reports)
-
-
-def _generate(server: Server, rank: int) -> list[list[int]]:
-    """`/generate`, all prompts on one rank: their tokens."""
-    return [server.generate(prompt, MAX_NEW_TOKENS, rank) for prompt in PROMPTS]
 
 
 def _chat(server: Server) -> str:

@@ -44,7 +44,6 @@ class Server:
         dwdp: the options of DWDP as command-line arguments; None for a plain server.
         flags: further command-line arguments.
         environment: variables to add.
-        cwd: where the server runs.
     """
 
     def __init__(
@@ -56,7 +55,6 @@ class Server:
         dwdp: Sequence[str] | None = None,
         flags: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
-        cwd: Path | None = None,
     ) -> None:
         self.log, self.ranks, self.port = log, ranks, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -75,7 +73,7 @@ class Server:
             command += ["--device", "cpu", "--enable-dwdp", *dwdp]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=variables, cwd=cwd, start_new_session=True
+                command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True
             )
 
     def wait(self, timeout_s: float = 300.0) -> None:

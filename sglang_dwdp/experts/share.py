@@ -22,7 +22,7 @@ from sglang_dwdp.errors import DwdpConfigError, DwdpSetupError
 from sglang_dwdp.experts.budget import choose_local_experts
 from sglang_dwdp.experts.layer import ExpertLayer, ExpertTensor, describe, tensors_of
 from sglang_dwdp.experts.layout import Span, copy_order, remote_bytes_of_experts, slot_of, tensor_layout
-from sglang_dwdp.experts.stores import ExpertStore, MappedStore, Parts, SharedTensor, UnmappedStore
+from sglang_dwdp.experts.stores import MappedStore, Parts, SharedTensor, UnmappedStore
 from sglang_dwdp.experts.views import SlotMemory, TensorSpec
 from sglang_dwdp.memory.base import Block, CopyList, Memory
 from sglang_dwdp.memory.handles import swap_blocks
@@ -67,21 +67,22 @@ class SharedExperts:
         slot_bytes: what the slots take.
         replicated_bytes: what tensors take that every rank has a copy of.
         peak_bytes: the most that set-up held for experts at a time, with what the engine had loaded.
+        stack: what is to be unmapped and closed.
     """
 
-    layers: list[SharedLayer]
-    local_experts: int
-    stored_bytes: int
-    slot_bytes: int
-    replicated_bytes: int
-    peak_bytes: int
-    _stack: ExitStack = field(repr=False)
+    layers: list[SharedLayer] = field(default_factory=list)
+    local_experts: int = 0
+    stored_bytes: int = 0
+    slot_bytes: int = 0
+    replicated_bytes: int = 0
+    peak_bytes: int = 0
+    stack: ExitStack = field(default_factory=ExitStack, repr=False)
 
     def close(self) -> None:
         """Unbind and unmap. Idempotent. The model cannot run afterwards."""
         _unbind(self.layers)
         self.layers = []
-        self._stack.close()
+        self.stack.close()
 
 
 def _unbind(layers: Sequence[SharedLayer]) -> None:
@@ -99,14 +100,11 @@ class _Sharing:
         self.config, self.memory, self.exchange, self.owned, self.ready = config, memory, exchange, owned, ready
         self.rank = exchange.rank
         self.slots = SlotMemory(memory, self.rank)
-        self.store: ExpertStore = (
+        self.store = (
             MappedStore(memory, self.rank, self.slots, owned) if memory.maps else UnmappedStore(self.rank, self.slots)
         )
-        self.layers: list[SharedLayer] = []
-        self.stored_bytes = 0
-        self.replicated_bytes = 0
+        self.result = SharedExperts()
         self.held_at_start = 0
-        self.peak_bytes = 0
         self.at = "start"
 
     def run(self, layers: Sequence[ExpertLayer]) -> SharedExperts:
@@ -130,17 +128,12 @@ class _Sharing:
         self.store.finish()
         self.memory.finish_writes()
         if self.ready is not None:
-            self.ready(self.layers)
+            self.ready(self.result.layers)
         self.exchange.barrier()  # no rank serves while another may still fail
-        return SharedExperts(
-            self.layers,
-            kept or max(len(layer.placement.shard(self.rank)) for layer in layers),
-            self.stored_bytes,
-            self.slots.nbytes,
-            self.replicated_bytes,
-            self.peak_bytes,
-            self.owned.pop_all(),
-        )
+        self.result.local_experts = kept or max(len(layer.placement.shard(self.rank)) for layer in layers)
+        self.result.slot_bytes = self.slots.nbytes
+        self.result.stack = self.owned.pop_all()
+        return self.result
 
     def _agree(
         self, layers: Sequence[ExpertLayer], tensors: Sequence[Sequence[ExpertTensor]], kept: int | None
@@ -176,7 +169,7 @@ class _Sharing:
             parts = self._blocks(specs, mapped if self.memory.maps else self.owned)
             for spec in specs:
                 self.at = f"layer {layer.layer_id}, {spec.name}"
-                self.stored_bytes += spec.layout.stored_bytes(self.rank)
+                self.result.stored_bytes += spec.layout.stored_bytes(self.rank)
                 for expert, nbytes in enumerate(remote_bytes_of_experts(spec.layout, self.rank)):
                     shared.remote_bytes[expert] += nbytes
                 results[spec.name] = self.store.share(spec, parts[spec.name], shards[spec.name], first, slot)
@@ -189,8 +182,8 @@ class _Sharing:
             pairs = [results[piece.tensor].pieces(piece) for piece in order]
             # Nothing is left of a slice that lies past the tensor, in its last page.
             shared.copies = [(to, source) for to, source in pairs if source.numel()]
-        self.peak_bytes = max(self.peak_bytes, self.memory.held_bytes - self.held_at_start)
-        self.layers.append(shared)  # before it is bound: if binding fails, it has to be undone too
+        self.result.peak_bytes = max(self.result.peak_bytes, self.memory.held_bytes - self.held_at_start)
+        self.result.layers.append(shared)  # before it is bound: if binding fails, it has to be undone too
         layer.bind(shared.direct)
         self.memory.trim()  # what the layer held, before the next one takes its blocks
 
@@ -200,7 +193,7 @@ class _Sharing:
         experts = bytearray().join(self.exchange.all_gather(raw.numpy().tobytes()))
         full = torch.frombuffer(experts, dtype=torch.uint8).to(shard.device, copy=True)
         full = full.view(shard.dtype).view(-1, *shard.shape[1:])
-        self.replicated_bytes += full.nbytes
+        self.result.replicated_bytes += full.nbytes
         return full
 
     def _blocks(self, specs: Sequence[TensorSpec], stack: ExitStack) -> dict[str, Parts]:
@@ -244,7 +237,7 @@ def share_experts(
         except BaseException as error:
             reason = f"rank {exchange.rank}, {sharing.at}: {str(error) or type(error).__name__}"
             exchange.fail(reason)
-            _unbind(sharing.layers)
+            _unbind(sharing.result.layers)
             if not isinstance(error, Exception):
                 raise
             raise DwdpSetupError(f"sharing the experts failed: {reason}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -29,24 +28,6 @@ class SharedTensor:
     direct: torch.Tensor
     staged: torch.Tensor | None
     pieces: Callable[[Slice], tuple[torch.Tensor, torch.Tensor]]
-
-
-class ExpertStore(Protocol):
-    """Takes expert tensors, one after the other."""
-
-    def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> SharedTensor:
-        """Store this rank's experts, and join them with those of the peers.
-
-        Args:
-            spec: the tensor.
-            parts: the blocks of all ranks.
-            shard: this rank's experts.
-            first: the number of the first of them.
-            slot: for staged forwards; None without them.
-        """
-
-    def finish(self) -> None:
-        """All ranks have written: fetch replicas, and make what peers own read-only."""
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -84,6 +65,15 @@ class MappedStore:
         return view
 
     def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> SharedTensor:
+        """Store this rank's experts, and join them with those of the peers.
+
+        Args:
+            spec: the tensor.
+            parts: the blocks of all ranks.
+            shard: this rank's experts.
+            first: the number of the first of them.
+            slot: for staged forwards; None without them.
+        """
         direct = self._written(spec, parts, shard, first)
         runs = spec.layout.replicas[self._rank]
         local = [(span.offset, block) for owner, span, block in parts if owner == self._rank]
@@ -120,6 +110,7 @@ class MappedStore:
         return view
 
     def finish(self) -> None:
+        """All ranks have written: fetch replicas, and make what peers own read-only."""
         for owners, direct, pieces in self._replicas:
             for piece in pieces:
                 direct.piece(piece).copy_(owners.piece(piece))
@@ -137,6 +128,7 @@ class UnmappedStore:
         self._rank, self._slots = rank, slots
 
     def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> SharedTensor:
+        """As `MappedStore.share`."""
         for owner, _, block in parts:
             if owner == self._rank:
                 block.tensor().copy_(_bytes(shard))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,17 +12,57 @@ from cuda.bindings import driver
 
 from sglang_dwdp.memory.base import CopyList, Event
 from sglang_dwdp.memory.cuda_driver import call
-from sglang_dwdp.memory.cuda_stopwatch import Stopwatch
 
 Copy = tuple[int, int, int]  # destination, source, bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What one stream copies of a plan: copy by copy, and as one driver call where the driver has it."""
+class Stopwatch:
+    """How long the compute stream stood at its waits, estimated from a sample of them.
 
-    single: list[Copy]
-    batch: _Batch | None
+    One wait in `every` is timed, by a pair of events around it. Pairs are read when the GPU has passed them, so nothing
+    ever waits for the GPU; while many are on the way, waits are not timed.
+
+    Args:
+        every: waits that one timed wait stands for. A prime, so that over several forwards every layer's waits are
+            among the timed ones.
+    """
+
+    PAIRS = 64
+    EVERY = 17
+
+    def __init__(self, every: int = EVERY) -> None:
+        self._every = every
+        self._waits = 0
+        self._pairs: deque[tuple[Any, Any]] = deque()
+        self._ms = 0.0
+
+    def start(self, stream: Any) -> Any:
+        """Note that `stream` is about to wait.
+
+        Returns:
+            The event to record after the wait, or None where the wait is not timed.
+        """
+        is_timed = self._waits % self._every == 0
+        self._waits += 1
+        if not is_timed:
+            return None
+        self._read()
+        if len(self._pairs) == self.PAIRS:
+            return None
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record(stream)
+        self._pairs.append((first, last))
+        return last
+
+    def seconds(self) -> float:
+        """Seconds of all waits that the GPU has passed, as the timed ones show them."""
+        self._read()
+        return self._ms * self._every / 1000
+
+    def _read(self) -> None:
+        while self._pairs and self._pairs[0][1].query():
+            first, last = self._pairs.popleft()
+            self._ms += first.elapsed_time(last)
 
 
 class CudaCopyEngine:
@@ -64,12 +104,12 @@ class CudaCopyEngine:
             stream = self._compute_streams[handle] = torch.cuda.current_stream(self._device)
         return stream
 
-    def prepare(self, copies: CopyList) -> list[Prepared]:
+    def prepare(self, copies: CopyList) -> list[_Part]:
         plan = [(to.data_ptr(), source.data_ptr(), source.numel()) for to, source in copies]
         parts = [plan[first :: len(self._streams)] for first in range(len(self._streams))]
-        return [Prepared(part, _Batch(self._submit, part) if self._submit else None) for part in parts if part]
+        return [_Part(self._submit, part) for part in parts if part]
 
-    def fill(self, prepared: list[Prepared], after: Event, done: Event) -> None:
+    def fill(self, prepared: list[_Part], after: Event, done: Event) -> None:
         assert isinstance(after, torch.cuda.Event)
         assert isinstance(done, torch.cuda.Event)
         main = self._streams[0]
@@ -77,11 +117,7 @@ class CudaCopyEngine:
         for part, stream in zip(prepared, self._streams, strict=False):
             if stream is not main:
                 stream.wait_event(after)
-            if part.batch is not None:
-                part.batch.submit(stream.cuda_stream)
-            else:
-                for destination, source, nbytes in part.single:
-                    call(driver.cuMemcpyAsync, destination, source, nbytes, stream.cuda_stream)
+            part.submit(stream.cuda_stream)
             if stream is not main:
                 self._joined.record(stream)
                 main.wait_event(self._joined)
@@ -104,10 +140,14 @@ class CudaCopyEngine:
         self._streams = []
 
 
-class _Batch:
-    """The arguments of one `cuMemcpyBatchAsync`, built once: a layer's whole copy plan is one driver call."""
+class _Part:
+    """What one stream copies of a plan: one `cuMemcpyBatchAsync`, whose arguments are built once.
+
+    Where the driver lacks it (`submit` is None) the copies are submitted one by one.
+    """
 
     def __init__(self, submit: Any, copies: Sequence[Copy]) -> None:
+        self._copies = copies
         destinations, sources, sizes = zip(*copies, strict=True)
         count = len(sizes)
         self._submit = submit
@@ -124,6 +164,10 @@ class _Batch:
         self._first = (ctypes.c_size_t * 1)(0)
 
     def submit(self, stream: int) -> None:
+        if self._submit is None:
+            for destination, source, nbytes in self._copies:
+                call(driver.cuMemcpyAsync, destination, source, nbytes, stream)
+            return
         status = self._submit(
             self._destinations,
             self._sources,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from sglang_dwdp.errors import DwdpSetupError
 from sglang_dwdp.memory.base import Block, Handle, Memory
 from sglang_dwdp.memory.handshake import Exchange, close_fds
 
@@ -27,7 +26,7 @@ def swap_blocks(
         `[group_size]`, the blocks of each rank.
 
     Raises:
-        DwdpSetupError: a peer failed, or sent something else than what was agreed on.
+        DwdpSetupError: a peer failed.
         OSError: there is not enough memory, or a block cannot be exported or imported.
     """
 
@@ -50,8 +49,6 @@ def swap_blocks(
         if peer == exchange.rank:
             blocks.append(own)
             continue
-        if len(sent) != len(sizes[peer]):
-            raise DwdpSetupError(f"rank {peer} sent {len(sent)} blocks, {len(sizes[peer])} were agreed on")
         blocks.append([])
         for nbytes, handle in zip(sizes[peer], sent, strict=True):
             if isinstance(handle, int):

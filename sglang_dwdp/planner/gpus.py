@@ -14,8 +14,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from sglang_dwdp.planner.checks import AtLeastOne, Count, NotNegative, Positive, checked, read_mapping
-from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.checks import AtLeastOne, Count, NotNegative, PlannerError, Positive, checked, read_mapping
 from sglang_dwdp.planner.formats import WeightFormat
 
 Fraction = Annotated[float, Field(gt=0, le=1)]

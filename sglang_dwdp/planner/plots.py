@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.checks import PlannerError
 from sglang_dwdp.planner.plan import Plan
 from sglang_dwdp.planner.simulate import Result
 
