@@ -67,7 +67,7 @@ class DwdpRuntime:
         self._counts = dict.fromkeys(COUNTS, 0)
         self._memory = memory
         self._engine = memory.copy_engine(config.timeout_s)
-        self._shared: SharedExperts | None = None
+        self._shared = SharedExperts()
         self._prefetcher: Prefetcher | None = None
         self._position: dict[int, int] = {}
         self._uses_direct: list[bool] = []
@@ -163,7 +163,7 @@ class DwdpRuntime:
 
     def layers(self) -> list[ExpertLayer]:
         """The MoE layers whose experts are shared, in the order in which a forward runs them."""
-        return [shared.layer for shared in self._shared.layers] if self._shared else []
+        return [shared.layer for shared in self._shared.layers]
 
     def add_part(self, report: Callable[[], Mapping[str, int | float | str]], close: Callable[[], None]) -> None:
         """Let something that builds on the shared experts report with this runtime, and end before it."""
@@ -234,7 +234,6 @@ class DwdpRuntime:
             self._prefetcher.release(position)
 
     def _rebind(self, position: int) -> None:
-        assert self._shared is not None
         shared = self._shared.layers[position]
         shared.layer.use(shared.direct if self._direct else shared.staged)
         self._uses_direct[position] = self._direct
@@ -272,7 +271,6 @@ class DwdpRuntime:
 
         Outside of forwards nothing is counted: ids cannot be read while a graph is captured.
         """
-        assert self._shared is not None
         if self._direct and self.in_forward:
             remote = self._shared.layers[self._position[layer_id]].remote_bytes
             routed = set(expert_ids.reshape(-1).tolist())
@@ -281,7 +279,6 @@ class DwdpRuntime:
     def report(self) -> Mapping[str, int | float | str]:
         """Plain numbers and words for /server_info."""
         copied, late = (self._prefetcher.copied_bytes, self._prefetcher.late_fills) if self._prefetcher else (0, 0)
-        shared = self._shared
         return {
             "rank": self.rank,
             "group_size": self.size,
@@ -289,10 +286,10 @@ class DwdpRuntime:
             "view": self.config.view,
             "direct_max_tokens": self._views.max_tokens,
             "moe_layers": len(self._position),
-            "local_experts": shared.local_experts if shared else 0,
-            "stored_bytes": shared.stored_bytes if shared else 0,
-            "slot_bytes": shared.slot_bytes if shared else 0,
-            "setup_peak_bytes": shared.peak_bytes if shared else 0,
+            "local_experts": self._shared.local_experts,
+            "stored_bytes": self._shared.stored_bytes,
+            "slot_bytes": self._shared.slot_bytes,
+            "setup_peak_bytes": self._shared.peak_bytes,
             "bytes_copied": copied,
             "late_fills": late,
             "exposed_copy_s": round(self._engine.exposed_s(), 6),
@@ -306,6 +303,4 @@ class DwdpRuntime:
             self._closers.pop()()
         self._engine.close()
         self._prefetcher = None
-        if self._shared is not None:
-            self._shared.close()
-            self._shared = None
+        self._shared.close()
