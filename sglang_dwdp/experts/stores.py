@@ -83,14 +83,12 @@ class MappedStore:
                 temporary.callback(block.close)
                 local.append((run.offset, block))
             if runs:
-                owners, peers = (
-                    direct,
-                    [
-                        (span.offset, block)
-                        for owner, span, block in parts
-                        if owner != self._rank and not any(run.offset <= span.offset < run.end for run in runs)
-                    ],
-                )
+                owners = direct
+                peers = [
+                    (span.offset, block)
+                    for owner, span, block in parts
+                    if owner != self._rank and not any(run.offset <= span.offset < run.end for run in runs)
+                ]
                 direct = self._view(spec, [*local, *peers])
                 self._replicas.append((owners, direct, [piece for run in runs for piece in _by_block(parts, run)]))
             staged = self._staged(spec, local, slot)

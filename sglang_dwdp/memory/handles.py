@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -40,8 +41,7 @@ def swap_blocks(
     if memory.has_fds:
         received = exchange.all_gather_fds([handle for handle in handles if isinstance(handle, int)])
     else:
-        joined = b"".join(handle for handle in handles if isinstance(handle, bytes))
-        received = [_split(data, len(sizes[peer])) for peer, data in enumerate(exchange.all_gather(joined))]
+        received = [pickle.loads(answer) for answer in exchange.all_gather(pickle.dumps(handles))]
     unclaimed = [handle for sent in received for handle in sent if isinstance(handle, int)]
     stack.callback(lambda: close_fds(unclaimed))
     blocks: list[list[Block]] = []
@@ -55,8 +55,3 @@ def swap_blocks(
                 unclaimed.remove(handle)  # the import takes it over, also where it fails
             blocks[peer].append(kept(memory.import_handle(handle, nbytes)))
     return blocks
-
-
-def _split(data: bytes, count: int) -> list[bytes]:
-    size = len(data) // count if count else 0
-    return [data[i * size : (i + 1) * size] for i in range(count)] if size else []
