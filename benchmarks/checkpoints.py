@@ -73,7 +73,7 @@ def qwen3(layers: int | None, experts: int | None, *, small: bool, dummy: bool, 
         return make({"dtype": "float32", "num_layers": layers or 2, "num_experts": experts or 12})
     sizes = QWEN3 | {"num_layers": layers or 12, "num_experts": experts or 128}
     if not dummy:
-        return make({"num_files": 8, **sizes})
+        return make(sizes)
     from transformers import Qwen3MoeConfig
 
     model = folder / "model"

@@ -31,7 +31,7 @@ from benchmarks.machine import machine
 from sglang_dwdp.experts.layer import ExpertTensor
 from sglang_dwdp.experts.layout import tensor_layout
 from sglang_dwdp.experts.placement import balanced
-from sglang_dwdp.experts.views import TensorSpec, view_of
+from sglang_dwdp.experts.views import TensorSpec, View
 from sglang_dwdp.memory.cuda import CudaMemory
 from sglang_dwdp.support import flashinfer_modules
 from tests.fixtures import moe_problems as moe
@@ -76,7 +76,7 @@ class Views:
                 made.append(block)
             placed.append((span.offset, block))
         spec = TensorSpec(ExpertTensor(name, tensor.dtype, tuple(tensor.shape[1:]), replicated=False), layout)
-        view = view_of(self._memory, spec, placed)
+        view = View(self._memory, spec, placed)
         for block in made:  # the view holds the memory
             block.close()
         view.bytes.copy_(tensor.reshape(-1).view(torch.uint8))

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from sglang_dwdp.errors import DwdpConfigError
-
 BLOCK = 128
 """Rows and columns that share one scale."""
 
@@ -33,19 +31,6 @@ class Sizes:
     hidden: int
     inter: int
     top_k: int
-
-    def check(self, layer_id: int) -> None:
-        """Check that the kernel can take these sizes.
-
-        Raises:
-            DwdpConfigError: it cannot.
-        """
-        uneven = {name: size for name, size in (("hidden", self.hidden), ("intermediate", self.inter)) if size % BLOCK}
-        if uneven:
-            raise DwdpConfigError(
-                f"layer {layer_id}: FlashInfer's block-FP8 MoE needs sizes that are multiples of {BLOCK}, not "
-                f"{uneven}. Use --moe-runner-backend triton."
-            )
 
 
 def swap_halves(tensor: torch.Tensor) -> None:

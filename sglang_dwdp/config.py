@@ -144,7 +144,7 @@ class DwdpConfig:
                 self._reject(name, f"is not one of {', '.join(choices)}")
         for name, least in (("direct_max_tokens", 0), ("depth", 1), ("group_size", 2), ("local_experts", 1)):
             value = getattr(self, name)
-            if value is None and _field(name).default is None:
+            if value is None and name != "depth":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 self._reject(name, f"must be a whole number of at least {least}")
@@ -188,10 +188,6 @@ class DwdpConfig:
         direct = maps and self.view != "staged"
         limit = DEFAULT_DIRECT_MAX_TOKENS if self.direct_max_tokens is None else self.direct_max_tokens
         return Views(direct, staged=not maps or self.view != "direct", max_tokens=limit)
-
-
-def _field(name: str) -> dataclasses.Field[Any]:
-    return next(field for field in dataclasses.fields(DwdpConfig) if field.name == name)
 
 
 def _is_positive(value: object) -> bool:

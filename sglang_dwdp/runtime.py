@@ -17,9 +17,10 @@ from sglang_dwdp.experts.share import SharedExperts, SharedLayer, share_experts
 from sglang_dwdp.experts.slots import Prefetcher
 from sglang_dwdp.memory.base import Memory
 from sglang_dwdp.memory.handshake import Exchange
-from sglang_dwdp.metrics import Counters
 
 logger = logging.getLogger(__name__)
+# Since the start; the last with --dwdp-audit only.
+COUNTS = ("direct_forwards", "staged_forwards", "forward_tokens", "bytes_read_in_place")
 
 
 class Graph(Protocol):
@@ -63,19 +64,17 @@ class DwdpRuntime:
         self.config = config
         self.rank = rank
         self.size = size
-        self.counters = Counters()
+        self._counts = dict.fromkeys(COUNTS, 0)
         self._memory = memory
         self._engine = memory.copy_engine(config.timeout_s)
-        self._shared: SharedExperts | None = None
+        self._shared = SharedExperts()
         self._prefetcher: Prefetcher | None = None
         self._position: dict[int, int] = {}
         self._uses_direct: list[bool] = []
         self._views = config.views(maps=memory.maps)
         self._rests_direct = memory.maps
         self._direct = self._rests_direct
-        self._forward = 0  # the number of this forward, by which a layer's visits are told apart
-        self._last_visit: list[int] = []
-        self._visited = 0
+        self._visited: set[int] = set()  # in this forward, by position
         self._staged_replay = False
         self._captured: list[int] = []
         self._is_capturing: Callable[[], bool] | None = None
@@ -101,7 +100,6 @@ class DwdpRuntime:
         self._shared = shared
         self._position = {layer.layer.layer_id: i for i, layer in enumerate(shared.layers)}
         self._uses_direct = [self._direct] * len(shared.layers)
-        self._last_visit = [0] * len(shared.layers)
         self._log_setup(shared, time.perf_counter() - start)
 
     def _prepare(self, layers: Sequence[SharedLayer]) -> None:
@@ -133,8 +131,7 @@ class DwdpRuntime:
     def begin_forward(self, num_tokens: int) -> None:
         """A forward of `num_tokens` tokens is about to run: choose its views."""
         self._direct = self._views.is_direct(num_tokens)
-        self._forward += 1
-        self._visited = 0
+        self._visited.clear()
         self._staged_replay = False
         self.in_forward = True
 
@@ -157,7 +154,7 @@ class DwdpRuntime:
                 self._captured.append(position)
             else:
                 self._prefetcher.wait(position)
-        self._visit(position)
+        self._visited.add(position)
 
     def release(self, layer_id: int) -> None:
         """The compute stream has run this MoE layer: its slot may be filled anew."""
@@ -166,7 +163,7 @@ class DwdpRuntime:
 
     def layers(self) -> list[ExpertLayer]:
         """The MoE layers whose experts are shared, in the order in which a forward runs them."""
-        return [shared.layer for shared in self._shared.layers] if self._shared else []
+        return [shared.layer for shared in self._shared.layers]
 
     def add_part(self, report: Callable[[], Mapping[str, int | float | str]], close: Callable[[], None]) -> None:
         """Let something that builds on the shared experts report with this runtime, and end before it."""
@@ -175,12 +172,7 @@ class DwdpRuntime:
 
     def visit(self, layer_id: int) -> None:
         """This MoE layer runs in a way of its own, as in an exchange step."""
-        self._visit(self._position[layer_id])
-
-    def _visit(self, position: int) -> None:
-        if self._last_visit[position] != self._forward:
-            self._last_visit[position] = self._forward
-            self._visited += 1
+        self._visited.add(self._position[layer_id])
 
     @contextmanager
     def capture(self, num_tokens: int, is_capturing: Callable[[], bool]) -> Iterator[None]:
@@ -233,7 +225,7 @@ class DwdpRuntime:
             self._prefetcher.prime()
         for position in positions:
             self._prefetcher.wait(position)
-            self._visit(position)
+            self._visited.add(position)
 
     def leave_segment(self, positions: Sequence[int]) -> None:
         """The compute stream has replayed a piece with these MoE layers: their slots may be filled anew."""
@@ -242,7 +234,6 @@ class DwdpRuntime:
             self._prefetcher.release(position)
 
     def _rebind(self, position: int) -> None:
-        assert self._shared is not None
         shared = self._shared.layers[position]
         shared.layer.use(shared.direct if self._direct else shared.staged)
         self._uses_direct[position] = self._direct
@@ -259,13 +250,15 @@ class DwdpRuntime:
         """
         self.in_forward = False
         calls_back = self._staged_replay or not replayed
-        if calls_back and num_tokens and self._visited != len(self._position):
+        if calls_back and num_tokens and len(self._visited) != len(self._position):
             raise DwdpRuntimeError(
-                f"a forward of {num_tokens} tokens visited {self._visited} of {len(self._position)} MoE layers "
+                f"a forward of {num_tokens} tokens visited {len(self._visited)} of {len(self._position)} MoE layers "
                 "through DWDP, so its tokens may be wrong. This model, or another plugin, runs experts by a way "
                 "that DWDP does not know: serve without --enable-dwdp, and please report the model."
             )
-        self.counters.count_forward(num_tokens, direct=not self._staged_replay and (self._direct or replayed))
+        direct = not self._staged_replay and (self._direct or replayed)
+        self._counts["direct_forwards" if direct else "staged_forwards"] += 1
+        self._counts["forward_tokens"] += num_tokens
         self._direct = self._rests_direct
 
     def abort_forward(self) -> None:
@@ -278,16 +271,14 @@ class DwdpRuntime:
 
         Outside of forwards nothing is counted: ids cannot be read while a graph is captured.
         """
-        assert self._shared is not None
         if self._direct and self.in_forward:
             remote = self._shared.layers[self._position[layer_id]].remote_bytes
             routed = set(expert_ids.reshape(-1).tolist())
-            self.counters.bytes_read_in_place += sum(remote[e] for e in routed if 0 <= e < len(remote))
+            self._counts["bytes_read_in_place"] += sum(remote[e] for e in routed if 0 <= e < len(remote))
 
     def report(self) -> Mapping[str, int | float | str]:
         """Plain numbers and words for /server_info."""
         copied, late = (self._prefetcher.copied_bytes, self._prefetcher.late_fills) if self._prefetcher else (0, 0)
-        shared = self._shared
         return {
             "rank": self.rank,
             "group_size": self.size,
@@ -295,14 +286,14 @@ class DwdpRuntime:
             "view": self.config.view,
             "direct_max_tokens": self._views.max_tokens,
             "moe_layers": len(self._position),
-            "local_experts": shared.local_experts if shared else 0,
-            "stored_bytes": shared.stored_bytes if shared else 0,
-            "slot_bytes": shared.slot_bytes if shared else 0,
-            "setup_peak_bytes": shared.peak_bytes if shared else 0,
+            "local_experts": self._shared.local_experts,
+            "stored_bytes": self._shared.stored_bytes,
+            "slot_bytes": self._shared.slot_bytes,
+            "setup_peak_bytes": self._shared.peak_bytes,
             "bytes_copied": copied,
             "late_fills": late,
             "exposed_copy_s": round(self._engine.exposed_s(), 6),
-            **self.counters.as_dict(),
+            **self._counts,
             **{name: value for report in self._reports for name, value in report().items()},
         }
 
@@ -312,6 +303,4 @@ class DwdpRuntime:
             self._closers.pop()()
         self._engine.close()
         self._prefetcher = None
-        if self._shared is not None:
-            self._shared.close()
-            self._shared = None
+        self._shared.close()

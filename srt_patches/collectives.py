@@ -120,7 +120,6 @@ def _guarded(
         if manager is not None:
             in_forward = manager.runtime.in_forward
             if (in_forward or (is_capturing() and name not in _AROUND_CAPTURES)) and size_of(group) > 1:
-                manager.runtime.counters.collectives += 1
                 where = "forward" if in_forward else "CUDA graph"
                 raise DwdpRuntimeError(
                     f"{name} over {size_of(group)} ranks was called in a {where}. Ranks of DWDP run their requests "

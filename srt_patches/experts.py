@@ -1,4 +1,4 @@
-"""FusedMoE: which experts a rank creates and loads, and the layer as the runtime sees it."""
+"""FusedMoE: which experts a rank creates, and the layer as the runtime sees it."""
 
 from __future__ import annotations
 
@@ -83,39 +83,6 @@ def local_index(layer: Any, expert_id: int) -> int:
     return placement_of(layer).local_index(rank_in_group(), expert_id)
 
 
-def shard_of(layer: Any, param: Any, loaded_weight: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a checkpoint's tensor of all experts, as gpt-oss has them, for a `param` of its shard.
-
-    SGLang slices such tensors by expert parallelism, if at all.
-    """
-    shard = placement_of(layer).shard(rank_in_group())
-    if loaded_weight.shape[0] != layer.num_global_routed_experts or param.shape[0] != len(shard):
-        return loaded_weight
-    return loaded_weight[shard.start : shard.stop]
-
-
-def load(
-    original: Callable[..., None],
-    layer: Any,
-    param: Any,
-    loaded_weight: torch.Tensor,
-    weight_name: str,
-    shard_id: str,
-    expert_id: int | None,
-) -> None:
-    """Around `FusedMoE.weight_loader`, which gets all experts at once where `expert_id` is None."""
-    if expert_id is None:
-        loaded_weight = shard_of(layer, param, loaded_weight)
-    original(layer, param, loaded_weight, weight_name, shard_id, expert_id)
-
-
-def load_fused(
-    original: Callable[..., None], layer: Any, param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any
-) -> None:
-    """Around `FusedMoE.weight_loader_fused`, which always gets all experts."""
-    original(layer, param, shard_of(layer, param, loaded_weight), *args, **kwargs)
-
-
 def deferred_finalize(original: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
     """Around `FusedMoE.forward_deferred_finalize`, which runs experts without `forward_impl`.
 
@@ -146,13 +113,12 @@ class SglangLayer:
     """A FusedMoE as an `ExpertLayer`."""
 
     def __init__(self, layer: Any) -> None:
-        self._layer = layer
         self.fused = layer
         self.layer_id: int = layer.layer_id
         self.placement = placement_of(layer)
 
     def shards(self) -> Mapping[str, torch.Tensor]:
-        layer = self._layer
+        layer = self.fused
         weights = {name: getattr(layer, name) for name in _WEIGHTS}
         return weights | dict(layer.named_per_expert_tensors(layer.num_local_experts))
 
@@ -160,11 +126,11 @@ class SglangLayer:
         return name in _WEIGHTS
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._layer.bind_full_expert_weights(tensors)
-        rebuild_state(self._layer)
+        self.fused.bind_full_expert_weights(tensors)
+        rebuild_state(self.fused)
 
     def use(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        replace = self._layer.replace_expert_tensor
+        replace = self.fused.replace_expert_tensor
         for name, tensor in tensors.items():
             replace(name, tensor)
 
@@ -221,8 +187,6 @@ HOOKS = (
     Hook(_CHECK, HookType.REPLACE, check_blocks),
     Hook(f"{_PATH}.__init__", HookType.AROUND, build),
     Hook(f"{_PATH}._map_global_expert_id_to_local_expert_id", HookType.REPLACE, local_index),
-    Hook(f"{_PATH}.weight_loader", HookType.AROUND, load),
-    Hook(f"{_PATH}.weight_loader_fused", HookType.AROUND, load_fused),
     Hook(f"{_PATH}.forward_deferred_finalize", HookType.AROUND, deferred_finalize),
 )
 AUDIT_HOOKS = (Hook(f"{_PATH}.forward_impl", HookType.AROUND, count_reads),)

@@ -65,8 +65,11 @@ class FlashInferBlockFp8Core(DispatchMoeRunnerCore):
 
         hidden = dispatch_output.hidden_states
         weights, ids, _ = dispatch_output.topk_output
-        workspace = _workspace(hidden.device).take(quant_info.sizes(ids.shape[1]), len(hidden)) if len(hidden) else None
         fused_finalize = envs.SGLANG_FLASHINFER_MOE_FUSED_FINALIZE.get()
+        workspace = None
+        if len(hidden):
+            sizes = quant_info.sizes(ids.shape[1])
+            workspace = _workspace(hidden.device).take(sizes, len(hidden), fused_finalize=fused_finalize)
         output = block_fp8_moe(
             hidden, ids, weights, *quant_info.tensors, workspace=workspace, fused_finalize=fused_finalize
         )
@@ -81,6 +84,8 @@ def eligible(method: Any, config: Any) -> str | None:
         return "its weights are not block-FP8"
     if list(method.weight_block_size or []) != [BLOCK, BLOCK]:
         return f"its blocks are {method.weight_block_size}, not {BLOCK} by {BLOCK}"
+    if config.hidden_size % BLOCK or config.intermediate_size_per_partition % BLOCK:
+        return f"its sizes are not multiples of {BLOCK}"
     if config.activation != "silu" or not config.is_gated:
         return f"its activation is {config.activation}"
     given = ("gemm1_alpha", "gemm1_clamp_limit", "swiglu_limit", "apply_router_weight_on_input", "no_combine")
@@ -100,7 +105,6 @@ def create_runner(original: Callable[..., None], method: Any, layer: Any, config
         logger.warning("layer %s runs its FP8 experts on Triton, not on FlashInfer: %s", config.layer_id, reason)
         original(method, layer, config)
         return
-    Sizes(config.num_experts, config.hidden_size, config.intermediate_size_per_partition, 1).check(config.layer_id)
     method.moe_runner_config = config
     method.runner = MoeRunner(resolve_moe_runner_backend(FLASHINFER_FP8), config)
     method._owns_moe_runner = True

@@ -77,10 +77,8 @@ def _install(role: str, config: DwdpConfig, device: str | None) -> None:
 
         install((*controller.HOOKS, *reports.CONTROLLER_HOOKS, *sessions.CONTROLLER_HOOKS))
     elif role == "tokenizer":
-        from sglang_dwdp import cleanup
         from sglang_dwdp.srt_patches import recorder, weights
 
-        cleanup.watch()
         install((*weights.TOKENIZER_HOOKS, *recorder.TOKENIZER_HOOKS))
 
 

@@ -1,4 +1,4 @@
-"""Weights have to arrive: every parameter is written, and every expert of this rank's shard once.
+"""A rank loads its shard of the experts, and weights have to arrive: each parameter, each of those experts once.
 
 SGLang's loaders put up with a checkpoint that lacks tensors, and serve what the memory held before. A rank of DWDP
 would hand that to its peers. So a model is checked when it is constructed, before anything is read, and again when
@@ -100,7 +100,18 @@ def unwritten(model: torch.nn.Module) -> Iterator[str]:
             yield f"{name} was not loaded (or not all of it)"
 
 
-def note_arrival(
+def shard_of(layer: Any, param: Any, loaded_weight: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a checkpoint's tensor of all experts, as gpt-oss has them, for a `param` of its shard.
+
+    SGLang slices such tensors by expert parallelism, if at all.
+    """
+    shard = placement_of(layer).shard(rank_in_group())
+    if loaded_weight.shape[0] != layer.num_global_routed_experts or param.shape[0] != len(shard):
+        return loaded_weight
+    return loaded_weight[shard.start : shard.stop]
+
+
+def load(
     original: Callable[..., None],
     layer: Any,
     param: Any,
@@ -109,22 +120,19 @@ def note_arrival(
     shard_id: str,
     expert_id: int | None,
 ) -> None:
-    """Around `FusedMoE.weight_loader`: note what arrived. `expert_id` None stands for all experts."""
+    """Around `FusedMoE.weight_loader`, which gets all experts at once where `expert_id` is None."""
     _note(layer, param, weight_name, shard_id, _ALL_EXPERTS if expert_id is None else expert_id)
+    if expert_id is None:
+        loaded_weight = shard_of(layer, param, loaded_weight)
     original(layer, param, loaded_weight, weight_name, shard_id, expert_id)
 
 
-def note_fused_arrival(
-    original: Callable[..., None],
-    layer: Any,
-    param: Any,
-    loaded_weight: torch.Tensor,
-    weight_name: str,
-    shard_id: str,
+def load_fused(
+    original: Callable[..., None], layer: Any, param: Any, loaded_weight: torch.Tensor, weight_name: str, shard_id: str
 ) -> None:
-    """Around `FusedMoE.weight_loader_fused`, which takes all experts at once."""
+    """Around `FusedMoE.weight_loader_fused`, which always gets all experts."""
     _note(layer, param, weight_name, shard_id, _ALL_EXPERTS)
-    original(layer, param, loaded_weight, weight_name, shard_id)
+    original(layer, param, shard_of(layer, param, loaded_weight), weight_name, shard_id)
 
 
 def _note(layer: Any, param: Any, weight_name: str, shard_id: str, expert: int) -> None:
@@ -174,6 +182,6 @@ def _by_parameter(layer: Any) -> dict[str, Counter[tuple[int, str, str]]]:
 _PATH = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
 HOOKS = (
     Hook("sglang.srt.model_loader.loader._initialize_model", HookType.AROUND, construct),
-    Hook(f"{_PATH}.weight_loader", HookType.AROUND, note_arrival),
-    Hook(f"{_PATH}.weight_loader_fused", HookType.AROUND, note_fused_arrival),
+    Hook(f"{_PATH}.weight_loader", HookType.AROUND, load),
+    Hook(f"{_PATH}.weight_loader_fused", HookType.AROUND, load_fused),
 )

@@ -38,14 +38,12 @@ def choose(server_args: Any, view: Any) -> str | None:
     described = getattr(model, "quantization_config", None)
     weights = weights_of(view.quantization, described if isinstance(described, dict) else None)
     gpt_oss = any(name.startswith("GptOss") for name in getattr(model, "architectures", None) or ())
-    chosen = None if weights is None else default_backend(weights, gpt_oss=gpt_oss, has_kernels=has_kernels)
+    chosen = (
+        None if weights is None else default_backend(weights, gpt_oss=gpt_oss, has_kernels=flashinfer_modules.ready)
+    )
     if chosen is None:
         logger.info("DWDP leaves the choice of --moe-runner-backend for these experts to SGLang")
         return None
-    logger.info("DWDP: --moe-runner-backend auto is %s for %s experts: %s", chosen.backend, weights, chosen.reason)
-    return chosen.backend
-
-
-def has_kernels(weight_format: str) -> bool:
-    """Whether FlashInfer can run this format (a key of `flashinfer_modules.FORMATS`) without a long build."""
-    return flashinfer_modules.ready(weight_format)
+    backend, reason = chosen
+    logger.info("DWDP: --moe-runner-backend auto is %s for %s experts: %s", backend, weights, reason)
+    return backend

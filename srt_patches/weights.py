@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sglang.srt.managers import io_struct
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.srt_patches.attached import config_of
@@ -38,72 +39,48 @@ def reject_group(_updater: Any, *_args: Any, **_kwargs: Any) -> tuple[bool, str]
     return False, _UPDATE
 
 
-def reject_begin(_manager: Any, _request: Any) -> Any:
-    """In place of `SchedulerWeightUpdaterManager.begin_weight_update`, which other updates want first."""
-    from sglang.srt.managers.io_struct import BeginWeightUpdateReqOutput
-
-    return BeginWeightUpdateReqOutput(success=False, message=_UPDATE)
-
-
-def reject_check(_manager: Any, _request: Any) -> Any:
-    """In place of `SchedulerWeightUpdaterManager.check_weights`: what it would read or reset may be a slot."""
-    from sglang.srt.managers.io_struct import CheckWeightsReqOutput
-
-    return CheckWeightsReqOutput(success=False, message=_EXPORT)
-
-
-def reject_release(_manager: Any, _request: Any) -> Any:
-    """In place of `SchedulerWeightUpdaterManager.release_memory_occupation`, whose answer has no room for an error."""
-    from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqOutput
-
-    logger.error(_MEMORY)
-    return ReleaseMemoryOccupationReqOutput()
-
-
-def reject_resume(_manager: Any, _request: Any) -> Any:
-    """In place of `SchedulerWeightUpdaterManager.resume_memory_occupation`."""
-    from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqOutput
-
-    logger.error(_MEMORY)
-    return ResumeMemoryOccupationReqOutput()
-
-
 def reject_rpc(_scheduler: Any, request: Any) -> Any:
     """In place of `Scheduler.handle_rpc_request`: saving weights, and whatever else `Engine.collective_rpc` names.
 
     It ends with a barrier of all ranks, and only one of them gets the request.
     """
-    from sglang.srt.managers.io_struct import RpcReqOutput
-
-    return RpcReqOutput(success=False, message=f"{request.method} is {_REASON}")
+    return io_struct.RpcReqOutput(success=False, message=f"{request.method} is {_REASON}")
 
 
-def _is_dwdp(manager: Any) -> bool:
-    # These hooks stay in the launcher's process, which may start another engine without DWDP later.
-    return config_of(manager.server_args) is not None
+def _rejecting(output: Callable[..., Any], reason: str, *, in_answer: bool = True) -> Callable[[Any, Any], Any]:
+    """In place of a method of `SchedulerWeightUpdaterManager`: the reason in its answer, or in the log without room."""
+
+    def reject(_manager: Any, _request: Any) -> Any:
+        if in_answer:
+            return output(success=False, message=reason)
+        logger.error(reason)
+        return output()
+
+    return reject
 
 
-async def explain_memory(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around the tokenizer manager's `release_memory_occupation` and `resume_memory_occupation`."""
-    if _is_dwdp(manager):
-        raise ValueError(_MEMORY)
-    return await original(manager, *args, **kwargs)
+reject_begin = _rejecting(io_struct.BeginWeightUpdateReqOutput, _UPDATE)  # which other updates want first
+reject_check = _rejecting(io_struct.CheckWeightsReqOutput, _EXPORT)  # what it would read or reset may be a slot
+reject_release = _rejecting(io_struct.ReleaseMemoryOccupationReqOutput, _MEMORY, in_answer=False)
+reject_resume = _rejecting(io_struct.ResumeMemoryOccupationReqOutput, _MEMORY, in_answer=False)
 
 
-async def explain_weights(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around the tokenizer manager's `get_weights_by_name`, which would answer with nothing."""
-    if _is_dwdp(manager):
-        raise ValueError(_EXPORT)
-    return await original(manager, *args, **kwargs)
+def _explaining(reason: str, *, in_answer: bool = False) -> Callable[..., Any]:
+    """Around a request to the tokenizer manager that ranks would answer with no reason, or not at all."""
+
+    async def explain(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
+        # The hook stays in the launcher's process, which may start another engine without DWDP later.
+        if config_of(manager.server_args) is None:
+            return await original(manager, *args, **kwargs)
+        if in_answer:
+            return False, reason
+        raise ValueError(reason)
+
+    return explain
 
 
-async def explain_sending(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around the tokenizer manager's requests to send weights to another server, which assert that there is one
-    rank."""
-    if _is_dwdp(manager):
-        return False, _EXPORT
-    return await original(manager, *args, **kwargs)
-
+explain_memory, explain_weights = _explaining(_MEMORY), _explaining(_EXPORT)
+explain_sending = _explaining(_EXPORT, in_answer=True)  # which asserts that there is one rank
 
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 _SCHEDULERS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"

@@ -95,13 +95,6 @@ def arrange(num_ranks: int) -> None:
         sys.path.insert(0, str(STUBS))
 
 
-def plain_environment() -> dict[str, str]:
-    """This process's variables without those that `arrange` set: what a user's shell has."""
-    result = {name: value for name, value in os.environ.items() if _arranged.get(name) != value}
-    parts = [part for part in result.pop("PYTHONPATH", "").split(os.pathsep) if part not in ("", str(STUBS))]
-    return result | ({"PYTHONPATH": os.pathsep.join(parts)} if parts else {})
-
-
 def thread_binding(num_ranks: int, cores: list[int]) -> str:
     """One entry of cores per rank, as SGLang wants them: `0,1|2,3` for two ranks on four cores.
 

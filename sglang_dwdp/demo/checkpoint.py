@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from tokenizers import ByteLevelBPETokenizer
 
 VOCAB_SIZE = 2048
+NUM_FILES = 4
 SPECIAL_TOKENS = ("<|end|>", "<|begin|>", "<|pad|>", "<|user|>", "<|assistant|>")  # in the order of their ids, from 0
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -63,18 +64,11 @@ class Shape:
     max_positions: int = 4096
 
     def __post_init__(self) -> None:
-        """Check the sizes.
-
-        Raises:
-            ValueError: more experts are chosen than there are.
-        """
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k={self.top_k} is not between 1 and num_experts={self.num_experts}")
 
 
-def make_checkpoint(
-    directory: str | Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, num_files: int = 2, **shape: int
-) -> None:
+def make_checkpoint(directory: str | Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **shape: int) -> None:
     """Write a Qwen3-MoE checkpoint: config.json, a tokenizer, and safetensors files with their index.
 
     The same arguments give the same bytes. A tensor depends on the seed, its name and its size only, so checkpoints
@@ -84,14 +78,13 @@ def make_checkpoint(
         directory: made if it is not there.
         seed: of the random weights.
         dtype: of the weights.
-        num_files: safetensors files.
         **shape: fields of `Shape`.
 
     Raises:
         ValueError: the shape cannot work.
     """
     config = qwen3_moe_config(Shape(**shape), dtype)
-    write_checkpoint(Path(directory), config, random_weights(config, GAINS, seed, dtype), num_files)
+    write_checkpoint(Path(directory), config, random_weights(config, GAINS, seed, dtype))
 
 
 def qwen3_moe_config(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
@@ -112,9 +105,7 @@ def qwen3_moe_config(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
         "rope_theta": 10000.0,
         "rope_scaling": None,
         "attention_bias": False,
-        "attention_dropout": 0.0,
         "tie_word_embeddings": False,
-        "use_cache": True,
         "eos_token_id": 0,
         "bos_token_id": 1,
         "pad_token_id": 2,
@@ -165,30 +156,19 @@ def random_weights(
         return dict(zip(empty, pool.map(draw, empty), strict=True))
 
 
-def write_checkpoint(
-    directory: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], num_files: int
-) -> None:
+def write_checkpoint(directory: Path, config: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> None:
     """Write a checkpoint of any model.
 
     Args:
         directory: made if it is not there.
         config: of the model, as in config.json.
-        weights: by name.
-        num_files: safetensors files.
+        weights: by name; they go to `NUM_FILES` files of about equal size, or a few more.
     """
     make_tokenizer(directory, config.get("max_position_embeddings", 4096))
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 0})
-    names = list(weights)
-    num_files = max(1, min(num_files, len(names)))
-    weight_map: dict[str, str] = {}
-    for i in range(num_files):
-        file = f"model-{i + 1:05}-of-{num_files:05}.safetensors"
-        part = names[i * len(names) // num_files : (i + 1) * len(names) // num_files]
-        save_file({name: weights[name] for name in part}, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": sum(t.nbytes for t in weights.values())}, "weight_map": weight_map}
-    _write_json(directory / "model.safetensors.index.json", index)
+    file_bytes = sum(tensor.nbytes for tensor in weights.values()) // NUM_FILES
+    save_torch_state_dict(weights, directory, max_shard_size=file_bytes)
 
 
 def make_tokenizer(directory: Path, max_tokens: int = 4096) -> None:

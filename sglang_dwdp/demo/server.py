@@ -44,7 +44,6 @@ class Server:
         dwdp: the options of DWDP as command-line arguments; None for a plain server.
         flags: further command-line arguments.
         environment: variables to add.
-        cwd: where the server runs.
     """
 
     def __init__(
@@ -56,7 +55,6 @@ class Server:
         dwdp: Sequence[str] | None = None,
         flags: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
-        cwd: Path | None = None,
     ) -> None:
         self.log, self.ranks, self.port = log, ranks, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -75,7 +73,7 @@ class Server:
             command += ["--device", "cpu", "--enable-dwdp", *dwdp]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=variables, cwd=cwd, start_new_session=True
+                command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True
             )
 
     def wait(self, timeout_s: float = 300.0) -> None:
@@ -99,9 +97,9 @@ class Server:
             time.sleep(0.5)
         raise ServerFailed(f"the server did not answer within {timeout_s:g} s:\n{self.log_end()}")
 
-    def log_end(self, lines: int = 15) -> str:
+    def log_end(self) -> str:
         """The last lines of the log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
 
     def post(self, path: str, body: Mapping[str, Any], timeout_s: float = 120.0) -> Any:
         """The JSON answer to a POST.
@@ -127,12 +125,12 @@ class Server:
         states = requests.get(f"{self.url}/server_info", timeout=30).json()["internal_states"]
         return sorted((state["dwdp"] for state in states), key=lambda report: int(report["rank"]))
 
-    def stop(self, how: signal.Signals = signal.SIGTERM, timeout_s: float = 60.0) -> int:
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         """Ask the server to end and wait for it; its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(how)
         try:
-            return self.process.wait(timeout_s)
+            return self.process.wait(60)
         finally:
             self.kill()
 

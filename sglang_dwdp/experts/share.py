@@ -3,7 +3,8 @@
 The ranks decide how many experts each keeps, agree on what they have loaded, and lay the tensors out. Then, layer by
 layer, every rank makes blocks for its segment of each tensor, swaps handles with its peers, stores its experts
 (`stores`), and lets the engine free its own copy. So set-up never holds much more than the experts that the rank
-keeps, the slots and one layer. Replicas are fetched from their owners when all have written.
+keeps, the slots and one layer. Small tensors go to all ranks as they are; copies of peers' experts that a rank keeps
+(--dwdp-local-experts) are fetched from their owners when all have written.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from sglang_dwdp.errors import DwdpConfigError, DwdpSetupError
 from sglang_dwdp.experts.budget import choose_local_experts
 from sglang_dwdp.experts.layer import ExpertLayer, ExpertTensor, describe, tensors_of
 from sglang_dwdp.experts.layout import Span, copy_order, remote_bytes_of_experts, slot_of, tensor_layout
-from sglang_dwdp.experts.stores import ExpertStore, MappedStore, Parts, SharedTensor, UnmappedStore
+from sglang_dwdp.experts.stores import MappedStore, Parts, SharedTensor, UnmappedStore
 from sglang_dwdp.experts.views import SlotMemory, TensorSpec
 from sglang_dwdp.memory.base import Block, CopyList, Memory
-from sglang_dwdp.memory.handles import agree_on_handles, swap_blocks
+from sglang_dwdp.memory.handles import swap_blocks
 from sglang_dwdp.memory.handshake import Exchange
 
 
@@ -66,21 +67,22 @@ class SharedExperts:
         slot_bytes: what the slots take.
         replicated_bytes: what tensors take that every rank has a copy of.
         peak_bytes: the most that set-up held for experts at a time, with what the engine had loaded.
+        stack: what is to be unmapped and closed.
     """
 
-    layers: list[SharedLayer]
-    local_experts: int
-    stored_bytes: int
-    slot_bytes: int
-    replicated_bytes: int
-    peak_bytes: int
-    _stack: ExitStack = field(repr=False)
+    layers: list[SharedLayer] = field(default_factory=list)
+    local_experts: int = 0
+    stored_bytes: int = 0
+    slot_bytes: int = 0
+    replicated_bytes: int = 0
+    peak_bytes: int = 0
+    stack: ExitStack = field(default_factory=ExitStack, repr=False)
 
     def close(self) -> None:
         """Unbind and unmap. Idempotent. The model cannot run afterwards."""
         _unbind(self.layers)
         self.layers = []
-        self._stack.close()
+        self.stack.close()
 
 
 def _unbind(layers: Sequence[SharedLayer]) -> None:
@@ -96,22 +98,17 @@ class _Sharing:
         self, config: DwdpConfig, memory: Memory, exchange: Exchange, owned: ExitStack, ready: Ready | None
     ) -> None:
         self.config, self.memory, self.exchange, self.owned, self.ready = config, memory, exchange, owned, ready
-        self.temporary = owned.enter_context(ExitStack())  # blocks that are of no use once replicas are made
         self.rank = exchange.rank
         self.slots = SlotMemory(memory, self.rank)
-        self.store: ExpertStore = (
+        self.store = (
             MappedStore(memory, self.rank, self.slots, owned) if memory.maps else UnmappedStore(self.rank, self.slots)
         )
-        self.layers: list[SharedLayer] = []
-        self.replicas: list[tuple[SharedLayer, str, Callable[[], torch.Tensor]]] = []
-        self.stored_bytes = 0
+        self.result = SharedExperts()
         self.held_at_start = 0
-        self.peak_bytes = 0
         self.at = "start"
 
     def run(self, layers: Sequence[ExpertLayer]) -> SharedExperts:
         self.exchange.connect()
-        self.handles = agree_on_handles(self.memory, self.exchange)
         tensors = [tensors_of(layer, self.rank) for layer in layers]
         sizes = [
             (layer.placement, {tensor.name: tensor.expert_bytes for tensor in of_layer if not tensor.replicated})
@@ -124,29 +121,19 @@ class _Sharing:
         self.held_at_start = self.memory.held_bytes - loaded
         for position, layer in enumerate(layers):
             self.at = f"layer {layer.layer_id}"
-            self._share(position, layer, [self._lay_out(layer, tensor, kept) for tensor in tensors[position]])
+            self._share(position, layer, tensors[position], kept)
         self.at = "last steps"
         self.memory.finish_writes()
         self.exchange.barrier()  # every rank has written its experts
-        for shared, name, copy in self.replicas:
-            shared.direct[name] = copy()
-            shared.layer.use({name: shared.direct[name]})
-        replicated_bytes = sum(shared.direct[name].nbytes for shared, name, _ in self.replicas)
         self.store.finish()
         self.memory.finish_writes()
         if self.ready is not None:
-            self.ready(self.layers)
+            self.ready(self.result.layers)
         self.exchange.barrier()  # no rank serves while another may still fail
-        self.temporary.close()
-        return SharedExperts(
-            self.layers,
-            kept or max(len(layer.placement.shard(self.rank)) for layer in layers),
-            self.stored_bytes,
-            self.slots.nbytes,
-            replicated_bytes,
-            self.peak_bytes,
-            self.owned.pop_all(),
-        )
+        self.result.local_experts = kept or max(len(layer.placement.shard(self.rank)) for layer in layers)
+        self.result.slot_bytes = self.slots.nbytes
+        self.result.stack = self.owned.pop_all()
+        return self.result
 
     def _agree(
         self, layers: Sequence[ExpertLayer], tensors: Sequence[Sequence[ExpertTensor]], kept: int | None
@@ -161,59 +148,60 @@ class _Sharing:
         here, there = next(pair for pair in pairs if pair[0] != pair[1])
         raise DwdpSetupError(f"rank {peer} loaded other experts: here {here}, there {there}")
 
-    def _lay_out(self, layer: ExpertLayer, tensor: ExpertTensor, kept: int | None) -> TensorSpec:
-        # Of a replicated tensor every rank has everything in the end; it is shared by shards until then.
-        kept = None if tensor.replicated else kept
-        return TensorSpec(tensor, tensor_layout(layer.placement, tensor.expert_bytes, self.memory.page_bytes, kept))
-
-    def _share(self, position: int, layer: ExpertLayer, specs: Sequence[TensorSpec]) -> None:
+    def _share(self, position: int, layer: ExpertLayer, tensors: Sequence[ExpertTensor], kept: int | None) -> None:
+        specs = [
+            TensorSpec(tensor, tensor_layout(layer.placement, tensor.expert_bytes, self.memory.page_bytes, kept))
+            for tensor in tensors
+            if not tensor.replicated
+        ]
         shared = SharedLayer(layer, {}, {}, (), [0] * layer.placement.num_experts)
         results: dict[str, SharedTensor] = {}
         first = layer.placement.shard(self.rank).start
         staged = self.config.views(maps=self.memory.maps).staged
         slot = slot_of(position, self.config.depth) if staged else None
+        shards = layer.shards()
+        for tensor in tensors:
+            if tensor.replicated:
+                self.at = f"layer {layer.layer_id}, {tensor.name}"
+                shared.direct[tensor.name] = self._replicate(shards[tensor.name])
         with ExitStack() as mapped:
             # Mappings hold memory by themselves; what cannot be mapped is held by its blocks.
-            if self.memory.maps:
-                parts = self._blocks(specs, mapped)
-            else:
-                parts = self._blocks([spec for spec in specs if not spec.tensor.replicated], self.owned)
-                parts |= self._blocks([spec for spec in specs if spec.tensor.replicated], self.temporary)
+            parts = self._blocks(specs, mapped if self.memory.maps else self.owned)
             for spec in specs:
                 self.at = f"layer {layer.layer_id}, {spec.name}"
-                shard = layer.shards()[spec.name]
-                if spec.tensor.replicated:
-                    copy = self.store.replicate(spec, parts[spec.name], shard, first)
-                    self.replicas.append((shared, spec.name, copy))
-                    shared.direct[spec.name] = shard.new_empty(layer.placement.num_experts, *spec.tensor.expert_shape)
-                    continue
-                self.stored_bytes += spec.layout.stored_bytes(self.rank)
+                self.result.stored_bytes += spec.layout.stored_bytes(self.rank)
                 for expert, nbytes in enumerate(remote_bytes_of_experts(spec.layout, self.rank)):
                     shared.remote_bytes[expert] += nbytes
-                results[spec.name] = self.store.share(spec, parts[spec.name], shard, first, slot)
+                results[spec.name] = self.store.share(spec, parts[spec.name], shards[spec.name], first, slot)
         for name, result in results.items():
             shared.direct[name] = result.direct
             if result.staged is not None:
                 shared.staged[name] = result.staged
         if slot is not None:
-            layouts = {spec.name: spec.layout for spec in specs if spec.name in results}
-            order = copy_order(layouts, self.rank, own=not self.memory.maps)
+            order = copy_order({spec.name: spec.layout for spec in specs}, self.rank, own=not self.memory.maps)
             pairs = [results[piece.tensor].pieces(piece) for piece in order]
             # Nothing is left of a slice that lies past the tensor, in its last page.
             shared.copies = [(to, source) for to, source in pairs if source.numel()]
-        self.peak_bytes = max(self.peak_bytes, self.memory.held_bytes - self.held_at_start)
-        self.layers.append(shared)  # before it is bound: if binding fails, it has to be undone too
+        self.result.peak_bytes = max(self.result.peak_bytes, self.memory.held_bytes - self.held_at_start)
+        self.result.layers.append(shared)  # before it is bound: if binding fails, it has to be undone too
         layer.bind(shared.direct)
         self.memory.trim()  # what the layer held, before the next one takes its blocks
 
+    def _replicate(self, shard: torch.Tensor) -> torch.Tensor:
+        """A tensor of all experts, `[num_experts, …]`; small, so it goes through the host."""
+        raw = shard.detach().cpu().reshape(-1).view(torch.uint8)
+        experts = bytearray().join(self.exchange.all_gather(raw.numpy().tobytes()))
+        full = torch.frombuffer(experts, dtype=torch.uint8).to(shard.device, copy=True)
+        full = full.view(shard.dtype).view(-1, *shard.shape[1:])
+        self.result.replicated_bytes += full.nbytes
+        return full
+
     def _blocks(self, specs: Sequence[TensorSpec], stack: ExitStack) -> dict[str, Parts]:
         """The blocks of all ranks for these tensors, by name; `stack` closes them."""
-        if not specs:
-            return {}
         ranks = range(self.exchange.size)
         spans = [[(spec.name, span) for spec in specs for span in spec.layout.blocks[rank]] for rank in ranks]
         sizes = [[span.nbytes for _, span in of_rank] for of_rank in spans]
-        blocks = swap_blocks(self.memory, self.exchange, self.handles, sizes, stack)
+        blocks = swap_blocks(self.memory, self.exchange, sizes, stack)
         parts: dict[str, list[tuple[int, Span, Block]]] = {spec.name: [] for spec in specs}
         for rank in ranks:
             for (name, span), block in zip(spans[rank], blocks[rank], strict=True):
@@ -249,7 +237,7 @@ def share_experts(
         except BaseException as error:
             reason = f"rank {exchange.rank}, {sharing.at}: {str(error) or type(error).__name__}"
             exchange.fail(reason)
-            _unbind(sharing.layers)
+            _unbind(sharing.result.layers)
             if not isinstance(error, Exception):
                 raise
             raise DwdpSetupError(f"sharing the experts failed: {reason}") from error

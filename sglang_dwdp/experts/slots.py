@@ -18,18 +18,17 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sglang_dwdp.experts.layout import slot_of
-from sglang_dwdp.memory.base import CopyEngine, CopyList
+from sglang_dwdp.memory.base import CopyEngine, CopyList, Event
 
 
+@dataclass(slots=True)
 class _Slot:
-    __slots__ = ("filled", "holds", "released")
-
-    def __init__(self, engine: CopyEngine) -> None:
-        self.filled = engine.event()
-        self.released = engine.event()
-        self.holds = -1
+    filled: Event
+    released: Event
+    holds: int = -1
 
 
 class Prefetcher:
@@ -46,7 +45,7 @@ class Prefetcher:
         self._engine = engine
         self._plans = [engine.prepare(plan) for plan in plans]
         self._plan_bytes = plan_bytes
-        self._slots = [_Slot(engine) for _ in range(min(depth, len(plans)))]
+        self._slots = [_Slot(engine.event(), engine.event()) for _ in range(min(depth, len(plans)))]
         self._next = [(i + depth) if i + depth < len(plans) else slot_of(i, depth) for i in range(len(plans))]
         self.copied_bytes = 0
         self.late_fills = 0

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from sglang_dwdp.experts.layout import Slice, Span, overlap
-from sglang_dwdp.experts.views import SlotMemory, TensorSpec, View, view_of
+from sglang_dwdp.experts.views import SlotMemory, TensorSpec, View
 from sglang_dwdp.memory.base import Block, Memory
 
 Parts = Sequence[tuple[int, Span, Block]]  # (owner, what it holds, block): together, all of a tensor
@@ -29,27 +28,6 @@ class SharedTensor:
     direct: torch.Tensor
     staged: torch.Tensor | None
     pieces: Callable[[Slice], tuple[torch.Tensor, torch.Tensor]]
-
-
-class ExpertStore(Protocol):
-    """Takes expert tensors, one after the other."""
-
-    def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> SharedTensor:
-        """Store this rank's experts, and join them with those of the peers.
-
-        Args:
-            spec: the tensor.
-            parts: the blocks of all ranks.
-            shard: this rank's experts.
-            first: the number of the first of them.
-            slot: for staged forwards; None without them.
-        """
-
-    def replicate(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int) -> Callable[[], torch.Tensor]:
-        """Store this rank's experts; the result, called when all ranks have done so, copies those of all ranks."""
-
-    def finish(self) -> None:
-        """All ranks have written: fetch replicas, and make what peers own read-only."""
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -74,7 +52,7 @@ class MappedStore:
         self._replicas: list[tuple[View, View, Sequence[Span]]] = []  # owners' view, own view, what is fetched
 
     def _view(self, spec: TensorSpec, placed: Sequence[tuple[int, Block]]) -> View:
-        view = view_of(self._memory, spec, placed)
+        view = View(self._memory, spec, placed)
         self._owned.callback(view.close)
         return view
 
@@ -87,6 +65,15 @@ class MappedStore:
         return view
 
     def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> SharedTensor:
+        """Store this rank's experts, and join them with those of the peers.
+
+        Args:
+            spec: the tensor.
+            parts: the blocks of all ranks.
+            shard: this rank's experts.
+            first: the number of the first of them.
+            slot: for staged forwards; None without them.
+        """
         direct = self._written(spec, parts, shard, first)
         runs = spec.layout.replicas[self._rank]
         local = [(span.offset, block) for owner, span, block in parts if owner == self._rank]
@@ -96,14 +83,12 @@ class MappedStore:
                 temporary.callback(block.close)
                 local.append((run.offset, block))
             if runs:
-                owners, peers = (
-                    direct,
-                    [
-                        (span.offset, block)
-                        for owner, span, block in parts
-                        if owner != self._rank and not any(run.offset <= span.offset < run.end for run in runs)
-                    ],
-                )
+                owners = direct
+                peers = [
+                    (span.offset, block)
+                    for owner, span, block in parts
+                    if owner != self._rank and not any(run.offset <= span.offset < run.end for run in runs)
+                ]
                 direct = self._view(spec, [*local, *peers])
                 self._replicas.append((owners, direct, [piece for run in runs for piece in _by_block(parts, run)]))
             staged = self._staged(spec, local, slot)
@@ -122,20 +107,8 @@ class MappedStore:
         self._local += [(view, Span(offset, block.nbytes)) for offset, block in local]
         return view
 
-    def replicate(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int) -> Callable[[], torch.Tensor]:
-        view = self._written(spec, parts, shard, first)
-
-        def copy() -> torch.Tensor:
-            full = torch.empty_like(view.tensor)
-            raw = _bytes(full)
-            for piece in _by_block(parts, Span(0, spec.layout.nbytes)):
-                raw[piece.offset : piece.end].copy_(view.piece(piece))
-            view.close()
-            return full
-
-        return copy
-
     def finish(self) -> None:
+        """All ranks have written: fetch replicas, and make what peers own read-only."""
         for owners, direct, pieces in self._replicas:
             for piece in pieces:
                 direct.piece(piece).copy_(owners.piece(piece))
@@ -152,13 +125,11 @@ class UnmappedStore:
     def __init__(self, rank: int, slots: SlotMemory) -> None:
         self._rank, self._slots = rank, slots
 
-    def _write(self, parts: Parts, shard: torch.Tensor) -> None:
+    def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> SharedTensor:
+        """As `MappedStore.share`."""
         for owner, _, block in parts:
             if owner == self._rank:
                 block.tensor().copy_(_bytes(shard))
-
-    def share(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int, slot: int | None) -> SharedTensor:
-        self._write(parts, shard)
         assert slot is not None, "without views every forward is staged"
         ((_, block),) = self._slots.blocks(slot, spec)
         staged = block.tensor()
@@ -171,10 +142,6 @@ class UnmappedStore:
 
         tensor = spec.shape(staged)
         return SharedTensor(tensor, tensor, pieces)
-
-    def replicate(self, spec: TensorSpec, parts: Parts, shard: torch.Tensor, first: int) -> Callable[[], torch.Tensor]:
-        self._write(parts, shard)
-        return lambda: spec.shape(torch.cat([block.tensor() for _, _, block in parts]))
 
     def finish(self) -> None:
         """Nothing is mapped, so nothing can be protected."""

@@ -9,14 +9,13 @@ staged   [ slot           | rank 1's block | slot           ]   remote pages are
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 
 from sglang_dwdp.experts.layer import ExpertTensor
 from sglang_dwdp.experts.layout import Span, TensorLayout
-from sglang_dwdp.memory.base import Block, Memory, Range
+from sglang_dwdp.memory.base import Block, Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +40,25 @@ class TensorSpec:
 
 
 class View:
-    """One expert tensor over a range of its own; unmapped by `close`."""
+    """One expert tensor over a range of its own, writable until `protect`; unmapped by `close`.
 
-    def __init__(self, spec: TensorSpec, pages: Range) -> None:
-        self._pages = pages
+    Args:
+        memory: that the blocks are of.
+        spec: the tensor.
+        placed: (offset, block); together they tile the tensor's range.
+    """
+
+    def __init__(self, memory: Memory, spec: TensorSpec, placed: Iterable[tuple[int, Block]]) -> None:
         self._spec = spec
-        self.bytes = pages.tensor(spec.layout.nbytes)
-        self.tensor = spec.shape(self.bytes)
+        self._pages = memory.reserve(spec.layout.reserved_bytes)
+        try:
+            for offset, block in placed:
+                self._pages.map(offset, block)
+            self.bytes = self._pages.tensor(spec.layout.nbytes)
+            self.tensor = spec.shape(self.bytes)
+        except BaseException:
+            self._pages.close()
+            raise
 
     def piece(self, span: Span) -> torch.Tensor:
         """The bytes of `span` that belong to the tensor (the last page may reach past its end). uint8."""
@@ -63,24 +74,6 @@ class View:
         empty = torch.empty(0, dtype=torch.uint8)
         self.bytes, self.tensor = empty, empty
         self._pages.close()
-
-
-def view_of(memory: Memory, spec: TensorSpec, placed: Iterable[tuple[int, Block]]) -> View:
-    """A view on blocks, writable until `View.protect`.
-
-    Args:
-        memory: that the blocks are of.
-        spec: the tensor.
-        placed: (offset, block); together they tile the tensor's range.
-    """
-    with ExitStack() as undo:
-        pages = memory.reserve(spec.layout.reserved_bytes)
-        undo.callback(pages.close)
-        for offset, block in placed:
-            pages.map(offset, block)
-        view = View(spec, pages)
-        undo.pop_all()
-    return view
 
 
 class SlotMemory:

@@ -104,11 +104,9 @@ class Memory(Protocol):
     def held_bytes(self) -> int:
         """What this process holds of the device's memory for tensors and for blocks that it made."""
 
-    def handle_kinds(self) -> Sequence[str]:
-        """The kinds of handle that work in this process, best first; "fd" is a file descriptor."""
-
-    def use_handles(self, kind: str) -> None:
-        """Make and take handles of this kind from now on; called before the first block is made."""
+    @property
+    def has_fds(self) -> bool:
+        """Whether what stands for its blocks are file descriptors."""
 
     def create(self, nbytes: int) -> Block:
         """A new block.

@@ -10,7 +10,6 @@ of that GPU may work on it.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from sglang_dwdp.memory.base import Block, Handle, Range
 from sglang_dwdp.memory.cuda_copy import CudaCopyEngine
 from sglang_dwdp.memory.cuda_driver import GpuMemory, call, tensor_at
 
-_FABRIC = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_FABRIC
 _FD = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 _ACCESS = driver.CUmemAccess_flags
 _DEVICE = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -38,11 +36,8 @@ class CudaBlock:
     def tensor(self) -> torch.Tensor:
         raise TypeError("a driver allocation has no address before it is mapped into a range")
 
-    def export(self, kind: Any) -> Handle:
-        handle = call(driver.cuMemExportToShareableHandle, self.handle, kind, 0)
-        if kind == _FABRIC:
-            return bytes(handle.data)
-        fd = int(handle)
+    def export(self) -> int:
+        fd = int(call(driver.cuMemExportToShareableHandle, self.handle, _FD, 0))
         self._fds.append(fd)
         return fd
 
@@ -108,58 +103,32 @@ class CudaMemory(GpuMemory):
     """One GPU's `Memory`."""
 
     transport = "cuda-vmm"
+    has_fds = True
     maps = TRANSPORTS[transport].maps
 
     def __init__(self, device: int) -> None:
         super().__init__(device)
-        self.use_handles("fd")
-        least = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        self.page_bytes = int(call(driver.cuMemGetAllocationGranularity, self._properties, least))
-
-    def handle_kinds(self) -> Sequence[str]:
-        """Fabric handles where one can be made and exported: a device may say that it has them and support neither."""
-        kind = self._kind
-        self.use_handles("fabric")
-        try:
-            block = self._allocate(self.page_bytes)
-            try:
-                block.export(_FABRIC)
-            finally:
-                block.close()
-        except OSError:
-            return ("fd",)
-        finally:
-            self.use_handles(kind)
-        return ("fabric", "fd")
-
-    def use_handles(self, kind: str) -> None:
-        self._kind = kind
-        self._handle_type = _FABRIC if kind == "fabric" else _FD
         self._properties = driver.CUmemAllocationProp()
         self._properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._properties.location.type = _DEVICE
-        self._properties.location.id = self._device
-        self._properties.requestedHandleTypes = self._handle_type
-
-    def _allocate(self, nbytes: int) -> CudaBlock:
-        return CudaBlock(call(driver.cuMemCreate, nbytes, self._properties, 0), nbytes)
+        self._properties.location.id = device
+        self._properties.requestedHandleTypes = _FD
+        least = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        self.page_bytes = int(call(driver.cuMemGetAllocationGranularity, self._properties, least))
 
     def create(self, nbytes: int) -> CudaBlock:
         if nbytes < 1 or nbytes % self.page_bytes:
             raise ValueError(f"a block has whole pages of {self.page_bytes} bytes, not {nbytes} bytes")
-        block = self._allocate(nbytes)
+        block = CudaBlock(call(driver.cuMemCreate, nbytes, self._properties, 0), nbytes)
         self._created_bytes += nbytes
         return block
 
-    def export(self, block: Block) -> Handle:
+    def export(self, block: Block) -> int:
         assert isinstance(block, CudaBlock)
-        return block.export(self._handle_type)
+        return block.export()
 
     def import_handle(self, handle: Handle, nbytes: int) -> CudaBlock:
-        if isinstance(handle, bytes):
-            fabric = driver.CUmemFabricHandle()
-            fabric.data = handle
-            return CudaBlock(call(driver.cuMemImportFromShareableHandle, int(fabric.getPtr()), _FABRIC), nbytes)
+        assert isinstance(handle, int)
         try:
             return CudaBlock(call(driver.cuMemImportFromShareableHandle, handle, _FD), nbytes)
         finally:

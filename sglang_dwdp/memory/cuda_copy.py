@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,17 +12,57 @@ from cuda.bindings import driver
 
 from sglang_dwdp.memory.base import CopyList, Event
 from sglang_dwdp.memory.cuda_driver import call
-from sglang_dwdp.memory.cuda_stopwatch import Stopwatch
 
 Copy = tuple[int, int, int]  # destination, source, bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What one stream copies of a plan: copy by copy, and as one driver call where the driver has it."""
+class Stopwatch:
+    """How long the compute stream stood at its waits, estimated from a sample of them.
 
-    single: list[Copy]
-    batch: _Batch | None
+    One wait in `every` is timed, by a pair of events around it. Pairs are read when the GPU has passed them, so nothing
+    ever waits for the GPU; while many are on the way, waits are not timed.
+
+    Args:
+        every: waits that one timed wait stands for. A prime, so that over several forwards every layer's waits are
+            among the timed ones.
+    """
+
+    PAIRS = 64
+    EVERY = 17
+
+    def __init__(self, every: int = EVERY) -> None:
+        self._every = every
+        self._waits = 0
+        self._pairs: deque[tuple[Any, Any]] = deque()
+        self._ms = 0.0
+
+    def start(self, stream: Any) -> Any:
+        """Note that `stream` is about to wait.
+
+        Returns:
+            The event to record after the wait, or None where the wait is not timed.
+        """
+        is_timed = self._waits % self._every == 0
+        self._waits += 1
+        if not is_timed:
+            return None
+        self._read()
+        if len(self._pairs) == self.PAIRS:
+            return None
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record(stream)
+        self._pairs.append((first, last))
+        return last
+
+    def seconds(self) -> float:
+        """Seconds of all waits that the GPU has passed, as the timed ones show them."""
+        self._read()
+        return self._ms * self._every / 1000
+
+    def _read(self) -> None:
+        while self._pairs and self._pairs[0][1].query():
+            first, last = self._pairs.popleft()
+            self._ms += first.elapsed_time(last)
 
 
 class CudaCopyEngine:
@@ -35,29 +75,17 @@ class CudaCopyEngine:
 
     Args:
         device: the GPU's index.
-        streams: how many copy streams; benchmarks vary it, as they do the next two.
-        batched: one driver call for a plan instead of one for each copy.
-        prefer_overlap: the driver's hint to leave the multiprocessors alone.
         time_every: one wait of the compute stream in so many is timed.
     """
 
     STREAMS = 2
 
-    def __init__(
-        self,
-        device: int,
-        streams: int = STREAMS,
-        *,
-        batched: bool = True,
-        prefer_overlap: bool = True,
-        time_every: int = Stopwatch.EVERY,
-    ) -> None:
+    def __init__(self, device: int, *, time_every: int = Stopwatch.EVERY) -> None:
         self._device = device
         self._compute_streams: dict[int, torch.cuda.Stream] = {}
-        self._streams = [torch.cuda.Stream(device) for _ in range(streams)]  # type: ignore[no-untyped-call]
+        self._streams = [torch.cuda.Stream(device) for _ in range(self.STREAMS)]  # type: ignore[no-untyped-call]
         self._joined = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._submit = _batch_function() if batched else None
-        self._prefer_overlap = prefer_overlap
+        self._submit = _batch_function()
         self._stopwatch = Stopwatch(time_every)
 
     def event(self) -> Event:
@@ -76,16 +104,12 @@ class CudaCopyEngine:
             stream = self._compute_streams[handle] = torch.cuda.current_stream(self._device)
         return stream
 
-    def prepare(self, copies: CopyList) -> list[Prepared]:
+    def prepare(self, copies: CopyList) -> list[_Part]:
         plan = [(to.data_ptr(), source.data_ptr(), source.numel()) for to, source in copies]
         parts = [plan[first :: len(self._streams)] for first in range(len(self._streams))]
-        return [
-            Prepared(part, _Batch(self._submit, part, self._prefer_overlap) if self._submit else None)
-            for part in parts
-            if part
-        ]
+        return [_Part(self._submit, part) for part in parts if part]
 
-    def fill(self, prepared: list[Prepared], after: Event, done: Event) -> None:
+    def fill(self, prepared: list[_Part], after: Event, done: Event) -> None:
         assert isinstance(after, torch.cuda.Event)
         assert isinstance(done, torch.cuda.Event)
         main = self._streams[0]
@@ -93,11 +117,7 @@ class CudaCopyEngine:
         for part, stream in zip(prepared, self._streams, strict=False):
             if stream is not main:
                 stream.wait_event(after)
-            if part.batch is not None:
-                part.batch.submit(stream.cuda_stream)
-            else:
-                for destination, source, nbytes in part.single:
-                    call(driver.cuMemcpyAsync, destination, source, nbytes, stream.cuda_stream)
+            part.submit(stream.cuda_stream)
             if stream is not main:
                 self._joined.record(stream)
                 main.wait_event(self._joined)
@@ -120,10 +140,14 @@ class CudaCopyEngine:
         self._streams = []
 
 
-class _Batch:
-    """The arguments of one `cuMemcpyBatchAsync`, built once: a layer's whole copy plan is one driver call."""
+class _Part:
+    """What one stream copies of a plan: one `cuMemcpyBatchAsync`, whose arguments are built once.
 
-    def __init__(self, submit: Any, copies: Sequence[Copy], prefer_overlap: bool) -> None:
+    Where the driver lacks it (`submit` is None) the copies are submitted one by one.
+    """
+
+    def __init__(self, submit: Any, copies: Sequence[Copy]) -> None:
+        self._copies = copies
         destinations, sources, sizes = zip(*copies, strict=True)
         count = len(sizes)
         self._submit = submit
@@ -136,11 +160,14 @@ class _Batch:
         self._attributes.srcAccessOrder = driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
         # Copy engines, not multiprocessors, which the layers before need: on an H100 whose layers take 12 times as
         # long as a fill of 604 MiB, fills made layers 5.5 % longer with this flag and 8.0 % without it.
-        if prefer_overlap:
-            self._attributes.flags = driver.CUmemcpyFlags.CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE.value
+        self._attributes.flags = driver.CUmemcpyFlags.CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE.value
         self._first = (ctypes.c_size_t * 1)(0)
 
     def submit(self, stream: int) -> None:
+        if self._submit is None:
+            for destination, source, nbytes in self._copies:
+                call(driver.cuMemcpyAsync, destination, source, nbytes, stream)
+            return
         status = self._submit(
             self._destinations,
             self._sources,

@@ -8,7 +8,6 @@ process ends, its memory is gone, so a server does not outlive a rank.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 
 import torch
 from cuda.bindings import driver
@@ -59,13 +58,8 @@ class CudaIpcMemory(GpuMemory):
 
     transport = "cuda-ipc"
     page_bytes = 1  # nothing is mapped, so segments end where experts end
+    has_fds = False
     maps = TRANSPORTS[transport].maps
-
-    def handle_kinds(self) -> Sequence[str]:
-        return ("ipc",)
-
-    def use_handles(self, kind: str) -> None:
-        assert kind == "ipc"
 
     def create(self, nbytes: int) -> IpcBlock:
         if nbytes < 1:

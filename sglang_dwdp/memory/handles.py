@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from sglang_dwdp.errors import DwdpSetupError
 from sglang_dwdp.memory.base import Block, Handle, Memory
 from sglang_dwdp.memory.handshake import Exchange, close_fds
 
 
-def agree_on_handles(memory: Memory, exchange: Exchange) -> str:
-    """Let `memory` use the best kind of handle that works on every rank; returns it.
-
-    Raises:
-        DwdpSetupError: there is none.
-    """
-    offers = [answer.decode().split() for answer in exchange.all_gather(" ".join(memory.handle_kinds()).encode())]
-    for kind in offers[exchange.rank]:
-        if all(kind in offer for offer in offers):
-            memory.use_handles(kind)
-            return kind
-    raise DwdpSetupError(f"the ranks have no kind of memory handle in common: {offers}")
-
-
 def swap_blocks(
-    memory: Memory, exchange: Exchange, kind: str, sizes: Sequence[Sequence[int]], stack: ExitStack
+    memory: Memory, exchange: Exchange, sizes: Sequence[Sequence[int]], stack: ExitStack
 ) -> list[list[Block]]:
     """Make this rank's blocks and import its peers'; `stack` closes all of them.
 
@@ -34,7 +20,6 @@ def swap_blocks(
     Args:
         memory: of this rank.
         exchange: with the peers.
-        kind: of handle, see `agree_on_handles`.
         sizes: `[group_size]`, the bytes of each of a rank's blocks; the same on all ranks.
         stack: gets a callback for each block.
 
@@ -42,7 +27,7 @@ def swap_blocks(
         `[group_size]`, the blocks of each rank.
 
     Raises:
-        DwdpSetupError: a peer failed, or sent something else than what was agreed on.
+        DwdpSetupError: a peer failed.
         OSError: there is not enough memory, or a block cannot be exported or imported.
     """
 
@@ -53,11 +38,10 @@ def swap_blocks(
     own = [kept(memory.create(nbytes)) for nbytes in sizes[exchange.rank]]
     handles = [memory.export(block) for block in own]
     received: Sequence[Sequence[Handle]]
-    if kind == "fd":
+    if memory.has_fds:
         received = exchange.all_gather_fds([handle for handle in handles if isinstance(handle, int)])
     else:
-        joined = b"".join(handle for handle in handles if isinstance(handle, bytes))
-        received = [_split(data, len(sizes[peer])) for peer, data in enumerate(exchange.all_gather(joined))]
+        received = [pickle.loads(answer) for answer in exchange.all_gather(pickle.dumps(handles))]
     unclaimed = [handle for sent in received for handle in sent if isinstance(handle, int)]
     stack.callback(lambda: close_fds(unclaimed))
     blocks: list[list[Block]] = []
@@ -65,16 +49,9 @@ def swap_blocks(
         if peer == exchange.rank:
             blocks.append(own)
             continue
-        if len(sent) != len(sizes[peer]):
-            raise DwdpSetupError(f"rank {peer} sent {len(sent)} blocks, {len(sizes[peer])} were agreed on")
         blocks.append([])
         for nbytes, handle in zip(sizes[peer], sent, strict=True):
             if isinstance(handle, int):
                 unclaimed.remove(handle)  # the import takes it over, also where it fails
             blocks[peer].append(kept(memory.import_handle(handle, nbytes)))
     return blocks
-
-
-def _split(data: bytes, count: int) -> list[bytes]:
-    size = len(data) // count if count else 0
-    return [data[i * size : (i + 1) * size] for i in range(count)] if size else []

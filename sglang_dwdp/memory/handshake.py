@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable, Sequence
 
 from sglang_dwdp.errors import DwdpSetupError
-from sglang_dwdp.memory.rendezvous import meet
+from sglang_dwdp.memory.rendezvous import meet, receive
 
 MAX_FDS = 253  # SCM_MAX_FD: the kernel's limit for one message
 
@@ -144,11 +144,11 @@ class Exchange:
         fds: list[int] = []
         try:
             header, fds = _receive_with_fds(connection, _HEADER.size)
-            header += self._read(connection, _HEADER.size - len(header)) if header else b""
+            header += receive(connection, _HEADER.size - len(header)) if header else b""
             if not header:
                 raise ConnectionResetError
             kind, nbytes, nfds = _HEADER.unpack(header)
-            payload = self._read(connection, nbytes)
+            payload = receive(connection, nbytes)
             if kind == _FAILED:
                 raise DwdpSetupError(f"rank {peer} failed: {payload.decode(errors='replace')}")
             if len(fds) != nfds:
@@ -160,16 +160,6 @@ class Exchange:
             raise
         else:
             return payload, fds
-
-    @staticmethod
-    def _read(connection: socket.socket, nbytes: int) -> bytes:
-        data = b""
-        while len(data) < nbytes:
-            piece = connection.recv(nbytes - len(data))
-            if not piece:
-                raise ConnectionResetError
-            data += piece
-        return data
 
     def _lost(self, peer: int, error: OSError) -> DwdpSetupError:
         if isinstance(error, TimeoutError):

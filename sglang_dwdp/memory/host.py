@@ -11,7 +11,6 @@ import errno
 import mmap
 import os
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -160,6 +159,7 @@ class HostMemory:
 
     transport = "host-shm"
     page_bytes = mmap.PAGESIZE
+    has_fds = True
     maps = TRANSPORTS[transport].maps
 
     def __init__(self) -> None:
@@ -169,12 +169,6 @@ class HostMemory:
     def held_bytes(self) -> int:
         """Anonymous memory, and the blocks made here (a page of a block may be mapped several times)."""
         return _kernel_bytes("/proc/self/status", "RssAnon:") + self._created_bytes
-
-    def handle_kinds(self) -> Sequence[str]:
-        return ("fd",)
-
-    def use_handles(self, kind: str) -> None:
-        assert kind == "fd"
 
     def create(self, nbytes: int) -> HostBlock:
         if nbytes < 1 or nbytes % self.page_bytes:

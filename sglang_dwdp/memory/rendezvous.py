@@ -54,6 +54,21 @@ def _is_same_user(connection: socket.socket) -> bool:
     return bool(uid == os.getuid())
 
 
+def receive(connection: socket.socket, nbytes: int) -> bytes:
+    """The next `nbytes` bytes of a connection.
+
+    Raises:
+        OSError: The other side has left, or the connection's time-out is over.
+    """
+    data = b""
+    while len(data) < nbytes:
+        piece = connection.recv(nbytes - len(data))
+        if not piece:
+            raise ConnectionResetError
+        data += piece
+    return data
+
+
 class _ImpostorError(OSError):
     """The other side is not the rank that it claims to be, or not one that is awaited."""
 
@@ -117,13 +132,7 @@ def _introduce(secret: str, rank: int, peer: int, connection: socket.socket) -> 
         raise _ImpostorError
     challenge = secrets.token_bytes(_CHALLENGE_BYTES)
     connection.sendall(_CLAIM.pack(rank, challenge))
-    answer = b""
-    while len(answer) < _ANSWER.size:
-        piece = connection.recv(_ANSWER.size - len(answer))
-        if not piece:
-            raise ConnectionResetError
-        answer += piece
-    listeners, proof = _ANSWER.unpack(answer)
+    listeners, proof = _ANSWER.unpack(receive(connection, _ANSWER.size))
     expected, own = _proofs(secret, peer, rank, listeners, challenge)
     if not hmac.compare_digest(proof, expected):
         raise _ImpostorError
@@ -179,7 +188,7 @@ def _receive_peers(
     awaited = set(range(rank + 1, size))
     visitors: set[socket.socket] = set()  # those that have proven nothing yet
     with contextlib.ExitStack() as leaving, selectors.DefaultSelector() as selector:
-        leaving.callback(_close_all, visitors)
+        leaving.callback(lambda: list(map(socket.socket.close, visitors)))
         selector.register(listener, selectors.EVENT_READ)
         while awaited:
             ready = selector.select(max(deadline - time.monotonic(), 0))
@@ -207,8 +216,3 @@ def _receive_peers(
                     visitors.remove(visitor.connection)
                     awaited.remove(visitor.rank)
                     peers[visitor.rank] = visitor.connection
-
-
-def _close_all(connections: set[socket.socket]) -> None:
-    for connection in connections:
-        connection.close()

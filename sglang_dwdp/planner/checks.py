@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import ConfigDict, Field, ValidationError
 from yaml import YAMLError, safe_load
 
-from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.errors import DwdpError
 
 T = TypeVar("T")
 STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
@@ -19,6 +19,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
+
+
+class PlannerError(DwdpError, ValueError):
+    """Bad input: the message says what is wrong and what to do about it."""
 
 
 def one_line(error: ValidationError) -> str:

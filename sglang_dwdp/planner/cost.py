@@ -12,8 +12,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.planner import kernels
-from sglang_dwdp.planner.checks import STRICT, AtLeastOne, Count, checked
-from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.checks import STRICT, AtLeastOne, Count, PlannerError, checked
 from sglang_dwdp.planner.formats import Precision
 from sglang_dwdp.planner.gpus import Gpu
 from sglang_dwdp.planner.shape import ModelShape

@@ -16,7 +16,6 @@ import numpy as np
 
 from sglang_dwdp.planner import kernels
 from sglang_dwdp.planner.cost import Estimate, Parts, equal_share, forward_parts
-from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import Precision
 from sglang_dwdp.planner.gpus import Gpu
 from sglang_dwdp.planner.shape import ModelShape
@@ -25,30 +24,25 @@ from sglang_dwdp.planner.workload import Batch, mean_batch
 Exchange = Literal["all-to-all", "all-gather", "all-copies"]
 
 
-def exchange_bytes(model: ModelShape, precision: Precision, tokens: float, ranks: int, exchange: str) -> float:
+def exchange_bytes(model: ModelShape, precision: Precision, tokens: float, ranks: int, exchange: Exchange) -> float:
     """Bytes that a rank sends per MoE layer under DEP, dispatch and combine together.
 
     ``all-to-all``: one copy per remote rank that owns one of the token's experts, (N-1)(1 - (1-1/N)^k) of them.
     ``all-copies``: one per routed copy, k (N-1)/N. ``all-gather``: every token to every rank, and partial sums back
     (SGLang's dp-attention without an all-to-all backend). Dispatch carries ``dispatch_bytes`` per element, combine 2
     (bf16).
-
-    Raises:
-        PlannerError: for another exchange.
     """
     if exchange == "all-gather":
         return tokens * (ranks - 1) * model.hidden * 2 * 2.0
     if exchange == "all-to-all":
         copies = (ranks - 1) * (1 - (1 - 1 / ranks) ** model.top_k)
-    elif exchange == "all-copies":
-        copies = model.top_k * (ranks - 1) / ranks
     else:
-        raise PlannerError(f"unknown exchange {exchange!r}; known: all-to-all, all-gather, all-copies")
+        copies = model.top_k * (ranks - 1) / ranks
     return tokens * copies * model.hidden * (precision.dispatch_bytes + 2.0)
 
 
 def exchange_seconds(
-    model: ModelShape, gpu: Gpu, precision: Precision, tokens: float, ranks: int, exchange: str
+    model: ModelShape, gpu: Gpu, precision: Precision, tokens: float, ranks: int, exchange: Exchange
 ) -> float:
     """Seconds of all layers' exchanges.
 
@@ -63,7 +57,7 @@ def exchange_seconds(
 
 
 def gathered_seconds(
-    model: ModelShape, gpu: Gpu, precision: Precision, tokens: float, ranks: int, exchange: str
+    model: ModelShape, gpu: Gpu, precision: Precision, tokens: float, ranks: int, exchange: Exchange
 ) -> float:
     """Seconds of all layers' small kernels on rows of other ranks' experts, which only an all-gather brings along.
 
@@ -106,7 +100,11 @@ def length_wait(base: Parts, mean: Batch, rounds: Sequence[Sequence[Batch]]) -> 
 
 
 def dep(
-    model: ModelShape, gpu: Gpu, precision: Precision, rounds: Sequence[Sequence[Batch]], exchange: str = "all-to-all"
+    model: ModelShape,
+    gpu: Gpu,
+    precision: Precision,
+    rounds: Sequence[Sequence[Batch]],
+    exchange: Exchange = "all-to-all",
 ) -> Estimate:
     """One DEP forward, averaged over ``rounds`` (``[rounds][ranks]`` batches run in step).
 
@@ -126,7 +124,7 @@ def dep(
 
 
 def dep_forward(
-    model: ModelShape, gpu: Gpu, precision: Precision, batches: Sequence[Batch], exchange: str
+    model: ModelShape, gpu: Gpu, precision: Precision, batches: Sequence[Batch], exchange: Exchange
 ) -> tuple[float, float]:
     """One forward of these very batches: (its seconds, seconds that all ranks together wait in it).
 

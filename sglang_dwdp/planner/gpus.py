@@ -14,8 +14,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from sglang_dwdp.planner.checks import AtLeastOne, Count, NotNegative, Positive, checked, read_mapping
-from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.checks import AtLeastOne, Count, NotNegative, PlannerError, Positive, checked, read_mapping
 from sglang_dwdp.planner.formats import WeightFormat
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -117,31 +116,23 @@ GPUS: dict[str, Gpu] = {name: _gpu(data, name) for name, data in _KNOWN.items()}
 
 
 def get_gpu(name: str) -> Gpu:
-    """The GPU called ``name``, or as its driver calls it; case does not matter.
+    """The GPU called ``name``, or as its driver calls it ("NVIDIA H100 80GB HBM3"); case does not matter.
+
+    Boards with another link (H100 PCIe, H100 NVL), parts of a GPU (MIG), and chips that merely have a known one's
+    letters in their name (GH200) are other GPUs.
 
     Raises:
         PlannerError: for an unknown name, with the known ones.
     """
-    found = gpu_of_device(name.replace("_", " "))
-    if found is None:
+    words = set(name.upper().replace("-", " ").replace("_", " ").split())
+    found = next((gpu for gpu in GPUS.values() if gpu.name in words), None)
+    if found is None or words & {"PCIE", "NVL", "MIG"}:
         known = ", ".join(gpu.name for gpu in GPUS.values())
         raise PlannerError(
             f"unknown GPU {name!r}; known: {known}. For another GPU name the closest and give what differs in a "
             "--gpu-file (docs/planner.md)."
         )
     return found
-
-
-def gpu_of_device(device_name: str) -> Gpu | None:
-    """The GPU that a driver calls ``device_name`` ("NVIDIA H100 80GB HBM3"), None where it is not known.
-
-    Boards with another link (H100 PCIe, H100 NVL), parts of a GPU (MIG), and chips that merely have a known one's
-    letters in their name (GH200) are other GPUs.
-    """
-    words = set(device_name.upper().replace("-", " ").split())
-    if words & {"PCIE", "NVL", "MIG"}:
-        return None
-    return next((gpu for gpu in GPUS.values() if gpu.name in words), None)
 
 
 def with_file(gpu: Gpu, path: str) -> Gpu:

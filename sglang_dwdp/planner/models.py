@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from sglang_dwdp.planner.checks import one_line, read_mapping
-from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.checks import PlannerError, one_line, read_mapping
 from sglang_dwdp.planner.formats import format_of_config
 from sglang_dwdp.planner.shape import ModelShape
 from sglang_dwdp.support.models import EXPERT_COUNT_KEYS

@@ -6,9 +6,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from sglang_dwdp.planner.checks import PlannerError
 from sglang_dwdp.planner.cost import Estimate, Group, dwdp, in_tree_group, replica
-from sglang_dwdp.planner.dep import dep
-from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.dep import Exchange, dep
 from sglang_dwdp.planner.formats import Precision
 from sglang_dwdp.planner.gpus import Gpu
 from sglang_dwdp.planner.memory import Memory, memory
@@ -32,7 +32,7 @@ class Case:
     gpu: Gpu
     precision: Precision
     lengths: Lengths
-    exchange: str = "all-gather"
+    exchange: Exchange = "all-gather"
 
 
 @dataclass(frozen=True)

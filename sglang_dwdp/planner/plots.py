@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.checks import PlannerError
 from sglang_dwdp.planner.plan import Plan
-
-if TYPE_CHECKING:
-    from sglang_dwdp.planner.simulate import Result
+from sglang_dwdp.planner.simulate import Result
 
 FIGURES = (".pdf", ".png", ".svg")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group as Stack
@@ -12,9 +12,7 @@ from rich.table import Table
 
 from sglang_dwdp.planner.cost import Estimate, Parts
 from sglang_dwdp.planner.plan import Plan
-
-if TYPE_CHECKING:
-    from sglang_dwdp.planner.simulate import Result
+from sglang_dwdp.planner.simulate import Result
 
 
 def _table(title: str, caption: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:

@@ -11,10 +11,9 @@ from typing import Any, Literal
 from pydantic.dataclasses import dataclass
 
 from sglang_dwdp.errors import DwdpError
-from sglang_dwdp.planner.checks import STRICT, AtLeastOne, Count, NotNegative, checked, read_mapping
+from sglang_dwdp.planner.checks import STRICT, AtLeastOne, Count, NotNegative, PlannerError, checked, read_mapping
 from sglang_dwdp.planner.cost import Copies, Group
 from sglang_dwdp.planner.dep import Exchange
-from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import Precision, default_precision, get_format
 from sglang_dwdp.planner.gpus import Gpu, get_gpu
 from sglang_dwdp.planner.memory import memory

@@ -130,42 +130,25 @@ def check_backend(layer_id: int, method: str, name: str | None) -> MoeBackend:
     return backend
 
 
-@dataclass(frozen=True, slots=True)
-class Default:
-    """A backend that --moe-runner-backend auto may stand for.
-
-    Attributes:
-        backend: the flag's value.
-        kernels: the format of FlashInfer's kernels that it needs, as `flashinfer_modules` names it; None: none.
-        reason: why it comes at its place.
-    """
-
-    backend: str
-    kernels: str | None
-    reason: str
-
-
-# What --moe-runner-backend auto stands for on Hopper, by format, the best first, by the table in docs/kernels.md. The
-# entry of bf16 is for gpt-oss. Everything else is left to SGLang, whose choice for bf16 and block-FP8, Triton, is what
-# the table says too.
 _INSTEAD = "SGLang's own choice, triton_kernel, cannot read shared experts"
 _NOT_BUILT = (
     f"{_INSTEAD}, and FlashInfer's kernels are not built (python kernels/build.py --format mxfp4); experts take four "
     "times the memory, as bf16"
 )
-DEFAULTS: Mapping[WeightFormat, tuple[Default, ...]] = {
-    _BF16: (Default("triton", None, _INSTEAD),),
-    _MXFP4: (Default("flashinfer_mxfp4", "mxfp4", _INSTEAD), Default("triton", None, _NOT_BUILT)),
-}
 
 
-def default_backend(weights: WeightFormat, *, gpt_oss: bool, has_kernels: Callable[[str], bool]) -> Default | None:
-    """What --moe-runner-backend auto stands for on Hopper; None: SGLang chooses.
+def default_backend(
+    weights: WeightFormat, *, gpt_oss: bool, has_kernels: Callable[[str], bool]
+) -> tuple[str, str] | None:
+    """What --moe-runner-backend auto stands for on Hopper, and why; None: SGLang chooses.
+
+    SGLang's choice for bf16 and block-FP8, Triton, is the best one too.
 
     Args:
         weights: format of the experts.
         gpt_oss: whether the model is gpt-oss, for which SGLang has a choice of its own.
-        has_kernels: whether FlashInfer's kernels of a format are there.
+        has_kernels: whether FlashInfer's kernels of a format, as `flashinfer_modules` names it, are there.
     """
-    choices = () if weights is WeightFormat.BF16 and not gpt_oss else DEFAULTS.get(weights, ())
-    return next((one for one in choices if one.kernels is None or has_kernels(one.kernels)), None)
+    if weights is WeightFormat.MXFP4:
+        return ("flashinfer_mxfp4", _INSTEAD) if has_kernels("mxfp4") else ("triton", _NOT_BUILT)
+    return ("triton", _INSTEAD) if weights is WeightFormat.BF16 and gpt_oss else None

@@ -23,16 +23,12 @@ def check_release() -> None:
         installed = version("sglang")
     except PackageNotFoundError:  # a source tree on the path
         return
-    if os.environ.get(OVERRIDE) != "1" and not is_supported(installed):
+    try:  # however it was built or packaged ("0.5.23.post1", "0.5.23+cu130")
+        is_supported = Version(installed).release == Version(SGLANG).release
+    except InvalidVersion:
+        is_supported = False
+    if os.environ.get(OVERRIDE) != "1" and not is_supported:
         raise DwdpConfigError(
             f"--enable-dwdp cannot be used here: SGLang {installed} is installed, and this plugin replaces functions "
             f"of {SGLANG}. Install sglang=={SGLANG}, or set {OVERRIDE}=1 to try, and compare tokens before trusting it."
         )
-
-
-def is_supported(installed: str) -> bool:
-    """Whether a version is this release, however it was built or packaged ("0.5.23.post1", "0.5.23+cu130")."""
-    try:
-        return Version(installed).release == Version(SGLANG).release
-    except InvalidVersion:
-        return False

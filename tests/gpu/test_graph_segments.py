@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.runtime import DwdpRuntime, GraphSegment
-from tests.fixtures.ranks import CUDA, PlainLayer, checkpoint, equal, forward, run_ranks
+from tests.fixtures.ranks import CUDA, PlainLayer, checkpoint, equal, forward, run_ranks, slow_copies
 
 pytestmark = pytest.mark.gpu(2)
 REPLAYS = 100
@@ -27,18 +26,8 @@ def test_replays_with_poisoned_slots(num_layers: int, slow: str) -> None:
     done = threading.Event()
 
     def replays(runtime: DwdpRuntime, layers: list[PlainLayer]) -> Any:
-        engine: Any = runtime._engine
-        draw = random.Random(0)
         if slow == "copy":
-            fill = engine.fill
-
-            def slow_fill(*args: Any) -> None:
-                for stream in engine._streams:
-                    with torch.cuda.stream(stream):
-                        torch.cuda._sleep(draw.randrange(200_000))
-                fill(*args)
-
-            engine.fill = slow_fill
+            slow_copies(runtime)
         found = torch.zeros(num_layers, device="cuda")
         own = layers[0].placement.shard(runtime.rank)
 

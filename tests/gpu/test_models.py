@@ -295,7 +295,6 @@ def test_options_of_dwdp(engines: Engines, name: str, ranks: int) -> None:
         if name.endswith("audit"):
             assert report["direct_forwards"] > 0
             assert report["bytes_read_in_place"] > 0
-            assert report["collectives"] == 0
         else:
             assert report["direct_forwards"] == 0
             assert report["staged_forwards"] > len(LENGTHS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +14,13 @@ from sglang_dwdp.runtime import DwdpRuntime
 from tests.fixtures.moe_problems import ALPHA, LIMIT, Case, Experts, Shape, make, make_case, reference, relative_error
 from tests.fixtures.ranks import PlainLayer, run_ranks
 from tests.fixtures.sglang_kernels import deep_gemm, published
+from tests.gpu.views import differences
 
 pytestmark = pytest.mark.gpu(3)
 
 QWEN = Shape("Qwen3-30B-A3B", 128, 2048, 768, 8)
 GPT_OSS = Shape("gpt-oss, smaller", 32, 1536, 1408, 4)
 TOKENS = (1, 7, 64, 1000, 4096)
-ONE_AT_A_TIME = threading.Lock()  # kernels keep settings for a process; ranks, elsewhere processes, are threads here
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,20 +44,7 @@ def compare(
     assert all(result.isfinite().all() and result.any() for row in expected for result in row)
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> list[int]:
-        different = []
-        for case, row in zip(cases, expected, strict=True):
-            for _ in range(2):
-                runtime.begin_forward(len(case.x))
-                runtime.prime()
-                for layer, result in zip(layers, row, strict=True):
-                    runtime.wait(layer.layer_id)
-                    with ONE_AT_A_TIME:
-                        mine = run(case, layer.tensors)
-                    runtime.release(layer.layer_id)
-                    if not torch.equal(mine, result):
-                        different.append(len(case.x))
-                runtime.end_forward(len(case.x))
-        return different
+        return differences(runtime, layers, cases, expected, run)
 
     config = DwdpConfig(view=view)
     assert run_ranks(3, full, step, config) == [[]] * 3

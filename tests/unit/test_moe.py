@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dwdp.block_fp8 import Sizes, dummy_routing, run_time_compiler, swap_halves, warm_up_tokens
-from sglang_dwdp.errors import DwdpConfigError
+from sglang_dwdp.block_fp8 import dummy_routing, run_time_compiler, swap_halves, warm_up_tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
@@ -66,9 +65,3 @@ def test_the_compiler_is_where_flashinfer_looks_for_it(tmp_path: Path) -> None:
     assert run_time_compiler(named) == f"{tmp_path}/named/nvcc"
     assert run_time_compiler({**path, "CUDA_HOME": f"{tmp_path}/nowhere"}) is None
     assert run_time_compiler({"PATH": f"{tmp_path}/home"}) is None
-
-
-def test_sizes_that_the_kernel_cannot_take() -> None:
-    Sizes(8, 256, 128, 2).check(0)
-    with pytest.raises(DwdpConfigError, match=r"layer 5: .* multiples of 128, not \{'intermediate': 192\}"):
-        Sizes(8, 256, 192, 2).check(5)

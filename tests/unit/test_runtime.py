@@ -24,7 +24,6 @@ from sglang_dwdp.memory.host import HostMemory
 from sglang_dwdp.runtime import DwdpRuntime
 from tests.fixtures.ranks import (
     GPU_TABLES,
-    HOST,
     KINDS,
     UNMAPPED,
     Kind,
@@ -95,7 +94,7 @@ def test_redundant_experts_are_read_and_copied_by_nobody() -> None:
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> list[Any]:
         runtime.begin_forward(1)
         runtime.count_reads(1, torch.arange(8))
-        read = runtime.counters.bytes_read_in_place
+        read = runtime.report()["bytes_read_in_place"]
         forward(runtime, layers, 1000)
         report = runtime.report()
         return [read, *(report[name] for name in ("bytes_copied", "stored_bytes", "slot_bytes"))]
@@ -177,28 +176,6 @@ def test_a_failure_at_every_call_with_memory_that_cannot_be_mapped() -> None:
     assert open_resources() == before
 
 
-def test_ranks_use_the_best_kind_of_handle_that_works_on_all() -> None:
-    full = checkpoint(1, 4, {"w1": (32, 64)})
-    used: list[tuple[int, str]] = []
-
-    def memory(rank: int) -> Memory:
-        made = HOST.memory()
-        made.handle_kinds = lambda: ("better", "fd") if rank else ("fd",)  # type: ignore[method-assign]
-        made.use_handles = lambda kind: used.append((rank, kind))  # type: ignore[method-assign]
-        return made
-
-    assert run_ranks(2, full, lambda _r, _l: "ran", memory=memory) == ["ran", "ran"]
-    assert sorted(used) == [(0, "fd"), (1, "fd")]
-
-    def lonely(rank: int) -> Memory:
-        made = HOST.memory()
-        made.handle_kinds = lambda: ("fd",) if rank else ("ipc",)  # type: ignore[method-assign]
-        return made
-
-    for error in run_ranks(2, full, lambda _r, _l: None, memory=lonely):
-        assert "no kind of memory handle in common" in str(error)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=20, deadline=None)
 @given(
@@ -261,7 +238,7 @@ def test_bytes_read_in_place_follow_the_routing() -> None:
         runtime.count_reads(1, torch.tensor([[0, 5], [0, 6], [-1, 1]]))
         runtime.begin_forward(1000)  # staged: nothing is read in place
         runtime.count_reads(1, torch.tensor([[0, 7]]))
-        return runtime.counters.bytes_read_in_place
+        return runtime.report()["bytes_read_in_place"]
 
     assert run_ranks(2, full, step) == [2 * 4096, 2 * 4096]
 
@@ -343,8 +320,7 @@ class FailingMemory:
         self.page_bytes, self.transport = memory.page_bytes, memory.transport
         self.create, self.export = self._failing(memory.create), self._failing(memory.export)
         self.finish_writes, self.trim = self._failing(memory.finish_writes), self._failing(memory.trim)
-        self.maps, self.handle_kinds = memory.maps, memory.handle_kinds
-        self.use_handles = self._failing(memory.use_handles)
+        self.maps, self.has_fds = memory.maps, memory.has_fds
 
     @property
     def held_bytes(self) -> int:

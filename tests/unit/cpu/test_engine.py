@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from sglang_dwdp.cpu import engine as cpu_engine
+from tests.fixtures.environment import plain_environment
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def test_the_default_flags_bound_the_cache() -> None:
 def test_importing_the_package_changes_nothing() -> None:
     """Every process of SGLang's imports it, with DWDP and without."""
     program = "import sglang_dwdp.cpu.engine, os, sys; print(sys.path, dict(os.environ))"
-    environment = {**cpu_engine.plain_environment(), "SGLANG_USE_CPU_ENGINE": "1"}
+    environment = {**plain_environment(), "SGLANG_USE_CPU_ENGINE": "1"}
     done = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0
     assert str(cpu_engine.STUBS) not in done.stdout
@@ -163,6 +164,6 @@ def test_a_plain_environment_has_nothing_of_what_was_arranged(two_cores: None, m
     cpu_engine.arrange(2)
     assert os.environ["SGLANG_USE_CPU_ENGINE"] == "1"
     assert str(cpu_engine.STUBS) in os.environ["PYTHONPATH"]
-    assert cpu_engine.plain_environment() == before
+    assert plain_environment() == before
     for name in cpu_engine.environment(2, {}):
         os.environ.pop(name, None)

@@ -93,7 +93,6 @@ def test_only_slots_can_be_written(local_experts: int | None, monkeypatch: pytes
     monkeypatch.setattr("sglang_dwdp.experts.layer.REPLICATE_BELOW_BYTES", 0)
 
     def step(runtime: DwdpRuntime, _layers: object) -> bool:
-        assert runtime._shared is not None
         for shared in runtime._shared.layers:
             shard = shared.layer.placement.shard(runtime.rank)
             remote = [expert for expert in range(9) if expert not in shard]

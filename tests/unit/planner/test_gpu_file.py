@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.checks import PlannerError
 from sglang_dwdp.planner.gpus import get_gpu, with_file
 
 

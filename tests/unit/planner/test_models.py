@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from sglang_dwdp.planner.checks import PlannerError
 from sglang_dwdp.planner.cost import Group
-from sglang_dwdp.planner.errors import PlannerError
 from sglang_dwdp.planner.formats import FORMATS, default_precision
 from sglang_dwdp.planner.gpus import get_gpu
 from sglang_dwdp.planner.memory import memory

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.checks import PlannerError
 from sglang_dwdp.planner.scenario import load_scenarios, scenario_from_mapping
 from tests import ROOT
 

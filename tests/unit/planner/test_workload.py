@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dwdp.planner.errors import PlannerError
+from sglang_dwdp.planner.checks import PlannerError
 from sglang_dwdp.planner.workload import Lengths, batch_of, causal_pairs, pack, typical_rounds, windowed_pairs
 
 LENGTHS = st.lists(st.integers(1, 5000), min_size=1, max_size=40)

@@ -50,7 +50,7 @@ def collectives() -> dict[str, Callable[[int], object]]:
 
 def _rank(rank: int, store: str, results: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    runtime = SimpleNamespace(in_forward=False, counters=SimpleNamespace(collectives=0))
+    runtime = SimpleNamespace(in_forward=False)
     guard.get_global_dwdp_manager = lambda: SimpleNamespace(runtime=runtime)  # type: ignore[assignment]
     capturing = False
     guard._is_capturing = lambda: capturing  # type: ignore[assignment]
@@ -73,11 +73,8 @@ def _rank(rank: int, store: str, results: Any) -> None:
         runtime.in_forward, capturing = False, True
         attempt(f"{name} in a capture", functools.partial(call, rank))
         capturing = False
-    counted = runtime.counters.collectives
     runtime.in_forward = True
     attempt("alone", lambda: dist.all_reduce(torch.ones(1), group=alone[rank]))
-    assert runtime.counters.collectives == counted
-    seen["counted"] = counted
     results.put(seen)
     dist.destroy_process_group()
 
@@ -91,7 +88,6 @@ def test_every_collective_of_torch_is_an_error_in_a_forward(tmp_path: Path) -> N
     try:
         for seen in (results.get(timeout=200), results.get(timeout=200)):
             assert seen.pop("alone") == "ran"
-            assert seen.pop("counted") >= 2 * len(collectives()) - 1
             assert seen.pop("barrier in a capture") == "ran"  # SGLang's own, around captures
             for name, result in seen.items():
                 if name.endswith("outside"):

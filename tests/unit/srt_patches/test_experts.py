@@ -14,7 +14,6 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from sglang_dwdp.errors import DwdpConfigError
-from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.srt_patches import checks, experts
 from sglang_dwdp.srt_patches.checks import (
     backend_of_layer,
@@ -25,7 +24,7 @@ from sglang_dwdp.srt_patches.checks import (
     check_not_sharded,
     check_own_forward,
 )
-from sglang_dwdp.srt_patches.experts import load, load_fused, rebuild_state
+from sglang_dwdp.srt_patches.experts import rebuild_state
 from sglang_dwdp.support.backends import Status
 
 
@@ -123,25 +122,6 @@ def test_a_layer_with_a_forward_of_its_own_is_refused() -> None:
     moe.__dict__["layer_id"] = 3
     with pytest.raises(DwdpConfigError, match=r"layer 3: Own replaces FusedMoE\.run_moe_core"):
         check_own_forward(moe)
-
-
-def test_a_tensor_of_all_experts_is_loaded_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "placement_of", lambda _layer: balanced(5, 2))
-    monkeypatch.setattr(experts, "rank_in_group", lambda: 1)
-    moe = SimpleNamespace(num_global_routed_experts=5)
-    shard = balanced(5, 2).shard(1)
-    param, weight = torch.zeros(len(shard), 7), torch.arange(35).view(5, 7)
-    seen: list[torch.Tensor] = []
-
-    def original(_layer: Any, _param: Any, loaded: torch.Tensor, *_rest: Any) -> None:
-        seen.append(loaded)
-
-    load_fused(original, moe, param, weight, "w13_weight", "w13")
-    load(original, moe, param, weight, "w13_weight", "w13", None)
-    load(original, moe, param, weight, "w13_weight", "w1", 4)  # one expert, that has as many rows as there are experts
-    assert torch.equal(seen[0], weight[shard.start :])
-    assert torch.equal(seen[1], weight[shard.start :])
-    assert seen[2] is weight
 
 
 def test_a_model_that_is_sharded_in_spite_of_data_parallelism() -> None:

@@ -13,7 +13,7 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang_dwdp.errors import DwdpSetupError
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.srt_patches import loading
-from sglang_dwdp.srt_patches.loading import check_loaded, construct, note_arrival, note_fused_arrival
+from sglang_dwdp.srt_patches.loading import check_loaded, construct, load, load_fused
 
 EXPERTS, HIDDEN, WIDTH = 5, 8, 6
 OWN = balanced(EXPERTS, 2).shard(1)
@@ -29,6 +29,10 @@ class Moe(FusedMoE):
             setattr(self, name, torch.nn.Parameter(torch.empty(len(OWN), *shape), requires_grad=False))
         self.w13_scale = torch.nn.Parameter(torch.ones(len(OWN), 2), requires_grad=False)
 
+    @property
+    def num_global_routed_experts(self) -> int:
+        return EXPERTS
+
     def take(self, name: str, expert: int, shard: str, value: torch.Tensor) -> None:
         """As SGLang's loader: experts of other ranks are passed over."""
 
@@ -38,7 +42,7 @@ class Moe(FusedMoE):
                 half = len(rows) // 2
                 {"w1": rows[:half], "w3": rows[half:], "w2": rows}[shard_id].copy_(loaded)
 
-        note_arrival(original, self, getattr(self, name), value, name, shard, expert)
+        load(original, self, getattr(self, name), value, name, shard, expert)
 
 
 class Model(torch.nn.Module):
@@ -149,7 +153,7 @@ def test_all_experts_at_once() -> None:
 
     def fused(model: Model) -> None:
         for layer in model.moe:
-            note_fused_arrival(
+            load_fused(
                 lambda _layer, param, loaded, *_: param.data.copy_(loaded),
                 layer,
                 layer.w2_weight,
@@ -161,6 +165,22 @@ def test_all_experts_at_once() -> None:
     constructed().load_weights(iter([*weights.values(), fused]))
     with pytest.raises(DwdpSetupError, match="w2 of all experts arrived 2 times"):
         constructed().load_weights(iter([*weights.values(), fused, fused]))
+
+
+def test_a_tensor_of_all_experts_is_loaded_in_part() -> None:
+    moe, weight = Moe(0), torch.arange(EXPERTS * 7).view(EXPERTS, 7)
+    param = torch.zeros(len(OWN), 7)
+    seen: list[torch.Tensor] = []
+
+    def original(_layer: Any, _param: Any, loaded: torch.Tensor, *_rest: Any) -> None:
+        seen.append(loaded)
+
+    load_fused(original, moe, param, weight, "w13_weight", "w13")
+    load(original, moe, param, weight, "w13_weight", "w13", None)
+    load(original, moe, param, weight, "w13_weight", "w1", 4)  # one expert, that has as many rows as there are experts
+    assert torch.equal(seen[0], weight[OWN.start :])
+    assert torch.equal(seen[1], weight[OWN.start :])
+    assert seen[2] is weight
 
 
 def test_an_lm_head_that_is_the_embedding_need_not_come() -> None:

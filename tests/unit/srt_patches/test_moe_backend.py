@@ -37,7 +37,7 @@ def gpt_oss(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     described = SimpleNamespace(hf_config=SimpleNamespace(quantization_config={"quant_method": "mxfp4"}))
     monkeypatch.setattr(moe_backend, "model_config_of", lambda _args: described)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(moe_backend, "has_kernels", lambda _format: True)
+    monkeypatch.setattr(moe_backend.flashinfer_modules, "ready", lambda _format: True)
     return SimpleNamespace(device="cuda", moe_runner_backend="auto", quantization=None)
 
 
@@ -47,7 +47,7 @@ def test_auto_becomes_a_backend_and_the_log_says_why(
     with caplog.at_level("INFO"):
         assert moe_backend.choose(gpt_oss, gpt_oss) == "flashinfer_mxfp4"
     assert "auto is flashinfer_mxfp4 for MXFP4 experts: SGLang's own choice" in caplog.text
-    monkeypatch.setattr(moe_backend, "has_kernels", lambda _format: False)
+    monkeypatch.setattr(moe_backend.flashinfer_modules, "ready", lambda _format: False)
     with caplog.at_level("INFO"):
         assert moe_backend.choose(gpt_oss, gpt_oss) == "triton"
     assert "kernels/build.py --format mxfp4" in caplog.text
