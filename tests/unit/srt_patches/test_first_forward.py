@@ -12,60 +12,52 @@ from sglang_dwdp.metrics import Counters
 from sglang_dwdp.srt_patches import first_forward
 
 
-class Runtime:
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.counters = Counters()
+class Runner:
+    """A `ModelRunner`, as far as it is used."""
 
-    def begin_forward(self, num_tokens: int) -> None:
-        self.calls.append(f"begin {num_tokens}")
+    device = "cpu"
+    spec_algorithm = None
+    model = SimpleNamespace()
+    kv_index_translator = SimpleNamespace(bind_runner_slots=lambda _batch: None)
 
-    def prime(self) -> None:
-        self.calls.append("prime")
+    def __init__(self, runtime: Any, error: Exception | None = None, *, is_draft_worker: bool = False) -> None:
+        self.runtime, self.error, self.is_draft_worker = runtime, error, is_draft_worker
+        self.batches: list[Any] = []
 
-    def end_forward(self, num_tokens: int) -> None:
-        self.calls.append(f"end {num_tokens}")
-        self.counters.count_forward(num_tokens, direct=True)
-
-    def abort_forward(self) -> None:
-        self.calls.append("abort")
-
-
-def start(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None, *, draft: bool = False) -> Runtime:
-    runtime = Runtime()
-    monkeypatch.setattr(first_forward, "current_runtime", lambda: runtime)
-
-    def dummy_run(run_ctx: Any, **_how: Any) -> None:
-        runtime.calls.append("barrier")
-        with run_ctx:
-            runtime.calls.append("model")
-            if error is not None:
-                raise error
-
-    eager = SimpleNamespace(_dummy_run=dummy_run, _alloc_dummy_decode_buffers=lambda *_args, **_kwargs: None)
-    runner = SimpleNamespace(eager_runner=eager, is_draft_worker=draft, model=SimpleNamespace())
-    try:
-        first_forward.run_first_forward(None, runner)
-    finally:
-        assert runtime.calls[-1:] != ["model"], "the forward was left open"
-    return runtime
+    def forward(self, batch: Any) -> None:
+        self.batches.append(batch)
+        self.runtime.counters.count_forward(batch._forward_num_tokens(), direct=True)
+        if self.error is not None:
+            raise self.error
 
 
-def test_the_forward_is_announced_after_sglangs_barrier_and_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = start(monkeypatch)
-    assert runtime.calls == ["barrier", "begin 4", "prime", "model", "end 4"]
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Any:
+    result = SimpleNamespace(counters=Counters())
+    monkeypatch.setattr(first_forward, "current_runtime", lambda: result)
+    return result
+
+
+def test_a_prompt_is_run_that_nothing_counts(runtime: Any) -> None:
+    runner = Runner(runtime)
+    first_forward.run_first_forward(None, runner)
+    [batch] = runner.batches
+    assert batch.positions.tolist() == [0, 1, 2, 3]
+    assert batch.out_cache_loc.tolist() == [0, 0, 0, 0]  # no request's
     assert runtime.counters == Counters()
 
 
-def test_any_error_names_the_model_and_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DwdpSetupError, match=r"ValueError: wrong shape\. SimpleNamespace may be unsupported"):
-        start(monkeypatch, ValueError("wrong shape"))
+def test_any_error_names_the_model_and_the_cause(runtime: Any) -> None:
+    with pytest.raises(DwdpSetupError, match=r"ValueError\('wrong shape'\)\. SimpleNamespace may be unsupported"):
+        first_forward.run_first_forward(None, Runner(runtime, ValueError("wrong shape")))
 
 
-def test_an_error_of_dwdp_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_dwdp_stays_as_it_is(runtime: Any) -> None:
     with pytest.raises(DwdpRuntimeError, match=r"^all_reduce over 2 ranks$"):
-        start(monkeypatch, DwdpRuntimeError("all_reduce over 2 ranks"))
+        first_forward.run_first_forward(None, Runner(runtime, DwdpRuntimeError("all_reduce over 2 ranks")))
 
 
-def test_a_draft_model_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert start(monkeypatch, draft=True).calls == []
+def test_a_draft_model_runs_nothing(runtime: Any) -> None:
+    runner = Runner(runtime, is_draft_worker=True)
+    first_forward.run_first_forward(None, runner)
+    assert not runner.batches
