@@ -18,9 +18,9 @@ from sglang.test.server_fixtures.default_fixture import DefaultServerBase
 from sglang_dwdp.demo.checkpoint import GAINS, Shape, qwen3_moe_config, random_weights, write_checkpoint
 from sglang_dwdp.demo.server import fewer_models, free_port
 
-_VOCAB_SIZE, _POSITIONS = 32000, 32768  # what kits take for granted
+_VOCAB_SIZE, _POSITIONS = 32000, 131072  # what kits take for granted
 # What a grammar may go on with, by how much a model prefers it that is to come to an end.
-_ENDS = {"<|end|>": 16.0, "}": 12.0, '"': 9.0, "@": 8.0, ".": 7.0, " s": 7.0, " ": 6.0, "0": 4.0}
+_ENDS = {"<|end|>": 16.0, "}": 12.0, '"': 9.0, "@": 8.0, ".": 7.0, " s": 7.0, ":": 6.0, ",": 6.0, "0": 4.0}
 
 
 class DwdpServer(DefaultServerBase):

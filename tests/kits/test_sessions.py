@@ -11,8 +11,8 @@ from sglang.test.server_fixtures import streaming_session_fixture as fixture
 from tests.kits.server import DwdpServer
 
 pytestmark = pytest.mark.kits
-fixture.CONCURRENT_LOGPROB_ROUNDS = 3
-fixture.ABORT_REPRO_ROUNDS = 3
+fixture.CONCURRENT_LOGPROB_ROUNDS = 1
+fixture.ABORT_REPRO_ROUNDS = 2
 
 
 class TestSessions(StreamingSessionKitMixin, DwdpServer):
