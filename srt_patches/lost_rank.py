@@ -17,17 +17,19 @@ from sglang_dwdp.srt_patches.attached import config_of
 from sglang_dwdp.srt_patches.hooks import Hook
 
 logger = logging.getLogger(__name__)
-_DUMPS = ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH")
+_STACKS, _CORES = "SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"
 
 
 def name_lost_ranks(manager: Any, *_args: Any, **_kwargs: Any) -> None:
     """Before `TokenizerManager.dump_requests_before_crash`, the first thing that a failing server does.
 
-    Dumps are left out unless the user asked for them: they show what the healthy ranks do.
+    Unless the user asked for dumps, those of cores are left out where CUDA writes none, and those of stacks where a
+    rank is gone: they show what the healthy ones do.
     """
     watchdog = manager._subprocess_watchdog
     if watchdog is None or config_of(manager.server_args) is None:
         return
+    os.environ.setdefault(_CORES, os.environ.get("CUDA_ENABLE_USER_TRIGGERED_COREDUMP", "0"))
     for name, process in zip(watchdog._names, watchdog._processes, strict=True):
         if process.exitcode:
             # SGLang counts the controller, which comes first, with the schedulers.
@@ -38,8 +40,7 @@ def name_lost_ranks(manager: Any, *_args: Any, **_kwargs: Any) -> None:
                 process.pid,
                 how_it_ended(process.exitcode),
             )
-            for variable in _DUMPS:
-                os.environ.setdefault(variable, "0")
+            os.environ.setdefault(_STACKS, "0")
 
 
 def how_it_ended(code: int) -> str:

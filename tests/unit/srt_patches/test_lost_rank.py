@@ -13,7 +13,8 @@ from sglang_dwdp.srt_patches.arguments import attach
 from sglang_dwdp.srt_patches.lost_rank import how_it_ended, name_lost_ranks
 
 NAMES = ["scheduler_0", "scheduler_1", "scheduler_2", "detokenizer"]  # as SGLang has them: the controller comes first
-VARIABLE = "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"
+STACKS, CORES = "SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"
+CUDA = "CUDA_ENABLE_USER_TRIGGERED_COREDUMP"
 
 
 def manager(codes: list[int | None], *, dwdp: bool = True) -> Any:
@@ -26,7 +27,7 @@ def manager(codes: list[int | None], *, dwdp: bool = True) -> Any:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", VARIABLE):
+    for name in (STACKS, CORES, CUDA):
         monkeypatch.setenv(name, "")  # so that it is put back afterwards
         del os.environ[name]
 
@@ -43,20 +44,28 @@ def test_the_lost_process_is_named_once(lost: int, text: str, caplog: pytest.Log
     name_lost_ranks(manager([-9 if i == lost else None for i in range(4)]))
     assert caplog.text.count("DWDP:") == 1
     assert text in caplog.text
-    assert os.environ[VARIABLE] == "0"
+    assert (os.environ[STACKS], os.environ[CORES]) == ("0", "0")
 
 
 def test_dumps_that_the_user_asked_for_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "1")
+    monkeypatch.setenv(STACKS, "1")
+    monkeypatch.setenv(CUDA, "1")
     name_lost_ranks(manager([None, -9, None, None]))
-    assert os.environ[VARIABLE] == "1"
+    assert (os.environ[STACKS], os.environ[CORES]) == ("1", "1")
 
 
-@pytest.mark.parametrize("server", [manager([None, None, 0, None]), manager([-9, None, None, None], dwdp=False)])
-def test_nothing_is_changed_where_all_ranks_live_or_dwdp_is_off(server: Any, caplog: pytest.LogCaptureFixture) -> None:
-    name_lost_ranks(server)
+def test_a_rank_that_failed_by_itself_has_said_why(caplog: pytest.LogCaptureFixture) -> None:
+    """SGLang shows the stacks of all, and waits for no cores."""
+    name_lost_ranks(manager([None, None, 0, None]))
     assert not caplog.records
-    assert VARIABLE not in os.environ
+    assert STACKS not in os.environ
+    assert os.environ[CORES] == "0"
+
+
+def test_nothing_is_changed_where_dwdp_is_off(caplog: pytest.LogCaptureFixture) -> None:
+    name_lost_ranks(manager([-9, None, None, None], dwdp=False))
+    assert not caplog.records
+    assert CORES not in os.environ
 
 
 def test_ends_in_words() -> None:
