@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-gpu test-gpus test-models test-models-gpu test-serving smoke lint types clean
+.PHONY: demo test test-fast test-gpu test-gpus test-models test-models-gpu test-serving test-kits smoke lint types clean
 
 demo: $(VENV)/.installed  ## serve a small MoE model with DWDP on this machine's CPU
 	$(BIN)/sglang-dwdp demo
@@ -16,6 +16,9 @@ test-fast: $(VENV)/.installed  ## the tests that start no server
 
 test-serving: $(VENV)/.installed  ## a prefill server with DWDP beside a decode server; mixed chunks; the driver of engines
 	$(BIN)/python -m pytest -m serving
+
+test-kits: $(VENV)/.installed  ## SGLang's own test kits against two DWDP ranks, about 15 minutes
+	for file in tests/kits/test_*.py; do $(BIN)/python -m pytest -m kits $$file || exit 1; done
 
 test-models: $(VENV)/.installed  ## more model families on real servers, about a minute for each server
 	$(BIN)/python -m pytest -m "models and not gpu"

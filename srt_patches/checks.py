@@ -43,6 +43,11 @@ def check_constructed(model: torch.nn.Module) -> None:
                 f"layer {layer.layer_id}: the CPU engine has no kernels for the experts of "
                 f"{type(layer.quant_method).__name__} that need no AMX. Use a plain checkpoint, or GPUs."
             )
+        elif layer.moe_runner_config.apply_router_weight_on_input:  # Llama 4
+            raise DwdpConfigError(
+                f"layer {layer.layer_id}: the CPU engine cannot weigh what experts read, as {type(model).__name__} "
+                "wants it. Use GPUs."
+            )
         if layer.num_fused_shared_experts:
             raise DwdpConfigError(
                 f"layer {layer.layer_id} fuses shared experts into the routed ones. "

@@ -1,5 +1,5 @@
-"""The controller process that hands requests to ranks: it waits for them, where SGLang's spins on a core, and it can
-weigh all of them.
+"""The controller process that hands requests to ranks: it waits for them, where SGLang's spins on a core, and it
+knows which ranks have seen the beginning of a prompt.
 
 A core that spins is missing to the ranks wherever there are few, as on a laptop, and slows its neighbours elsewhere.
 """
@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import zmq
+from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.srt_patches.hooks import Hook
+from sglang_dwdp.srt_patches.prefixes import PrefixTable, cheapest
 
 _POLL_MS = 1000  # the watchdog is fed at least this often
 
@@ -36,17 +38,30 @@ def event_loop(controller: Any) -> None:
             controller.soft_watchdog.feed()
 
 
-def weigh_embeddings(original: Callable[..., None], controller: Any, request: Any) -> None:
-    """Around `DataParallelController.total_tokens_scheduler`, which takes the length of a request's ids: one that comes
-    as embeddings has none, and would end the server. It gets as many as a rank would give it later."""
+def choose_rank(original: Callable[..., None], controller: Any, request: Any) -> None:
+    """Around `DataParallelController.total_tokens_scheduler`: a prompt whose beginning a rank has seen goes there, if
+    that rank is not busier by more tokens than this saves.
+
+    A request that comes as embeddings has no ids, whose length SGLang takes: it would end the server. It gets as many
+    as a rank would give it later.
+    """
     embeddings = getattr(request, "input_embeds", None)
     if request.input_ids is None and embeddings is not None:
         request.input_ids = array("q", [1]) * len(embeddings)
+    elif not resolving_view(controller.server_args).disable_radix_cache:
+        table = vars(controller).setdefault("_dwdp_prefixes", PrefixTable(len(controller.workers)))
+        budget, ids = controller.dp_budget, array("q", request.input_ids)
+        if request.routed_dp_rank is None:
+            rank = cheapest(budget.total_tokens, budget.total_requests, table.hits(ids))
+            budget.total_tokens[rank] += len(ids)
+            budget.total_requests[rank] += 1
+            request.routed_dp_rank = rank
+        table.add(ids, request.routed_dp_rank)
     original(controller, request)
 
 
 _CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
 HOOKS = (
     Hook(f"{_CONTROLLER}.event_loop", HookType.REPLACE, event_loop),
-    Hook(f"{_CONTROLLER}.total_tokens_scheduler", HookType.AROUND, weigh_embeddings),
+    Hook(f"{_CONTROLLER}.total_tokens_scheduler", HookType.AROUND, choose_rank),
 )

@@ -41,6 +41,7 @@ def _install(role: str, config: DwdpConfig, device: str | None) -> None:
         from sglang_dwdp.srt_patches import (
             collectives,
             experts,
+            first_forward,
             forward,
             linear,
             loading,
@@ -61,7 +62,7 @@ def _install(role: str, config: DwdpConfig, device: str | None) -> None:
 
         experts.install_shard_count()
         install((*linear.HOOKS, *steps.HOOKS, *experts.HOOKS, *loading.HOOKS, *forward.HOOKS))
-        install((*reports.SCHEDULER_HOOKS, *weights.SCHEDULER_HOOKS))
+        install((*first_forward.HOOKS, *reports.SCHEDULER_HOOKS, *weights.SCHEDULER_HOOKS))
         install((*sessions.SCHEDULER_HOOKS, *recorder.SCHEDULER_HOOKS))
         collectives.guard_collectives(device)
         if config.exchange == "auto":
@@ -73,13 +74,14 @@ def _install(role: str, config: DwdpConfig, device: str | None) -> None:
         if config.audit:
             install(experts.AUDIT_HOOKS)
     elif role == "dp_controller":
-        from sglang_dwdp.srt_patches import controller, reports, sessions
+        from sglang_dwdp.srt_patches import controller, ports, reports, sessions
 
-        install((*controller.HOOKS, *reports.CONTROLLER_HOOKS, *sessions.CONTROLLER_HOOKS))
+        install((*controller.HOOKS, *ports.HOOKS, *reports.CONTROLLER_HOOKS, *sessions.CONTROLLER_HOOKS))
     elif role == "tokenizer":
-        from sglang_dwdp.srt_patches import recorder, weights
+        from sglang_dwdp.srt_patches import lost_rank, ports, recorder, weights
 
         install((*weights.TOKENIZER_HOOKS, *recorder.TOKENIZER_HOOKS))
+        install((*lost_rank.TOKENIZER_HOOKS, *ports.HOOKS))
 
 
 HOOKS = (Hook("sglang.srt.runtime_context.publish", HookType.AFTER, install_for_role),)

@@ -37,6 +37,12 @@ def check_ready(_controller: Any, infos: list[dict[str, Any]]) -> None:
         )
 
 
+def add_ranks(info: dict[str, Any], controller: Any) -> dict[str, Any]:
+    """After `DataParallelController.get_init_info`, whose fields replace those of the arguments in /server_info: the
+    ranks that routers may name, where SGLang counts replicas only."""
+    return {**info, "dp_size": len(controller.workers)}
+
+
 SCHEDULER_HOOKS = (
     Hook(
         "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController._add_topology",
@@ -50,5 +56,10 @@ CONTROLLER_HOOKS = (
         "sglang.srt.managers.data_parallel_controller.DataParallelController._record_scheduler_init_infos",
         HookType.BEFORE,
         check_ready,
+    ),
+    Hook(
+        "sglang.srt.managers.data_parallel_controller.DataParallelController.get_init_info",
+        HookType.AFTER,
+        add_ranks,
     ),
 )

@@ -102,7 +102,10 @@ class Memory(Protocol):
 
     @property
     def held_bytes(self) -> int:
-        """What this process holds of the device's memory for tensors and for blocks that it made."""
+        """What this process holds of the device's memory for tensors, and all blocks that it ever made.
+
+        It is asked during set-up only, before whose end no block is freed: closed ones are still mapped.
+        """
 
     @property
     def has_fds(self) -> bool:

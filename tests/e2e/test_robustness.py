@@ -7,20 +7,22 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 
 from sglang_dwdp.demo.server import Server
-from tests.e2e.conftest import Answers, Running
+from tests.e2e.conftest import FLAGS, Answers, Running
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family
 
 BUSY_S = 60.0
+Models = Callable[[Family, int], Path]
 _FIXED = "not supported with --enable-dwdp"
 
 
 @pytest.fixture(scope="module")
-def server(running: Running, models: Callable[[Family, int], Path], expected: Answers) -> Iterator[Server]:
+def server(running: Running, models: Models, expected: Answers) -> Iterator[Server]:
     del expected  # asked for so that the reference's server comes and goes before this one
     with running(models("qwen3_moe", 8), 3, dwdp=("--dwdp-direct-max-tokens", "64")) as server:
         yield server
@@ -80,6 +82,26 @@ def test_a_client_that_disconnects(server: Server, expected: Answers) -> None:
     ask_all(server, expected, [(number, rank) for number in (0, 14) for rank in range(3)], 6)
 
 
+def test_a_rank_that_is_killed_ends_its_server_at_once(
+    server: Server, expected: Answers, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a second server, on the next port of the host."""
+    monkeypatch.setattr("sglang_dwdp.demo.server.free_port", lambda: server.port + 1)
+    second = Server(models("qwen3_moe", 8), 2, tmp_path / "log", dwdp=(), flags=FLAGS)
+    try:
+        second.wait()
+        processes = psutil.Process(second.process.pid).children(recursive=True)
+        [rank] = [process for process in processes if "TP1" in process.name()]
+        rank.kill()
+        assert second.process.wait(10) != 0
+        log = second.log.read_text()
+        assert log.count("DWDP: rank 1 (process") == 1
+        assert f"DWDP: rank 1 (process {rank.pid}) was ended by SIGKILL" in log
+    finally:
+        second.kill()
+    ask_all(server, expected, [(4, rank) for rank in range(3)], 3)
+
+
 _BEGIN_FIRST = "begin_weight_update() and end_weight_update()"  # and beginning is answered with the reason
 
 
@@ -126,6 +148,7 @@ def test_requests_for_weights_are_answered_with_an_error(
 def test_the_server_reports_what_it_does(server: Server) -> None:
     info = requests.get(f"{server.url}/server_info", timeout=30).json()
     assert info["dwdp_size"] == 3
+    assert info["dp_size"] == 3  # the ranks that a router may name
     assert [report["rank"] for report in server.reports()] == [0, 1, 2]
     for report in server.reports():
         assert report["transport"] == "host-shm"

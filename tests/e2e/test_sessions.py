@@ -57,6 +57,16 @@ def test_every_turn_has_the_history(server: Server, *, streaming: bool) -> None:
     assert found == [[first + turn * (first + NEW_TOKENS) for turn in range(TURNS)]] * SESSIONS
 
 
+def test_turns_of_a_chat_without_a_session_find_what_was_computed(server: Server) -> None:
+    """Eight chats, whose beginnings differ, one turn after another; each is sent whole, and names no rank."""
+    ask = {"sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}}
+    chats = [f"Chat {number}. {(TEXT + ', ') * 30}" for number in range(SESSIONS)]
+    first = [post(server, "/generate", {"text": chat, **ask}) for chat in chats]
+    for chat, answer in zip(chats, first, strict=True):
+        info = post(server, "/generate", {"text": chat + answer["text"] + " And then?", **ask})["meta_info"]
+        assert info["cached_tokens"] >= answer["meta_info"]["prompt_tokens"] - 1
+
+
 @pytest.mark.parametrize("verb", ["start", "stop", "dump"])
 def test_records_of_experts_are_answered_with_an_error(server: Server, verb: str) -> None:
     answer = requests.post(f"{server.url}/{verb}_expert_distribution_record", timeout=60)

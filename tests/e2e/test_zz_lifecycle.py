@@ -31,6 +31,17 @@ def register():
     HookRegistry.register("sglang.srt.runtime_context.publish", take_away, HookType.BEFORE)
 """
 
+GATHERER = """
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def gather(*args, **kwargs):
+        from sglang.srt.runtime_context import get_parallel
+        get_parallel().tp_group.all_gather_object(0)
+
+    HookRegistry.register("sglang.srt.models.qwen3_moe.Qwen3MoeDecoderLayer.forward", gather, HookType.BEFORE)
+"""
+
 ENGINE = """
 import json, sys
 from sglang_dwdp.cpu import engine as cpu_engine
@@ -127,10 +138,32 @@ def test_a_hook_that_does_not_take_stops_the_server(
     assert "FusedMoE._map_global_expert_id_to_local_expert_id" in log
 
 
-def test_a_conflict_is_one_line_and_exit_code_2(models: Models) -> None:
+def test_a_model_that_cannot_run_a_forward_stops_the_server(
+    models: Models, plugin: Callable[[str, str], dict[str, str]], tmp_path: Path
+) -> None:
+    """Without any request."""
+    flags = ("--skip-server-warmup",)
+    environment = plugin("gatherer", GATHERER)
+    server = Server(models("qwen3_moe", 8), 2, tmp_path / "log", dwdp=(), flags=flags, environment=environment)
+    try:
+        with pytest.raises(ServerFailed, match="the server ended with exit code"):
+            server.wait(120)
+    finally:
+        server.kill()
+    assert "DwdpRuntimeError: all_gather_object over 2 ranks was called in a forward" in server.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--enable-eplb",), "EPLB"),
+        (("--load-format", "sharded_state"), "--load-format sharded_state"),
+    ],
+)
+def test_a_conflict_is_one_line_and_exit_code_2(models: Models, flags: tuple[str, ...], message: str) -> None:
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(models("qwen3_moe", 8))]
     result = subprocess.run(
-        [*command, "--device", "cpu", "--tp", "2", "--enable-dwdp", "--enable-eplb"],
+        [*command, "--device", "cpu", "--tp", "2", "--enable-dwdp", *flags],
         env=shell(),
         capture_output=True,
         text=True,
@@ -140,7 +173,7 @@ def test_a_conflict_is_one_line_and_exit_code_2(models: Models) -> None:
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("sglang-dwdp: error:")]
     assert len(errors) == 1
-    assert errors[0].startswith("sglang-dwdp: error: --enable-dwdp cannot be used here: EPLB")
+    assert errors[0].startswith(f"sglang-dwdp: error: --enable-dwdp cannot be used here: {message}")
     assert "Traceback" not in result.stderr
 
 

@@ -155,10 +155,11 @@ def test_a_model_whose_attention_is_divided_in_spite_of_data_parallelism() -> No
     check_heads(mixed, 2)
 
 
-def quantized(method: object) -> FusedMoE:
+def quantized(method: object, *, weighs_input: bool = False) -> FusedMoE:
     moe = object.__new__(FusedMoE)
     torch.nn.Module.__init__(moe)
     vars(moe).update(layer_id=3, quant_method=method, runner_backend=None, num_fused_shared_experts=0)
+    moe.moe_runner_config = MoeRunnerConfig(apply_router_weight_on_input=weighs_input)
     return moe
 
 
@@ -167,3 +168,10 @@ def test_quantized_experts_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     check_constructed(torch.nn.Sequential(quantized(UnquantizedFusedMoEMethod())))
     with pytest.raises(DwdpConfigError, match="layer 3: the CPU engine has no kernels for the experts of Fp8MoEMethod"):
         check_constructed(torch.nn.Sequential(quantized(Fp8MoEMethod())))
+
+
+def test_what_the_cpu_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "get_parallel", lambda: SimpleNamespace(tp_size=2))
+    model = torch.nn.Sequential(quantized(UnquantizedFusedMoEMethod(), weighs_input=True))
+    with pytest.raises(DwdpConfigError, match="layer 3: the CPU engine cannot weigh what experts read"):
+        check_constructed(model)

@@ -1,0 +1,55 @@
+"""A server's inner ports are free ones, so that servers on neighbouring ports of a host do not collide.
+
+SGLang derives a block of them from --port: two servers with ports less than seven apart want some of the same.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt import server_args as sglang_server_args
+from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.utils.network import is_port_available
+
+from sglang_dwdp.errors import DwdpConfigError
+from sglang_dwdp.srt_patches.attached import config_of
+from sglang_dwdp.srt_patches.hooks import Hook
+
+_BLOCK = "_dwdp_ports"  # attribute of server arguments, which SGLang carries to its processes
+_BLOCK_SIZE = 7
+_RANGE = range(20000, 30000, _BLOCK_SIZE)  # below those that systems hand out by themselves
+_TRIES = 200
+
+
+def use_free_ports(original: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around `PortArgs.init_new`, which adds a constant to --port for the first port of the block."""
+    if config_of(server_args) is None or server_args.dist_init_addr is not None:  # which says where the block is
+        return original(server_args, *args, **kwargs)
+    if not hasattr(server_args, _BLOCK):
+        setattr(server_args, _BLOCK, free_block())
+    before = sglang_server_args.ZMQ_TCP_PORT_DELTA
+    sglang_server_args.ZMQ_TCP_PORT_DELTA = getattr(server_args, _BLOCK) - server_args.port
+    try:
+        return original(server_args, *args, **kwargs)
+    finally:
+        sglang_server_args.ZMQ_TCP_PORT_DELTA = before
+
+
+def free_block(is_free: Callable[[int], bool] = is_port_available) -> int:
+    """The first of `_BLOCK_SIZE` ports in a row that are free now; at random, for servers that start together.
+
+    Raises:
+        DwdpConfigError: None was found.
+    """
+    for first in random.sample(_RANGE, _TRIES):
+        if all(is_free(port) for port in range(first, first + _BLOCK_SIZE)):
+            return first
+    raise DwdpConfigError(
+        f"no {_BLOCK_SIZE} ports in a row between {_RANGE.start} and {_RANGE.stop} are free. Set --dist-init-addr "
+        f"127.0.0.1:PORT, where the {_BLOCK_SIZE} ports from PORT on are."
+    )
+
+
+HOOKS = (Hook("sglang.srt.server_args.PortArgs.init_new", HookType.AROUND, use_free_ports),)

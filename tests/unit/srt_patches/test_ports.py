@@ -1,0 +1,55 @@
+"""Servers on neighbouring ports get inner ports of their own, in all of their processes alike."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt import server_args as sglang_server_args
+
+from sglang_dwdp.config import DwdpConfig
+from sglang_dwdp.errors import DwdpConfigError
+from sglang_dwdp.srt_patches.arguments import attach
+from sglang_dwdp.srt_patches.ports import free_block, use_free_ports
+
+
+def arguments(port: int, *, dwdp: bool = True) -> Any:
+    result = SimpleNamespace(port=port, dist_init_addr=None, device="cuda", tp_size=2)
+    attach(result, DwdpConfig() if dwdp else None)
+    return result
+
+
+def first_port(server_args: Any) -> int:
+    """As `PortArgs.init_new` makes it."""
+    return use_free_ports(lambda given: given.port + sglang_server_args.ZMQ_TCP_PORT_DELTA, server_args)
+
+
+def test_neighbours_get_blocks_apart() -> None:
+    random.seed(1)
+    starts = sorted(first_port(arguments(30000 + number)) for number in range(8))
+    assert all(later - earlier >= 7 for earlier, later in itertools.pairwise(starts))
+
+
+def test_all_processes_of_a_server_agree() -> None:
+    launcher = arguments(30000)
+    first = first_port(launcher)
+    assert first_port(pickle.loads(pickle.dumps(launcher))) == first == first_port(launcher)
+
+
+def test_sglangs_own_choice_is_left_where_it_is_asked_for() -> None:
+    delta = sglang_server_args.ZMQ_TCP_PORT_DELTA
+    assert first_port(arguments(30000, dwdp=False)) == 30000 + delta
+    addressed = arguments(30000)
+    addressed.dist_init_addr = "10.0.0.1:5000"
+    assert first_port(addressed) == 30000 + delta
+
+
+def test_a_block_is_free_throughout() -> None:
+    taken = {port for port in range(20000, 30000) if port % 70 != 3}
+    assert free_block(lambda port: port >= 25000) >= 24999
+    with pytest.raises(DwdpConfigError, match="Set --dist-init-addr"):
+        free_block(lambda port: port not in taken)
