@@ -276,6 +276,10 @@ class DwdpRuntime:
             routed = set(expert_ids.reshape(-1).tolist())
             self._counts["bytes_read_in_place"] += sum(remote[e] for e in routed if 0 <= e < len(remote))
 
+    def reset_counts(self) -> None:
+        """Forget the forwards so far: they were no request's."""
+        self._counts = dict.fromkeys(COUNTS, 0)
+
     def report(self) -> Mapping[str, int | float | str]:
         """Plain numbers and words for /server_info."""
         copied, late = (self._prefetcher.copied_bytes, self._prefetcher.late_fills) if self._prefetcher else (0, 0)

@@ -13,7 +13,6 @@ from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, Forw
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.errors import DwdpError, DwdpSetupError
-from sglang_dwdp.metrics import Counters
 from sglang_dwdp.srt_patches.forward import current_runtime
 from sglang_dwdp.srt_patches.hooks import Hook
 
@@ -39,7 +38,7 @@ def run_first_forward(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -
             f"{type(runner.model).__name__} may be unsupported (the traceback says where it failed). If it serves "
             "without --enable-dwdp, please report it."
         ) from error
-    current_runtime().counters = Counters()
+    current_runtime().reset_counts()
 
 
 def _batch(runner: Any) -> ForwardBatch:
