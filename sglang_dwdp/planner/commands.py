@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from sglang_dwdp.planner.checks import PlannerError
-
 # option, default, help
 _COUNTS = (
     ("--num-gpus", 8, "GPUs of the node (default 8)"),
@@ -64,6 +62,7 @@ def _emit(data: object) -> None:
 def _run_plan(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from sglang_dwdp.planner.checks import PlannerError
     from sglang_dwdp.planner.cost import Group
     from sglang_dwdp.planner.formats import default_precision, get_format
     from sglang_dwdp.planner.gpus import get_gpu, with_file
