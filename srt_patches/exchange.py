@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 _VARIANT = "dwdp_exchange"
 _MAX_ROWS = 256
 _WAIT_LIMIT_S = 10.0
+_NEXT_STEP_MS = 100  # after which an idle rank that has helped looks after itself again
 # Where forwards are not graphs, which are timed at start. Ranks of the CPU engine share few cores, so a peer may be
 # milliseconds late.
 _UNTIMED = StepTimes(((1, 40_000.0),), ((1, 4_000.0),))
@@ -110,11 +111,21 @@ def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args
     return output
 
 
-def idle_step(original: Callable[..., Any], adapter: Any, batch: Any) -> Any:
-    """Around `SchedulerDPAttnAdapter.prepare_mlp_sync_batch`: an idle rank helps peers that wait."""
-    if batch is None and _current:
-        _current[0].help_out()
-    return original(adapter, batch)
+def idle(original: Callable[..., None], scheduler: Any) -> None:
+    """Around `Scheduler.on_idle`: an idle rank helps peers, step after step, until it has a request of its own."""
+    if not _current:
+        original(scheduler)
+        return
+    steps, channels = _current[0], scheduler.ipc_channels
+    if not steps.help_out():
+        original(scheduler)
+        return
+    poller, bell = zmq.Poller(), steps.bells.fileno()
+    for source in (channels.recv_from_tokenizer, channels.recv_from_rpc, bell):
+        poller.register(source, zmq.POLLIN)
+    while [source for source, _ in poller.poll(_NEXT_STEP_MS)] == [bell]:
+        steps.bells.silence()
+        steps.help_out()
 
 
 def sleep(original: Callable[..., None], sleeper: Any) -> None:
@@ -145,11 +156,7 @@ def run_layer(original: Callable[..., Any], layer: Any, hidden_states: Any, topk
 
 HOOKS = (
     Hook("sglang.srt.model_executor.model_runner.ModelRunner.forward", HookType.AROUND, forward),
-    Hook(
-        "sglang.srt.managers.scheduler_components.dp_attn.SchedulerDPAttnAdapter.prepare_mlp_sync_batch",
-        HookType.AROUND,
-        idle_step,
-    ),
+    Hook("sglang.srt.managers.scheduler.Scheduler.on_idle", HookType.AROUND, idle),
     Hook("sglang.srt.managers.scheduler_components.idle_sleeper.IdleSleeper.maybe_sleep", HookType.AROUND, sleep),
     Hook("sglang.srt.managers.scheduler.Scheduler.process_batch_result", HookType.BEFORE, before_result),
     Hook("sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.forward_impl", HookType.AROUND, run_layer),

@@ -97,16 +97,21 @@ class ExchangeSteps:
         if self._waits:
             self._waits.popleft()()
 
-    def help_out(self) -> None:
+    def help_out(self) -> bool:
         """An idle rank: take part in a joint forward with no rows, if peers wait for one.
 
+        Returns:
+            Whether they did.
+
         Raises:
-            DwdpRuntimeError: As `begin`.
+            DwdpRuntimeError: As `begin` and `wait`.
         """
-        while self._waits:
+        while len(self._waits) > 1:  # peers are ahead of their GPUs by one forward, too
             self.wait()
         if self.forwards.begin(0) is None:
-            return
+            while self._waits:
+                self.wait()
+            return False
         self._join(0)
         graph = self._graphs.get(self.bucket_of(self.bucket))
         if graph is None:  # decode runs without graphs
@@ -114,6 +119,7 @@ class ExchangeSteps:
         else:
             graph.replay()
         self.end(is_joint=True)
+        return True
 
     def _join(self, rows: int) -> None:
         """The current stream is about to run a joint forward with so many own rows."""

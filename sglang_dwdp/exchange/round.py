@@ -97,8 +97,12 @@ class Round:
         )
 
     def sleepers(self, now_us: int) -> list[int]:
-        """Ranks that may be idle, so that one of them may sleep."""
-        return [rank for rank, seat in enumerate(self.seats) if seat.phase is Phase.AWAY and seat.back_us <= now_us]
+        """Ranks that may be idle, so that one of them may sleep: also those that have not come since the last round."""
+        return [
+            rank
+            for rank, seat in enumerate(self.seats)
+            if seat.phase in (Phase.AWAY, Phase.JOINT) and seat.back_us <= now_us
+        ]
 
     def joint_of(self, rank: int) -> Joint | None:
         """The joint round that `rank` is in, or None."""

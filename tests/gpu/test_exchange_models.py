@@ -21,6 +21,8 @@ from tests.gpu.test_models import Distance
 
 pytestmark = [pytest.mark.gpus(2), pytest.mark.models]
 SIZE, READY_S = 2, 300.0
+# Large enough that decoding together is the faster way, or else ranks would never choose it.
+LARGE = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "top_k": 8}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,7 @@ def test_answers_are_those_of_decoding_alone(tmp_path: Path, name: str, joint: b
         if case.kernels not in flashinfer_modules.built():
             pytest.skip(f"needs `python kernels/build.py --format {case.kernels}`")
     model = tmp_path / "model"
-    make_checkpoint(model, case.family, quantization=case.quantization, **case.shape)
+    make_checkpoint(model, case.family, quantization=case.quantization, **{**case.shape, **LARGE})
     environment = {**os.environ, **fewer_models(), **QUIET, **case.environment, "HF_HUB_OFFLINE": "1"}
     environment |= {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
     shared: dict[str, Any] = {

@@ -47,5 +47,5 @@ def test_a_rank_that_waits_wakes_one_that_sleeps() -> None:
 def test_only_ranks_that_may_be_idle_are_woken() -> None:
     seats = (Seat(Phase.ENTERED, 4), Seat(back_us=100), Seat(back_us=5), Seat(Phase.JOINT), Seat(Phase.GONE))
     state = Round(seats, Round.start(5).last)
-    assert state.sleepers(50) == [2]
-    assert state.sleepers(100) == [1, 2]
+    assert state.sleepers(50) == [2, 3]
+    assert state.sleepers(100) == [1, 2, 3]
