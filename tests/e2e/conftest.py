@@ -20,6 +20,7 @@ from sglang_dwdp import cleanup
 from sglang_dwdp.demo.server import Server
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family, make_checkpoint
+from tests.fixtures.reference import greedy_tokens
 
 # float32: in bf16 two tokens of a random model tie now and then.
 FLAGS = ("--dtype", "float32", "--skip-server-warmup", "--random-seed", "1")
@@ -29,6 +30,9 @@ STOPS = cycle((signal.SIGTERM, signal.SIGINT))
 
 Running = Callable[..., AbstractContextManager[Server]]
 Answers = list[list[int]]
+Reference = Callable[..., Answers]
+# Installs a plugin of SGLang's, of a name and with a source; the result is the environment in which it is found.
+Plugin = Callable[[str, str], dict[str, str]]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -78,13 +82,7 @@ class Footprint:
 
 
 @pytest.fixture(scope="session")
-def stopped() -> list[int]:
-    """The exit codes of all servers that were stopped and left nothing."""
-    return []
-
-
-@pytest.fixture(scope="session")
-def running(tmp_path_factory: pytest.TempPathFactory, stopped: list[int]) -> Running:
+def running(tmp_path_factory: pytest.TempPathFactory) -> Running:
     """A server, ready; stopped in the end by SIGTERM and SIGINT in turn, after which nothing may be left."""
 
     @contextmanager
@@ -101,10 +99,9 @@ def running(tmp_path_factory: pytest.TempPathFactory, stopped: list[int]) -> Run
             yield server
             if dwdp is not None:
                 assert [report["collectives"] for report in server.reports()] == [0] * ranks
-            code = server.stop(next(STOPS))
+            server.stop(next(STOPS))
             if dwdp is not None:
                 assert footprint.left() == set()
-                stopped.append(code)
         finally:
             server.kill()
 
@@ -128,15 +125,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family, int], 
 
 
 @pytest.fixture(scope="session")
-def reference(running: Running, models: Callable[[Family, int], Path]) -> Callable[..., Answers]:
-    """The tokens of PROMPTS by a single rank that holds all experts."""
+def reference(models: Callable[[Family, int], Path]) -> Reference:
+    """The tokens of PROMPTS by transformers' implementation of the model, which knows nothing of ranks or of SGLang."""
     known: dict[tuple[Family, int], Answers] = {}
 
-    def answers(family: Family, num_experts: int, **how: Any) -> Answers:
+    def answers(family: Family, num_experts: int, change: Callable[[torch.nn.Module], None] | None = None) -> Answers:
         key = (family, num_experts)
         if key not in known:
-            with running(models(family, num_experts), 1, **how) as server:
-                known[key] = [server.generate(prompt, MAX_NEW_TOKENS) for prompt in PROMPTS]
+            known[key] = greedy_tokens(models(*key), PROMPTS, MAX_NEW_TOKENS, change)
             different = {tuple(tokens) for tokens in known[key]}
             assert len(different) > len(PROMPTS) // 2, "degenerate answers compare nothing"
         return known[key]
@@ -144,16 +140,17 @@ def reference(running: Running, models: Callable[[Family, int], Path]) -> Callab
     return answers
 
 
-@pytest.fixture
-def plugin(tmp_path: Path) -> Callable[[str, str], dict[str, str]]:
+@pytest.fixture(scope="session")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Plugin:
     """Installs a plugin of SGLang's for one server; returns the environment in which it is found."""
 
     def install(name: str, source: str) -> dict[str, str]:
-        (tmp_path / f"{name}.py").write_text(source)
-        info = tmp_path / f"{name}-0.dist-info"
+        folder = tmp_path_factory.mktemp("plugin")
+        (folder / f"{name}.py").write_text(source)
+        info = folder / f"{name}-0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
         (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {name}:register\n")
-        return {"PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))}
+        return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
 
     return install

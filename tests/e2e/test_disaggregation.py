@@ -14,7 +14,7 @@ import requests
 from benchmarks.processes import Process
 from benchmarks.serving.servers import router_command, wait_healthy
 from sglang_dwdp.demo.server import Server, free_port
-from tests.e2e.conftest import FLAGS, Answers, Footprint
+from tests.e2e.conftest import FLAGS, Answers, Footprint, Plugin, Reference
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family
 
@@ -34,7 +34,7 @@ def register():
 
 
 @pytest.fixture
-def expected(reference: Callable[..., Answers]) -> Answers:
+def expected(reference: Reference) -> Answers:
     return reference("qwen3_moe", 9)
 
 
@@ -42,7 +42,7 @@ def expected(reference: Callable[..., Answers]) -> Answers:
 def group(
     expected: Answers,
     models: Callable[[Family, int], Path],
-    plugin: Callable[[str, str], dict[str, str]],
+    plugin: Plugin,
     tmp_path: Path,
 ) -> Iterator[tuple[Server, str]]:
     """The prefill server, and the router's URL."""
