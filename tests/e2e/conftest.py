@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from sglang_dwdp import cleanup
+from sglang_dwdp.demo import server as demo_server
 from sglang_dwdp.demo.server import Server
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family, make_checkpoint
@@ -79,6 +80,15 @@ class Footprint:
                 if mark in (entry / "environ").read_bytes().split(b"\0"):
                     found.add(f"process {entry.name} " + (entry / "cmdline").read_text().replace("\0", " ")[:80])
         return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_ports() -> None:
+    """A range of ports for each of pytest-xdist's workers: servers that start at the same time see none in use."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    size = len(demo_server.PORTS) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    # A server takes ports up to 240 above its own as well.
+    demo_server.PORTS = demo_server.PORTS[size * worker : size * (worker + 1) - 240]
 
 
 @pytest.fixture(scope="session")
