@@ -51,12 +51,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 class Footprint:
     """What a server could leave behind: processes, shared memory, socket files, abstract sockets.
 
-    directory: the server's TMPDIR, which also marks its processes.
+    Made before the server starts. Other servers run beside it, and those without DWDP leave SGLang's own files: of
+    files with such names only those count that this server has mapped.
+
+    Args:
+        directory: The server's TMPDIR, which also marks its processes.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.before = set(Path("/dev/shm").iterdir())
+        self.before = set(cleanup.SHM.iterdir())
+        self.own: set[Path] = set()
+
+    def look(self, server: Server) -> None:
+        """Note what the server maps; called shortly before it is stopped."""
+        self.own |= cleanup.mapped(cleanup.descendants(server.process.pid))
+        assert self.own, "SGLang's servers map files of their own, and none was found"
 
     def left(self, within_s: float = 40.0) -> set[str]:
         """What is there and does not go within some seconds."""
@@ -66,8 +76,8 @@ class Footprint:
         return found
 
     def _now(self) -> set[str]:
-        new = set(Path("/dev/shm").iterdir()) - self.before
-        files = new - cleanup.mapped(cleanup.all_pids())  # what other programs of the machine use
+        new = set(cleanup.SHM.iterdir()) - self.before
+        files = new - (cleanup.named() - self.own) - cleanup.mapped(cleanup.all_pids())
         sockets = {path for path in self.directory.rglob("*") if path.is_socket()}
         names = re.findall(r"@sglang-dwdp\S*", Path("/proc/net/unix").read_text())
         return {str(path) for path in files | sockets} | set(names) | self._processes()
@@ -93,25 +103,23 @@ def _own_ports() -> None:
 
 @pytest.fixture(scope="session")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Running:
-    """A server, ready; stopped in the end by SIGTERM and SIGINT in turn, after which nothing may be left."""
+    """A server with DWDP, ready; stopped in the end by SIGTERM and SIGINT in turn, after which nothing may be left."""
 
     @contextmanager
-    def run(model: Path, ranks: int, *, dwdp: Sequence[str] | None = None, **how: Any) -> Iterator[Server]:
+    def run(model: Path, ranks: int, *, dwdp: Sequence[str] = (), **how: Any) -> Iterator[Server]:
         directory = tmp_path_factory.mktemp("server")
         footprint = Footprint(directory)
         flags = (*FLAGS, *how.pop("flags", ()))
         environment = {"TMPDIR": str(directory), "OMP_NUM_THREADS": "1"} | how.pop("environment", {})
-        if dwdp is not None:
-            dwdp = ("--dwdp-audit", *dwdp)
+        dwdp = ("--dwdp-audit", *dwdp)
         server = Server(model, ranks, directory / "log", dwdp=dwdp, flags=flags, environment=environment, **how)
         try:
             server.wait()
             yield server
-            if dwdp is not None:
-                assert [report["collectives"] for report in server.reports()] == [0] * ranks
+            assert [report["collectives"] for report in server.reports()] == [0] * ranks
+            footprint.look(server)
             server.stop(next(STOPS))
-            if dwdp is not None:
-                assert footprint.left() == set()
+            assert footprint.left() == set()
         finally:
             server.kill()
 

@@ -67,6 +67,7 @@ def group(
         "--disaggregation-bootstrap-port",
         str(bootstrap),
     )
+    footprint = Footprint(tmp_path / "prefill")
     prefill = server("prefill", 2, ("--dwdp-audit", "--dwdp-direct-max-tokens", "64"), *options)
     # SGLang's default keeps pinned host memory for retracted requests, which takes a CUDA driver.
     decode = server("decode", 1, None, "--disaggregation-decode-retraction-backup", "cpu_tensor")
@@ -78,9 +79,9 @@ def group(
         command = router_command(prefill.url, bootstrap, decode.url, router_port)
         router = Process("the router", command, dict(os.environ), tmp_path / "router.log")
         wait_healthy(router, url, 120)
-        footprint = Footprint(tmp_path / "prefill")
         yield prefill, url
         router.stop()
+        footprint.look(prefill)
         prefill.stop()
         assert footprint.left() == set()
         decode.stop()
