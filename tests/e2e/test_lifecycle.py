@@ -116,7 +116,7 @@ def test_a_hook_that_does_not_take_stops_the_server(models: Models, plugin: Plug
     server = Server(models("qwen3_moe", 8), 2, tmp_path / "log", dwdp=(), environment=environment)
     try:
         with pytest.raises(ServerFailed, match="the server ended with exit code"):
-            server.wait(120)
+            server.wait()
     finally:
         server.kill()
     log = server.log.read_text()
