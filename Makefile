@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Two at a time, files one by one, servers first: a server that starts or stops mostly waits or keeps one core busy.
+TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast test-gpu test-gpus test-models test-models-gpu test-serving test-kits smoke lint types clean
 
@@ -9,13 +11,13 @@ demo: $(VENV)/.installed  ## serve a small MoE model with DWDP on this machine's
 	$(BIN)/sglang-dwdp demo
 
 test: $(VENV)/.installed  ## all tests, with real servers on the CPU engine
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TOGETHER)
 
 test-fast: $(VENV)/.installed  ## the tests that start no server
-	$(BIN)/python -m pytest -m "not e2e"
+	$(BIN)/python -m pytest $(TOGETHER) -m "not e2e"
 
 test-serving: $(VENV)/.installed  ## a prefill server with DWDP beside a decode server; mixed chunks; the driver of engines
-	$(BIN)/python -m pytest -m serving
+	$(BIN)/python -m pytest $(TOGETHER) -m serving
 
 test-kits: $(VENV)/.installed  ## SGLang's own test kits against two DWDP ranks, about 15 minutes
 	for file in tests/kits/test_*.py; do $(BIN)/python -m pytest -m kits $$file || exit 1; done

@@ -14,12 +14,13 @@ if not cpu_engine.has_cuda_driver():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs more GPUs than there are.
+    """Servers first, so that what is short comes last and fills the gaps; skip what needs more GPUs than there are.
 
     One is enough for all ranks of a test marked `gpu(ranks)`; `gpus(count)` asks for so many, that reach each other.
     """
     import torch
 
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
         if (mark := item.get_closest_marker("gpu")) and not found:

@@ -26,6 +26,8 @@ STUBS = Path(__file__).resolve().parent / "stubs"
 MODEL_MODULES = frozenset(
     ("deepseek_v2", "glm4_moe", "gpt_oss", "llama4", "minimax_m2", "mixtral", "mllama4", "qwen2_moe", "qwen3_moe")
 )
+# Below the range from which the system hands out ports by itself. Tests that run beside each other divide it.
+PORTS = range(20000, 30000)
 
 
 class ServerFailed(DwdpError):
@@ -161,13 +163,13 @@ def fewer_models() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that is free now, below the range from which the system hands out ports by itself.
+    """A port of `PORTS` that is free now.
 
     With attention data parallelism SGLang takes ports some hundreds above as well.
     """
     for _ in range(100):
-        port = random.randrange(20000, 30000)
+        port = random.choice(PORTS)
         with socket.socket() as trial:
             if trial.connect_ex(("127.0.0.1", port)) != 0:
                 return port
-    raise ServerFailed("no free port between 20000 and 30000")
+    raise ServerFailed(f"no free port between {PORTS.start} and {PORTS.stop}")

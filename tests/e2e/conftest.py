@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_dwdp.demo import server as demo_server
 from sglang_dwdp.demo.server import Server
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family, make_checkpoint
+from tests.fixtures.reference import greedy_tokens
 
 # float32: in bf16 two tokens of a random model tie now and then.
 FLAGS = ("--dtype", "float32", "--skip-server-warmup", "--random-seed", "1")
@@ -28,6 +30,9 @@ STOPS = cycle((signal.SIGTERM, signal.SIGINT))
 
 Running = Callable[..., AbstractContextManager[Server]]
 Answers = list[list[int]]
+Reference = Callable[..., Answers]
+# Installs a plugin of SGLang's, of a name and with a source; the result is the environment in which it is found.
+Plugin = Callable[[str, str], dict[str, str]]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -45,7 +50,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 class Footprint:
     """What a server could leave behind: processes, shared memory, socket files, abstract sockets.
 
-    directory: the server's TMPDIR, which also marks its processes.
+    Made before the server starts. What another server has while it sets up goes while this one waits.
+
+    Args:
+        directory: The server's TMPDIR, which also marks its processes.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -76,32 +84,32 @@ class Footprint:
         return found
 
 
-@pytest.fixture(scope="session")
-def stopped() -> list[int]:
-    """The exit codes of all servers that were stopped and left nothing."""
-    return []
+@pytest.fixture(scope="session", autouse=True)
+def _own_ports() -> None:
+    """A range of ports for each of pytest-xdist's workers: servers that start at the same time see none in use."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    size = len(demo_server.PORTS) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    # A server takes ports up to 240 above its own as well.
+    demo_server.PORTS = demo_server.PORTS[size * worker : size * (worker + 1) - 240]
 
 
 @pytest.fixture(scope="session")
-def running(tmp_path_factory: pytest.TempPathFactory, stopped: list[int]) -> Running:
-    """A server, ready; stopped in the end by SIGTERM and SIGINT in turn, after which nothing may be left."""
+def running(tmp_path_factory: pytest.TempPathFactory) -> Running:
+    """A server with DWDP, ready; stopped in the end by SIGTERM and SIGINT in turn, after which nothing may be left."""
 
     @contextmanager
-    def run(model: Path, ranks: int, *, dwdp: Sequence[str] | None = None, **how: Any) -> Iterator[Server]:
+    def run(model: Path, ranks: int, *, dwdp: Sequence[str] = (), **how: Any) -> Iterator[Server]:
         directory = tmp_path_factory.mktemp("server")
         footprint = Footprint(directory)
         flags = (*FLAGS, *how.pop("flags", ()))
         environment = {"TMPDIR": str(directory), "OMP_NUM_THREADS": "1"} | how.pop("environment", {})
-        if dwdp is not None:
-            dwdp = ("--dwdp-audit", *dwdp)
+        dwdp = ("--dwdp-audit", *dwdp)
         server = Server(model, ranks, directory / "log", dwdp=dwdp, flags=flags, environment=environment, **how)
         try:
             server.wait()
             yield server
-            code = server.stop(next(STOPS))
-            if dwdp is not None:
-                assert footprint.left() == set()
-                stopped.append(code)
+            server.stop(next(STOPS))
+            assert footprint.left() == set()
         finally:
             server.kill()
 
@@ -125,15 +133,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family, int], 
 
 
 @pytest.fixture(scope="session")
-def reference(running: Running, models: Callable[[Family, int], Path]) -> Callable[..., Answers]:
-    """The tokens of PROMPTS by a single rank that holds all experts."""
+def reference(models: Callable[[Family, int], Path]) -> Reference:
+    """The tokens of PROMPTS by transformers' implementation of the model, which knows nothing of ranks or of SGLang."""
     known: dict[tuple[Family, int], Answers] = {}
 
-    def answers(family: Family, num_experts: int, **how: Any) -> Answers:
+    def answers(family: Family, num_experts: int, change: Callable[[torch.nn.Module], None] | None = None) -> Answers:
         key = (family, num_experts)
         if key not in known:
-            with running(models(family, num_experts), 1, **how) as server:
-                known[key] = [server.generate(prompt, MAX_NEW_TOKENS) for prompt in PROMPTS]
+            known[key] = greedy_tokens(models(*key), PROMPTS, MAX_NEW_TOKENS, change)
             different = {tuple(tokens) for tokens in known[key]}
             assert len(different) > len(PROMPTS) // 2, "degenerate answers compare nothing"
         return known[key]
@@ -141,16 +148,17 @@ def reference(running: Running, models: Callable[[Family, int], Path]) -> Callab
     return answers
 
 
-@pytest.fixture
-def plugin(tmp_path: Path) -> Callable[[str, str], dict[str, str]]:
+@pytest.fixture(scope="session")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Plugin:
     """Installs a plugin of SGLang's for one server; returns the environment in which it is found."""
 
     def install(name: str, source: str) -> dict[str, str]:
-        (tmp_path / f"{name}.py").write_text(source)
-        info = tmp_path / f"{name}-0.dist-info"
+        folder = tmp_path_factory.mktemp("plugin")
+        (folder / f"{name}.py").write_text(source)
+        info = folder / f"{name}-0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
         (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {name}:register\n")
-        return {"PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))}
+        return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
 
     return install

@@ -14,7 +14,7 @@ import requests
 from benchmarks.processes import Process
 from benchmarks.serving.servers import router_command, wait_healthy
 from sglang_dwdp.demo.server import Server, free_port
-from tests.e2e.conftest import FLAGS, Answers, Footprint
+from tests.e2e.conftest import FLAGS, Answers, Footprint, Plugin, Reference
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family
 
@@ -34,7 +34,7 @@ def register():
 
 
 @pytest.fixture
-def expected(reference: Callable[..., Answers]) -> Answers:
+def expected(reference: Reference) -> Answers:
     return reference("qwen3_moe", 9)
 
 
@@ -42,7 +42,7 @@ def expected(reference: Callable[..., Answers]) -> Answers:
 def group(
     expected: Answers,
     models: Callable[[Family, int], Path],
-    plugin: Callable[[str, str], dict[str, str]],
+    plugin: Plugin,
     tmp_path: Path,
 ) -> Iterator[tuple[Server, str]]:
     """The prefill server, and the router's URL."""
@@ -67,6 +67,7 @@ def group(
         "--disaggregation-bootstrap-port",
         str(bootstrap),
     )
+    footprint = Footprint(tmp_path / "prefill")
     prefill = server("prefill", 2, ("--dwdp-audit", "--dwdp-direct-max-tokens", "64"), *options)
     # SGLang's default keeps pinned host memory for retracted requests, which takes a CUDA driver.
     decode = server("decode", 1, None, "--disaggregation-decode-retraction-backup", "cpu_tensor")
@@ -78,9 +79,9 @@ def group(
         command = router_command(prefill.url, bootstrap, decode.url, router_port)
         router = Process("the router", command, dict(os.environ), tmp_path / "router.log")
         wait_healthy(router, url, 120)
-        footprint = Footprint(tmp_path / "prefill")
         yield prefill, url
         router.stop()
+        footprint.look(prefill)
         prefill.stop()
         assert footprint.left() == set()
         decode.stop()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Answers, Running
+from tests.e2e.conftest import Reference, Running
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family
 
@@ -17,7 +17,7 @@ ROUNDS = ("joint_rounds", "helped_rounds", "alone_rounds", "withdrawn_rounds")
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_decode_together(
-    running: Running, models: Callable[[Family, int], Path], reference: Callable[..., Answers], ranks: int
+    running: Running, models: Callable[[Family, int], Path], reference: Reference, ranks: int
 ) -> None:
     """The tokens are those of one rank: in float32 no two best tokens of these prompts are close."""
     expected = reference("qwen3_moe", 8)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Answers, Running
+from tests.e2e.conftest import Plugin, Reference, Running
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family
 
@@ -31,8 +31,8 @@ def register():
 def test_mixed_chunks_give_the_same_tokens(
     running: Running,
     models: Callable[[Family, int], Path],
-    reference: Callable[..., Answers],
-    plugin: Callable[[str, str], dict[str, str]],
+    reference: Reference,
+    plugin: Plugin,
     tmp_path: Path,
 ) -> None:
     expected = reference("qwen3_moe", 9)

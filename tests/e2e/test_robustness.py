@@ -12,25 +12,39 @@ import pytest
 import requests
 
 from sglang_dwdp.demo.server import Server
-from tests.e2e.conftest import FLAGS, Answers, Running
+from tests.e2e import views
+from tests.e2e.conftest import FLAGS, Answers, Plugin, Reference, Running
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family
 
-BUSY_S = 60.0
-Models = Callable[[Family, int], Path]
+BUSY_S = 30.0
+LIMIT = 64  # tokens of a forward that reads in place
 _FIXED = "not supported with --enable-dwdp"
 
 
 @pytest.fixture(scope="module")
-def server(running: Running, models: Models, expected: Answers) -> Iterator[Server]:
-    del expected  # asked for so that the reference's server comes and goes before this one
-    with running(models("qwen3_moe", 8), 3, dwdp=("--dwdp-direct-max-tokens", "64")) as server:
+def view(tmp_path_factory: pytest.TempPathFactory) -> views.ViewFile:
+    return views.ViewFile(tmp_path_factory.mktemp("view") / "view")
+
+
+@pytest.fixture(scope="module")
+def server(
+    running: Running, models: Callable[[Family, int], Path], plugin: Plugin, view: views.ViewFile
+) -> Iterator[Server]:
+    environment = plugin("view_switch", views.PLUGIN) | view.environment
+    dwdp = ("--dwdp-direct-max-tokens", str(LIMIT))
+    with running(models("qwen3_moe", 8), 3, dwdp=dwdp, environment=environment) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def expected(reference: Callable[..., Answers]) -> Answers:
+def expected(reference: Reference) -> Answers:
     return reference("qwen3_moe", 8)
+
+
+def test_staged_and_direct(server: Server, view: views.ViewFile, expected: Answers) -> None:
+    """8 experts do not divide evenly among 3 ranks."""
+    views.check_staged_and_direct(server, view, expected, LIMIT)
 
 
 def ask_all(server: Server, expected: Answers, requests_: list[tuple[int, int | None]], at_once: int) -> None:
@@ -83,7 +97,11 @@ def test_a_client_that_disconnects(server: Server, expected: Answers) -> None:
 
 
 def test_a_rank_that_is_killed_ends_its_server_at_once(
-    server: Server, expected: Answers, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server,
+    expected: Answers,
+    models: Callable[[Family, int], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of a second server, on the next port of the host."""
     monkeypatch.setattr("sglang_dwdp.demo.server.free_port", lambda: server.port + 1)
@@ -145,14 +163,15 @@ def test_requests_for_weights_are_answered_with_an_error(
     ask_all(server, expected, [(4, rank) for rank in range(3)], 3)
 
 
-def test_the_server_reports_what_it_does(server: Server) -> None:
+def test_the_server_reports_what_it_does(server: Server, expected: Answers) -> None:
+    ask_all(server, expected, [(number, rank) for number in (0, 15) for rank in range(3)], 6)
     info = requests.get(f"{server.url}/server_info", timeout=30).json()
     assert info["dwdp_size"] == 3
     assert info["dp_size"] == 3  # the ranks that a router may name
     assert [report["rank"] for report in server.reports()] == [0, 1, 2]
     for report in server.reports():
         assert report["transport"] == "host-shm"
-        assert report["direct_max_tokens"] == 64
+        assert report["direct_max_tokens"] == LIMIT
         assert report["late_fills"] == 0
         assert report["bytes_copied"] > 0
         assert report["bytes_read_in_place"] > 0

@@ -1,4 +1,4 @@
-"""Sessions on a server with several ranks: no turn loses the history of the turns before it."""
+"""A server of two ranks with sessions: no turn loses the history of the turns before it, and tokens are right."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import pytest
 import requests
 
 from sglang_dwdp.demo.server import Server
-from tests.e2e.conftest import Running
+from sglang_dwdp.experts.direct_limit import direct_limit
+from tests.e2e import views
+from tests.e2e.conftest import Plugin, Reference, Running
 from tests.fixtures.families import Family
 
 TURNS, NEW_TOKENS, SESSIONS = 3, 8, 8
@@ -19,10 +21,23 @@ TEXT = "The quick brown fox jumps"
 
 
 @pytest.fixture(scope="module")
-def server(running: Running, models: Callable[[Family, int], Path]) -> Iterator[Server]:
+def view(tmp_path_factory: pytest.TempPathFactory) -> views.ViewFile:
+    return views.ViewFile(tmp_path_factory.mktemp("view") / "view")
+
+
+@pytest.fixture(scope="module")
+def server(
+    running: Running, models: Callable[[Family, int], Path], plugin: Plugin, view: views.ViewFile
+) -> Iterator[Server]:
+    environment = plugin("view_switch", views.PLUGIN) | view.environment
     flags = ("--enable-streaming-session",)
-    with running(models("qwen3_moe", 8), 2, dwdp=("--dwdp-direct-max-tokens", "64"), flags=flags) as server:
+    with running(models("qwen3_moe", 8), 2, dwdp=(), flags=flags, environment=environment) as server:
         yield server
+
+
+def test_staged_and_direct(server: Server, view: views.ViewFile, reference: Reference) -> None:
+    """8 experts divide evenly among 2 ranks; the limit is DWDP's own."""
+    views.check_staged_and_direct(server, view, reference("qwen3_moe", 8), direct_limit(8, 2))
 
 
 def post(server: Server, path: str, body: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Starting in other ways, not starting, and the sum of all stops (so this module runs last)."""
+"""Starting in other ways than tests elsewhere do, and not starting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sglang_dwdp.demo.server import Server, ServerFailed, fewer_models, free_port
-from tests.e2e.conftest import Answers, Footprint
+from tests.e2e.conftest import Footprint, Plugin, Reference
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.environment import plain_environment
 from tests.fixtures.families import Family
@@ -71,10 +71,8 @@ def shell() -> dict[str, str]:
     return {**fewer_models(), **plain_environment(), "SGLANG_USE_CPU_ENGINE": "1"}
 
 
-def test_sglang_serve_with_a_config_file(
-    models: Models, reference: Callable[..., Answers], tmp_path: Path, stopped: list[int]
-) -> None:
-    expected = reference("qwen3_moe", 8)  # its server comes and goes before the footprint is taken
+def test_sglang_serve_with_a_config_file(models: Models, reference: Reference, tmp_path: Path) -> None:
+    expected = reference("qwen3_moe", 8)
     model, port = models("qwen3_moe", 8), free_port()
     config = tmp_path / "server.yaml"
     config.write_text(
@@ -97,13 +95,14 @@ def test_sglang_serve_with_a_config_file(
         assert server.generate(PROMPTS[9], MAX_NEW_TOKENS, 1) == expected[9]
         assert [report["view"] for report in server.reports()] == ["staged", "staged"]
         assert server.reports()[1]["staged_forwards"] > 0
-        stopped.append(server.stop(signal.SIGINT))
+        footprint.look(server)
+        server.stop(signal.SIGINT)
         assert footprint.left() == set()
     finally:
         server.kill()
 
 
-def test_engine_keywords(models: Models, reference: Callable[..., Answers], tmp_path: Path) -> None:
+def test_engine_keywords(models: Models, reference: Reference, tmp_path: Path) -> None:
     program, prompts = tmp_path / "program.py", tmp_path / "prompts.json"
     program.write_text(ENGINE)
     prompts.write_text(json.dumps(PROMPTS[:6]))
@@ -123,14 +122,12 @@ def test_engine_keywords(models: Models, reference: Callable[..., Answers], tmp_
     assert message.startswith("save_sharded_model is not supported with --enable-dwdp")
 
 
-def test_a_hook_that_does_not_take_stops_the_server(
-    models: Models, plugin: Callable[[str, str], dict[str, str]], tmp_path: Path
-) -> None:
+def test_a_hook_that_does_not_take_stops_the_server(models: Models, plugin: Plugin, tmp_path: Path) -> None:
     environment = plugin("breaker", BREAKER)
     server = Server(models("qwen3_moe", 8), 2, tmp_path / "log", dwdp=(), environment=environment)
     try:
         with pytest.raises(ServerFailed, match="the server ended with exit code"):
-            server.wait(120)
+            server.wait()
     finally:
         server.kill()
     log = server.log.read_text()
@@ -175,10 +172,3 @@ def test_a_conflict_is_one_line_and_exit_code_2(models: Models, flags: tuple[str
     assert len(errors) == 1
     assert errors[0].startswith(f"sglang-dwdp: error: --enable-dwdp cannot be used here: {message}")
     assert "Traceback" not in result.stderr
-
-
-def test_servers_stopped_in_a_row_left_nothing(stopped: list[int], request: pytest.FixtureRequest) -> None:
-    """The fixture checked after every stop; a whole run of this folder has at least eight of them."""
-    if len({item.path for item in request.session.items if item.path.parent == Path(__file__).parent}) < 3:
-        pytest.skip("counts only in a run of all of tests/e2e")
-    assert len(stopped) >= 8
