@@ -3,6 +3,7 @@
 A rank meets its peers before a decode forward. In a joint one, `FusedMoE.forward_impl` sends rows instead of reading
 experts; on GPUs that is a second CUDA graph of each decode bucket, captured beside the direct one. An idle rank looks
 for peers that wait where SGLang's scheduler would sleep or spin, and computes their rows without a batch of its own.
+What is shared between these hooks is in `exchange_steps.py`.
 """
 
 from __future__ import annotations

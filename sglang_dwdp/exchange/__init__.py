@@ -7,14 +7,15 @@ it *jointly*: in each MoE layer rows travel to the ranks that store their expert
     round.py    when a forward is joint: a pure state machine
     page.py     its state in shared memory, under a lock that outlives no rank (lock.py)
     policy.py   how long a rank waits for peers: pure, from measured times
+    bells.py    how a rank that waits wakes idle peers that sleep
     meeting.py  one rank's side: enter, wait, run joint or alone
     inbox.py    how rows travel, as a protocol: host_inbox.py (CPU engine), flashinfer_inbox.py (NVLink)
-    layer.py    one MoE layer of a joint forward; reference.py is what it must compute
+    layer.py    one MoE layer of a joint forward
     joint.py    all of it, as the engine calls it
 
 Set-up, by all ranks together, over a connected handshake:
 
-    meeting = Meeting(share_page(handshake), times)
+    meeting = Meeting(share_page(handshake), times, share_bells(handshake))
     inbox = FlashInferInbox(handshake, num_experts, shape, layer_ids, meeting.page.lost)
     joint = JointForwards(meeting, inbox, max_bucket, limit_s)
 
@@ -30,7 +31,7 @@ A step:
     …
     wait()                                   # before the result is asked for, perhaps when the next step is launched
 
-A rank with nothing to run calls `joint.begin(0)` whenever its scheduler comes by; if that gives a round, it replays
+A rank with nothing to run calls `joint.begin(0)` whenever its scheduler comes by, or its bell rings; if that gives a round, it replays
 the joint graph of `round.bucket` with rows of padding only, whose ids are -1. On an error of `begin`, `layer` or `wait`
 joint forwards have ended for the group: `begin` gives None from then on, on every rank.
 """

@@ -19,9 +19,9 @@ from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.exchange.flashinfer_inbox import FlashInferInbox
 from sglang_dwdp.exchange.inbox import RowShape
 from sglang_dwdp.exchange.layer import Experts, run_joint, shard_table
-from sglang_dwdp.exchange.reference import joint_layer
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.memory.handshake import Exchange
+from tests.fixtures.joint_layer import joint_layer
 from tests.unit.exchange.processes import PATIENT, answer, open_meeting, ranks
 
 pytestmark = pytest.mark.gpus(2)

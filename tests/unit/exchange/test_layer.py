@@ -24,8 +24,8 @@ from sglang_dwdp.exchange import host_inbox
 from sglang_dwdp.exchange.host_inbox import HostInbox, share_inbox
 from sglang_dwdp.exchange.inbox import RowShape
 from sglang_dwdp.exchange.layer import run_joint, shard_table
-from sglang_dwdp.exchange.reference import joint_layer
 from sglang_dwdp.experts.placement import Placement, balanced
+from tests.fixtures.joint_layer import joint_layer
 from tests.unit.exchange.moe import Weights, random_rows
 from tests.unit.exchange.processes import answer, ranks
 
