@@ -121,8 +121,11 @@ def idle(original: Callable[..., None], scheduler: Any) -> None:
     if not steps.help_out():
         original(scheduler)
         return
+    sockets = [one for one in (channels.recv_from_tokenizer, channels.recv_from_rpc) if isinstance(one, zmq.Socket)]
+    if not sockets:  # requests come another way, so look there after each step
+        return
     poller, bell = zmq.Poller(), steps.bells.fileno()
-    for source in (channels.recv_from_tokenizer, channels.recv_from_rpc, bell):
+    for source in (*sockets, bell):
         poller.register(source, zmq.POLLIN)
     while [source for source, _ in poller.poll(_NEXT_STEP_MS)] == [bell]:
         steps.bells.silence()
