@@ -31,7 +31,7 @@ A step:
     …
     wait()                                   # before the result is asked for, perhaps when the next step is launched
 
-A rank with nothing to run calls `joint.begin(0)` whenever its scheduler comes by, or its bell rings; if that gives a round, it replays
-the joint graph of `round.bucket` with rows of padding only, whose ids are -1. On an error of `begin`, `layer` or `wait`
-joint forwards have ended for the group: `begin` gives None from then on, on every rank.
+A rank with nothing to run calls `joint.begin(0)` whenever its scheduler comes by, or its bell rings; if that gives a
+round, it replays the joint graph of `round.bucket` with rows of padding only, whose ids are -1. On an error of `begin`,
+`layer` or `wait` joint forwards have ended for the group: `begin` gives None from then on, on every rank.
 """
