@@ -116,10 +116,10 @@ def gpu_memory(engine: Engine) -> list[float]:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return []
-    mine, found = engine.process.pids(), dict[str, float]()
+    pids, found = engine.process.pids(), dict[str, float]()
     for line in done.stdout.splitlines():
         gpu, pid, used = (word.strip() for word in line.split(","))
-        if pid.isdigit() and int(pid) in mine and used.isdigit():
+        if pid.isdigit() and int(pid) in pids and used.isdigit():
             found[gpu] = found.get(gpu, 0.0) + int(used) / 1024
     return [round(used, 1) for _, used in sorted(found.items())]
 

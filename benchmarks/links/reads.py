@@ -48,8 +48,8 @@ def measure(
     """
     result: dict[str, Any] = {"rows": []}
     peers, resident = layer.direct["w13_weight"], layer.full["w13_weight"]
-    mine = layer.placement.shard(layer.rank)
-    remote = [expert for expert in range(shape.experts) if expert not in mine]
+    shard = layer.placement.shard(layer.rank)
+    remote = [expert for expert in range(shape.experts) if expert not in shard]
     for tokens in TOKENS:
         counts = choose(tokens, shape.top_k, remote, layer.rank).flatten().bincount(minlength=shape.experts)
         ends = counts.cumsum(0).int().to(device.device)

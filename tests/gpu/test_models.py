@@ -258,9 +258,9 @@ def test_parity(engines: Engines, name: str, ranks: int) -> None:
     different = {tuple(tokens) for tokens, _, _ in expected}
     assert len(different) > len(LENGTHS) // 2, "degenerate answers compare nothing"
     for rank, answers in enumerate(result["answers"]):
-        for length, mine, theirs in zip(LENGTHS, answers, expected, strict=True):
-            assert mine[0] == theirs[0], f"tokens of rank {rank} after {length} tokens"
-            assert mine[1] == theirs[1], f"log-probabilities of rank {rank} after {length} tokens"
+        for length, got, wanted in zip(LENGTHS, answers, expected, strict=True):
+            assert got[0] == wanted[0], f"tokens of rank {rank} after {length} tokens"
+            assert got[1] == wanted[1], f"log-probabilities of rank {rank} after {length} tokens"
     assert len(result["answers"]) == ranks
     for report in result["reports"]:
         assert report["direct_forwards"] > 0
@@ -307,11 +307,11 @@ class Distance:
     difference, where tokens part, of the second rank's two best log-probabilities.
     """
 
-    def __init__(self, mine: Answers, theirs: Answers) -> None:
+    def __init__(self, got: Answers, wanted: Answers) -> None:
         differences, gaps = [], [0.0]
-        for (tokens, chosen, _), (others, their_chosen, best) in zip(mine, theirs, strict=True):
+        for (tokens, chosen, _), (others, wanted_chosen, best) in zip(got, wanted, strict=True):
             same = next((i for i, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b), len(tokens))
-            differences += [abs(a - b) for a, b in zip(chosen[:same], their_chosen[:same], strict=True)]
+            differences += [abs(a - b) for a, b in zip(chosen[:same], wanted_chosen[:same], strict=True)]
             if same < len(tokens):
                 gaps.append(best[same][0] - best[same][1])
         self.tokens, self.largest, self.gap = len(differences), max(differences, default=0.0), max(gaps)

@@ -70,9 +70,9 @@ def test_moe_on_views_gpu(fused_experts: Any, size: int, view: Any, skewed: bool
                 runtime.prime()
                 for layer, result in zip(layers, row, strict=True):
                     runtime.wait(layer.layer_id)
-                    mine = moe(case, layer.tensors["w13_weight"], layer.tensors["w2_weight"])
+                    got = moe(case, layer.tensors["w13_weight"], layer.tensors["w2_weight"])
                     runtime.release(layer.layer_id)
-                    same &= torch.equal(mine, result)
+                    same &= torch.equal(got, result)
                 runtime.end_forward(len(case[0]))
         return same
 

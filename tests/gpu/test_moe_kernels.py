@@ -117,10 +117,10 @@ class Mxfp4:
         layer = torch.nn.Module()
         layer.moe_runner_config = SimpleNamespace(gate_up_interleaved=False, gemm1_alpha=ALPHA, gemm1_clamp_limit=LIMIT)
         layer.num_local_experts = len(experts["w13"])
-        for mine, theirs in (("13", "w13"), ("2", "w2")):
+        for key, attribute in (("13", "w13"), ("2", "w2")):
             for kind, name in (("w", "weight"), ("s", "weight_scale"), ("b", "weight_bias")):
-                parameter = torch.nn.Parameter(experts[f"{kind}{mine}"].clone(), requires_grad=False)
-                layer.register_parameter(f"{theirs}_{name}", parameter)
+                parameter = torch.nn.Parameter(experts[f"{kind}{key}"].clone(), requires_grad=False)
+                layer.register_parameter(f"{attribute}_{name}", parameter)
         self._method._process_weights_for_sm90_cutlass(layer)
         renamed = {"w13_weight": "w13", "w2_weight": "w2"}  # weights begin with w for `PlainLayer`, others do not
         return {renamed.get(name, f"x_{name}"): value.data for name, value in layer.named_parameters()}

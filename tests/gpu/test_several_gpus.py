@@ -57,12 +57,12 @@ def test_a_view_that_begins_on_a_peers_gpu_is_this_gpus_tensor(here: int) -> Non
     """Kernels, copies and writes of this GPU through one tensor over both; a copy in its place would lose writes."""
     memory = vmm(here)
     nbytes = 4 * memory.page_bytes
-    ours, theirs = socket.socketpair(socket.AF_UNIX)
-    exporter = multiprocessing.get_context("spawn").Process(target=_export, args=(theirs, 1 - here, nbytes))
+    near, far = socket.socketpair(socket.AF_UNIX)
+    exporter = multiprocessing.get_context("spawn").Process(target=_export, args=(far, 1 - here, nbytes))
     exporter.start()
     try:
-        ours.settimeout(60)
-        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+        near.settimeout(60)
+        _, fds, _, _ = socket.recv_fds(near, 1, 1)
         pages = memory.reserve(2 * nbytes)
         for offset, block in ((0, memory.import_handle(fds[0], nbytes)), (nbytes, memory.create(nbytes))):
             pages.map(offset, block)
@@ -86,8 +86,8 @@ def test_a_view_that_begins_on_a_peers_gpu_is_this_gpus_tensor(here: int) -> Non
         view[:4].fill_(7)
         view[4:8].copy_(expected[:4])
         memory.finish_writes()
-        ours.send(b"x")
-        assert ours.recv(4) == b"\7\7\7\7"
+        near.send(b"x")
+        assert near.recv(4) == b"\7\7\7\7"
         pages.protect(0, 2 * nbytes)
         assert exporter.pid is not None
         os.kill(exporter.pid, signal.SIGKILL)

@@ -367,7 +367,7 @@ def failing_runs(kind: Kind, full: Any, config: DwdpConfig) -> Iterator[list[Any
         # Errors without their frames, which hold the layers of both ranks.
         yield [type(end)(str(end)) if isinstance(end, Exception) else end for end in ended]
         # None is left that points into what was unmapped.
-        bound = [tensor for mine in layers for layer in mine if layer.bound for tensor in layer.tensors.values()]
+        bound = [tensor for own in layers for layer in own if layer.bound for tensor in layer.tensors.values()]
         assert not any(tensor.numel() for tensor in bound)
         if memories[1].left > 0:
             return

@@ -44,8 +44,8 @@ def test_lengths_vary_on_both_sides_and_are_the_same_at_every_call() -> None:
 def test_prompts_are_never_the_same_twice() -> None:
     draws = Draws()
     prompts = draws.by_rank([[40, 40], [40]])
-    assert {rank: [len(prompt) for prompt in mine] for rank, mine in prompts.items()} == {0: [40, 40], 1: [40]}
-    assert len({tuple(prompt) for mine in prompts.values() for prompt in mine}) == 3
+    assert {rank: [len(prompt) for prompt in own] for rank, own in prompts.items()} == {0: [40, 40], 1: [40]}
+    assert len({tuple(prompt) for own in prompts.values() for prompt in own}) == 3
     found = parity_prompts(16384)
     assert found == parity_prompts(16384)
     assert [len(found[0]), len(found[-1]), len(found)] == [1, 16384, 64]

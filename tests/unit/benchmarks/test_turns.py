@@ -37,10 +37,10 @@ class FakeEngine:
             raise RunError(f"{self.name} ended")
         if request.kind == "answers":
             logprob = -1.0 if self.name == "replicas" else -1.5
-            return {rank: [Answer([7], [logprob], []) for _ in mine] for rank, mine in request.prompts.items()}
+            return {rank: [Answer([7], [logprob], []) for _ in own] for rank, own in request.prompts.items()}
         if request.kind == "stream":
-            return [[(0.0, 1), (1.0, request.new_tokens)] for mine in request.prompts.values() for _ in mine]
-        return sum(len(prompt) for mine in request.prompts.values() for prompt in mine) / self.speed
+            return [[(0.0, 1), (1.0, request.new_tokens)] for own in request.prompts.values() for _ in own]
+        return sum(len(prompt) for own in request.prompts.values() for prompt in own) / self.speed
 
     def close(self) -> None:
         self.closed = True

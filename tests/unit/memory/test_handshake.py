@@ -53,14 +53,14 @@ def test_descriptors_reach_every_peer_and_none_is_left_open() -> None:
     before = open_fds()
 
     def step(x: Exchange) -> list[list[bytes]]:
-        mine = []
+        own = []
         for index in range(x.rank + 1):  # ranks may send different numbers
             fd = os.memfd_create("t")
             os.write(fd, f"{x.rank}.{index}".encode())
-            mine.append(fd)
-        received = x.all_gather_fds(mine)
+            own.append(fd)
+        received = x.all_gather_fds(own)
         x.barrier()
-        close_fds(mine)
+        close_fds(own)
         assert received[x.rank] == []
         contents = [[os.pread(fd, 100, 0) for fd in fds] for fds in received]
         assert all(not os.get_inheritable(fd) for fds in received for fd in fds)

@@ -126,7 +126,7 @@ def test_a_config_file(model: str, tmp_path: Path) -> None:
 
 
 # In one process, as `sglang.Engine` makes them: keywords, among them SGLang's own names for what is refused.
-REFUSALS = """
+ERRORS = """
 import json, sys
 from sglang.srt.plugins import load_plugins
 load_plugins()
@@ -141,7 +141,7 @@ for keywords in json.loads(sys.argv[1]):
 print("RESULT " + json.dumps(out))
 """
 
-# What SGLang itself refuses, or turns into something else, before the question of DWDP comes up.
+# What SGLang itself rejects, or turns into something else, before the question of DWDP comes up.
 _NOT_REACHED = {"elastic_ep_backend", "kt_weight_path", "ep_num_redundant_experts"}
 
 
@@ -150,7 +150,7 @@ def test_every_conflict_is_refused_with_sglangs_own_arguments(model: str) -> Non
     keywords = [
         {"model_path": model, "device": "cpu", "tp_size": 2, "enable_dwdp": True, **changes} for changes, _ in cases
     ]
-    done = run(REFUSALS, json.dumps(keywords))
+    done = run(ERRORS, json.dumps(keywords))
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     answers = json.loads(lines[0].removeprefix("RESULT "))
@@ -229,7 +229,7 @@ def test_models_and_devices_that_are_refused(model: str, tmp_path: Path) -> None
         {"model_path": model, **plain, "dwdp_local_experts": 10},
         {"model_path": model, **plain, "dwdp_transport": "cuda-ipc"},
     ]
-    done = run(REFUSALS, json.dumps(keywords))
+    done = run(ERRORS, json.dumps(keywords))
     answers = json.loads(done.stdout.splitlines()[-1].removeprefix("RESULT "))
     assert "has no routed experts" in answers[0]
     assert "9 experts cannot be shared among 10 ranks" in answers[1]

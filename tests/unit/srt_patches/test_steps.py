@@ -53,10 +53,10 @@ def test_as_a_single_rank_would(mode: ForwardMode, monkeypatch: pytest.MonkeyPat
         disable_overlap_schedule=False,
         offload_tags=set(),
     )
-    mine = decide_alone(None, batch(mode))
-    assert mine.is_extend_in_batch == expected.is_extend_in_batch
-    assert mine.can_run_decode_cuda_graph == expected.can_run_decode_cuda_graph
-    assert mine.recv_skipper_forward_mode == expected.recv_skipper_forward_mode
+    decided = decide_alone(None, batch(mode))
+    assert decided.is_extend_in_batch == expected.is_extend_in_batch
+    assert decided.can_run_decode_cuda_graph == expected.can_run_decode_cuda_graph
+    assert decided.recv_skipper_forward_mode == expected.recv_skipper_forward_mode
 
 
 def test_an_idle_step_stays_idle() -> None:
