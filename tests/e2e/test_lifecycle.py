@@ -95,7 +95,6 @@ def test_sglang_serve_with_a_config_file(models: Models, reference: Reference, t
         assert server.generate(PROMPTS[9], MAX_NEW_TOKENS, 1) == expected[9]
         assert [report["view"] for report in server.reports()] == ["staged", "staged"]
         assert server.reports()[1]["staged_forwards"] > 0
-        footprint.look(server)
         server.stop(signal.SIGINT)
         assert footprint.left() == set()
     finally:
