@@ -81,7 +81,6 @@ def group(
         wait_healthy(router, url, 120)
         yield prefill, url
         router.stop()
-        footprint.look(prefill)
         prefill.stop()
         assert footprint.left() == set()
         decode.stop()
