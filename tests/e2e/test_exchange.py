@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
@@ -27,11 +26,8 @@ def test_ranks_decode_together(
 ) -> None:
     """The tokens are those of one rank: in float32 no two best tokens of these prompts are close."""
     expected = reference("qwen3_moe", 8)
-    how: dict[str, Any] = {
-        "dwdp": ("--dwdp-exchange", "auto"),
-        "flags": ("--enable-metrics", "--decode-log-interval", "5"),
-    }
-    with running(models("qwen3_moe", 8), ranks, **how) as server:
+    flags = ("--enable-metrics", "--decode-log-interval", "5")
+    with running(models("qwen3_moe", 8), ranks, dwdp=("--dwdp-exchange", "auto"), flags=flags) as server:
 
         def ask(number: int, rank: int) -> bool:
             return server.generate(PROMPTS[number], MAX_NEW_TOKENS, rank) == expected[number]
@@ -82,11 +78,10 @@ def check_metrics(server: Server) -> None:
                 # What ran after SGLang published last is still to come.
                 assert 0 <= sample.value <= now + 1e-9, name
     for rank in range(server.ranks):
-        for kind in ("direct", "joint"):
+        for kind in ("staged", "joint"):
             exported = samples["sglang:dwdp_forwards_total", rank, kind].value
             assert exported >= 0.8 * reports[rank][f"{kind}_forwards"] > 0
-        assert samples["sglang:dwdp_copy_wait_seconds_count", rank, None].value >= 0
+        assert samples["sglang:dwdp_copy_wait_seconds_count", rank, None].value > 0
         assert samples["sglang:dwdp_setup_seconds", rank, None].value == pytest.approx(reports[rank]["setup_s"])
-    assert re.search(
-        r"Decode batch, .* dwdp: [1-9]\d* joint, \d+ direct, 0 staged, .* ms waited, ", server.log.read_text()
-    )
+    line = r"Decode batch, .* dwdp: [1-9]\d* joint, \d+ direct, \d+ staged, [\d.]+ ms waited, "
+    assert re.search(line, server.log.read_text(errors="replace"))
