@@ -12,7 +12,7 @@ from typing import Any
 import prometheus_client
 import pytest
 
-from sglang_dwdp.counters import METRICS
+from sglang_dwdp.counters import METRICS, SETUP, WAITS
 from sglang_dwdp.srt_patches import metrics
 from tests import ROOT
 
@@ -120,3 +120,6 @@ def test_the_dashboard_asks_for_what_is_exported(runtime: Runtime) -> None:
     assert asked >= {f"sglang:{metric.name}" for metric in METRICS} - {"sglang:dwdp_read_in_place_bytes_total"}
     [query] = [variable["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"]
     assert re.findall(r"sglang:\w+", query)[0] in labels
+    documented = re.findall(r"`sglang:(dwdp_\w+)", (ROOT / "docs" / "usage.md").read_text())
+    assert {*documented} <= {metric.name for metric in METRICS} | {WAITS[0], SETUP[0]}
+    assert len(documented) > 2
