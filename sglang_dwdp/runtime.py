@@ -20,7 +20,14 @@ from sglang_dwdp.memory.handshake import Exchange
 
 logger = logging.getLogger(__name__)
 # Since the start; the last with --dwdp-audit only.
-COUNTS = ("direct_forwards", "staged_forwards", "forward_tokens", "bytes_read_in_place")
+COUNTS = (
+    "direct_forwards",
+    "staged_forwards",
+    "joint_forwards",
+    "forward_tokens",
+    "exchanged_rows",
+    "bytes_read_in_place",
+)
 
 
 class Graph(Protocol):
@@ -80,7 +87,9 @@ class DwdpRuntime:
         self._is_capturing: Callable[[], bool] | None = None
         self._reports: list[Callable[[], Mapping[str, int | float | str]]] = []
         self._closers: list[Callable[[], None]] = []
+        self._setup_s = 0.0
         self.in_forward = False
+        self.in_exchange_step = False  # said by what runs them, before the forward begins
 
     def setup(self, layers: Sequence[ExpertLayer], name: str) -> None:
         """Share the experts; all ranks call this together, with the same `name`, unique on the host.
@@ -100,14 +109,15 @@ class DwdpRuntime:
         self._shared = shared
         self._position = {layer.layer.layer_id: i for i, layer in enumerate(shared.layers)}
         self._uses_direct = [self._direct] * len(shared.layers)
-        self._log_setup(shared, time.perf_counter() - start)
+        self._setup_s = time.perf_counter() - start
+        self._log_setup(shared)
 
     def _prepare(self, layers: Sequence[SharedLayer]) -> None:
         if self._views.staged:
             copies, sizes = [layer.copies for layer in layers], [layer.copy_bytes for layer in layers]
             self._prefetcher = Prefetcher(self._engine, copies, sizes, self.config.depth)
 
-    def _log_setup(self, shared: SharedExperts, seconds: float) -> None:
+    def _log_setup(self, shared: SharedExperts) -> None:
         remote = [sum(layer.remote_bytes) for layer in shared.layers]
         logger.info(
             "DWDP is set up: rank %d of %d, %d MoE layers, %.1f MiB of experts stored (%d experts a layer), "
@@ -124,7 +134,7 @@ class DwdpRuntime:
             self.config.depth,
             self._memory.transport,
             self.config.view if self._memory.maps else "staged",
-            seconds,
+            self._setup_s,
             shared.peak_bytes / MIB,
         )
 
@@ -256,8 +266,12 @@ class DwdpRuntime:
                 "through DWDP, so its tokens may be wrong. This model, or another plugin, runs experts by a way "
                 "that DWDP does not know: serve without --enable-dwdp, and please report the model."
             )
-        direct = not self._staged_replay and (self._direct or replayed)
-        self._counts["direct_forwards" if direct else "staged_forwards"] += 1
+        if self.in_exchange_step:
+            self._counts["joint_forwards"] += 1
+            self._counts["exchanged_rows"] += num_tokens
+        else:
+            direct = not self._staged_replay and (self._direct or replayed)
+            self._counts["direct_forwards" if direct else "staged_forwards"] += 1
         self._counts["forward_tokens"] += num_tokens
         self._direct = self._rests_direct
 
@@ -294,12 +308,17 @@ class DwdpRuntime:
             "stored_bytes": self._shared.stored_bytes,
             "slot_bytes": self._shared.slot_bytes,
             "setup_peak_bytes": self._shared.peak_bytes,
+            "setup_s": round(self._setup_s, 3),
             "bytes_copied": copied,
             "late_fills": late,
             "exposed_copy_s": round(self._engine.exposed_s(), 6),
             **self._counts,
             **{name: value for report in self._reports for name, value in report().items()},
         }
+
+    def take_waits(self) -> list[float]:
+        """Seconds of single waits for copies since the last call, as `CopyEngine.take_waits`."""
+        return self._engine.take_waits()
 
     def close(self) -> None:
         """Stop copying and unmap everything. Idempotent."""

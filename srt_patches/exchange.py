@@ -107,6 +107,7 @@ def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args
     steps, mode = _current[0], forward_batch.forward_mode
     rows = forward_batch.batch_size if mode.is_decode() else forward_batch._forward_num_tokens()
     is_joint = steps.begin(rows, is_decode=mode.is_decode())
+    current_runtime().in_exchange_step = is_joint
     output = original(runner, forward_batch, *args, **kwargs)
     steps.end(is_joint=is_joint)
     return output

@@ -45,6 +45,7 @@ def _install(role: str, config: DwdpConfig, device: str | None) -> None:
             forward,
             linear,
             loading,
+            metrics,
             recorder,
             reports,
             sessions,
@@ -63,7 +64,7 @@ def _install(role: str, config: DwdpConfig, device: str | None) -> None:
         experts.install_shard_count()
         install((*linear.HOOKS, *steps.HOOKS, *experts.HOOKS, *loading.HOOKS, *forward.HOOKS))
         install((*first_forward.HOOKS, *reports.SCHEDULER_HOOKS, *weights.SCHEDULER_HOOKS))
-        install((*sessions.SCHEDULER_HOOKS, *recorder.SCHEDULER_HOOKS))
+        install((*sessions.SCHEDULER_HOOKS, *recorder.SCHEDULER_HOOKS, *metrics.HOOKS))
         collectives.guard_collectives(device)
         if config.exchange == "auto":
             from sglang_dwdp.srt_patches import exchange

@@ -54,6 +54,8 @@ Handle = int | bytes
 
 # (destination, source), uint8 tensors of equal size; what one fill copies, in order.
 CopyList = Sequence[tuple[torch.Tensor, torch.Tensor]]
+# Single waits that a copy engine remembers.
+TIMED_WAITS = 1024
 
 
 class CopyEngine(Protocol):
@@ -80,6 +82,9 @@ class CopyEngine(Protocol):
 
     def exposed_s(self) -> float:
         """Seconds, in all, that `wait` held the compute stream: copying that was not hidden under compute."""
+
+    def take_waits(self) -> list[float]:
+        """Seconds of single waits that were timed since the last call: the last `TIMED_WAITS` of them."""
 
     def close(self) -> None:
         """Wait for the copies under way and stop. Idempotent."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from sglang_dwdp.memory.base import CopyList, Event
+from sglang_dwdp.memory.base import TIMED_WAITS, CopyList, Event
 from sglang_dwdp.memory.cuda_driver import call
 
 Copy = tuple[int, int, int]  # destination, source, bytes
@@ -35,6 +35,7 @@ class Stopwatch:
         self._waits = 0
         self._pairs: deque[tuple[Any, Any]] = deque()
         self._ms = 0.0
+        self._timed: deque[float] = deque(maxlen=TIMED_WAITS)
 
     def start(self, stream: Any) -> Any:
         """Note that `stream` is about to wait.
@@ -59,10 +60,19 @@ class Stopwatch:
         self._read()
         return self._ms * self._every / 1000
 
+    def take(self) -> list[float]:
+        """Seconds of the waits that were timed since the last call, and that the GPU has passed."""
+        self._read()
+        waits = list(self._timed)
+        self._timed.clear()
+        return waits
+
     def _read(self) -> None:
         while self._pairs and self._pairs[0][1].query():
             first, last = self._pairs.popleft()
-            self._ms += first.elapsed_time(last)
+            ms = first.elapsed_time(last)
+            self._ms += ms
+            self._timed.append(ms / 1000)
 
 
 class CudaCopyEngine:
@@ -133,6 +143,9 @@ class CudaCopyEngine:
 
     def exposed_s(self) -> float:
         return self._stopwatch.seconds()
+
+    def take_waits(self) -> list[float]:
+        return self._stopwatch.take()
 
     def close(self) -> None:
         for stream in self._streams:

@@ -11,13 +11,14 @@ import errno
 import mmap
 import os
 import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
 from sglang_dwdp.config import TRANSPORTS
 from sglang_dwdp.errors import DwdpRuntimeError
-from sglang_dwdp.memory.base import Block, CopyList, Event, Handle, Range
+from sglang_dwdp.memory.base import TIMED_WAITS, Block, CopyList, Event, Handle, Range
 
 _PROT_NONE = 0
 _MAP_FIXED = 0x10  # asm-generic/mman-common.h; the mmap module does not export these
@@ -104,6 +105,7 @@ class HostCopyEngine:
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._exposed_s = 0.0
+        self._waits: deque[float] = deque(maxlen=TIMED_WAITS)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="dwdp-copy")
 
     def event(self) -> HostEvent:
@@ -134,10 +136,16 @@ class HostCopyEngine:
         except Exception as error:
             raise DwdpRuntimeError(f"copying remote experts failed: {error!r}") from error
         finally:
-            self._exposed_s += time.perf_counter() - start
+            self._waits.append(time.perf_counter() - start)
+            self._exposed_s += self._waits[-1]
 
     def exposed_s(self) -> float:
         return self._exposed_s
+
+    def take_waits(self) -> list[float]:
+        waits = list(self._waits)
+        self._waits.clear()
+        return waits
 
     def close(self) -> None:
         self._worker.shutdown()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import requests
+from prometheus_client.parser import text_string_to_metric_families
 
+from sglang_dwdp.counters import METRICS
+from sglang_dwdp.demo.server import Server
 from tests.e2e.conftest import Reference, Running
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family
@@ -21,7 +26,8 @@ def test_ranks_decode_together(
 ) -> None:
     """The tokens are those of one rank: in float32 no two best tokens of these prompts are close."""
     expected = reference("qwen3_moe", 8)
-    with running(models("qwen3_moe", 8), ranks, dwdp=("--dwdp-exchange", "auto")) as server:
+    flags = ("--enable-metrics", "--decode-log-interval", "5")
+    with running(models("qwen3_moe", 8), ranks, dwdp=("--dwdp-exchange", "auto"), flags=flags) as server:
 
         def ask(number: int, rank: int) -> bool:
             return server.generate(PROMPTS[number], MAX_NEW_TOKENS, rank) == expected[number]
@@ -49,3 +55,33 @@ def test_ranks_decode_together(
         else:
             raise AssertionError(f"idle ranks helped with few steps: {first}")
         assert not any(report["joint_rounds_ended"] for report in server.reports())
+        check_metrics(server)
+
+
+def check_metrics(server: Server) -> None:
+    """/metrics has every rank's counters, under DWDP's and SGLang's labels, as they were a moment ago."""
+    text = requests.get(f"{server.url}/metrics", timeout=30).text
+    samples = {
+        (sample.name, int(sample.labels["dp_rank"]), sample.labels.get("kind", sample.labels.get("outcome"))): sample
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith("sglang:dwdp_") and "le" not in sample.labels
+    }
+    names = {f"sglang:{metric.name}" for metric in METRICS}
+    assert names <= {name for name, _, _ in samples}
+    reports = server.reports()
+    for (name, rank, value), sample in samples.items():
+        assert {"model_name", "engine_type", "tp_rank", "pp_rank"} <= sample.labels.keys()
+        for metric in METRICS:
+            if name == f"sglang:{metric.name}":
+                now = reports[rank][metric.keys[value or ""]] * metric.unit
+                # What ran after SGLang published last is still to come.
+                assert 0 <= sample.value <= now + 1e-9, name
+    for rank in range(server.ranks):
+        for kind in ("staged", "joint"):
+            exported = samples["sglang:dwdp_forwards_total", rank, kind].value
+            assert exported >= 0.8 * reports[rank][f"{kind}_forwards"] > 0
+        assert samples["sglang:dwdp_copy_wait_seconds_count", rank, None].value > 0
+        assert samples["sglang:dwdp_setup_seconds", rank, None].value == pytest.approx(reports[rank]["setup_s"])
+    line = r"Decode batch, .* dwdp: [1-9]\d* joint, \d+ direct, \d+ staged, [\d.]+ ms waited, "
+    assert re.search(line, server.log.read_text(errors="replace"))

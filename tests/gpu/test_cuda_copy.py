@@ -69,6 +69,10 @@ def test_a_sample_of_waits_stands_for_all() -> None:
         engine.wait(filled)
         torch.cuda.synchronize()
     assert 0.03 < engine.exposed_s() < 0.4
+    waits = engine.take_waits()
+    assert len(waits) == 3
+    assert engine.exposed_s() == pytest.approx(3 * sum(waits))
+    assert engine.take_waits() == []
     engine.close()
 
 

@@ -229,6 +229,18 @@ def test_what_the_copies_and_counters_say() -> None:
         assert staged["slot_bytes"] == remote
 
 
+def test_an_exchange_step_is_a_kind_of_its_own() -> None:
+    def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> list[Any]:
+        for is_joint in (True, False):
+            runtime.in_exchange_step = is_joint
+            forward(runtime, layers, 3)
+        report = runtime.report()
+        return [report[name] for name in ("joint_forwards", "exchanged_rows", "direct_forwards", "forward_tokens")]
+
+    full = checkpoint(3, 8, {"w1": (32, 64)})
+    assert run_ranks(2, full, step, DwdpConfig(timeout_s=20)) == [[1, 3, 1, 6]] * 2
+
+
 def test_bytes_read_in_place_follow_the_routing() -> None:
     full = checkpoint(1, 8, {"w1": (32, 64)})
 

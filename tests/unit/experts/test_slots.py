@@ -78,6 +78,9 @@ class ModelEngine:
     def exposed_s(self) -> float:
         return 0.0
 
+    def take_waits(self) -> list[float]:
+        return []
+
     def close(self) -> None:
         while self._step(sorted(self.streams, key=lambda name: name != self.first)):
             pass

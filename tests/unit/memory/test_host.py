@@ -182,10 +182,13 @@ def test_what_a_wait_takes_is_exposed() -> None:
     time.sleep(0.05)
     engine.wait(filled)
     assert engine.exposed_s() < 0.02
+    assert len(engine.take_waits()) == 2
     engine.fill(closed(gate), released, filled)
     threading.Timer(0.1, gate.opened.set).start()
     engine.wait(filled)
     assert 0.09 < engine.exposed_s() < 1
+    [wait] = engine.take_waits()  # each wait is taken once
+    assert wait > 0.09
     engine.close()
 
 
