@@ -140,6 +140,10 @@ def _transports(facts: Facts) -> Iterator[Finding]:
         if not share.error:
             yield Finding(share.transport, _OK, "made, exported, imported and copied between processes")
             continue
+        if "out of memory" in share.error.lower().replace("_", " "):
+            meaning, advice = "It could not be checked beside what uses the GPUs now.", "Run this when they are free."
+            yield Finding(share.transport, _UNCHECKED, share.error, meaning, advice)
+            continue
         found = share.error + (f" (this process is{hint})" if hint else "")
         other = next((one.transport for one in facts.shares if not one.error), None)
         if other is not None:

@@ -64,6 +64,7 @@ def test_a_good_machine() -> None:
         ("cuda-vmm", "error", "NOT_SUPPORTED", {"shares": [CANNOT_SHARE, share("cuda-ipc", error="OSError: no")]}),
         ("cuda-vmm", "error", "seccomp filter)", {"shares": [CANNOT_SHARE], "seccomp": 2}),
         ("cuda-vmm", "error", "in a container)", {"shares": [CANNOT_SHARE], "is_container": True}),
+        ("cuda-vmm", "unchecked", "free", {"shares": [share("cuda-vmm", error="cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY")]}),
         ("copies, cuda-vmm", "warning", "1 ← 0 55", {"shares": [share("cuda-vmm", MIN_BYTES_PER_S, 55e9)]}),
         ("ulimit -n", "warning", "1012", {"open_files": (1011, 4096)}),
         ("/dev/shm", "warning", "--shm-size", {"shm_bytes": 64 << 20}),
