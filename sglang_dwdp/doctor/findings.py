@@ -68,7 +68,8 @@ def verdict(facts: Facts, found: Sequence[Finding]) -> str:
         return "No GPU was found: DWDP runs here on SGLang's CPU engine only, which is for tests."
     if len(facts.gpus) < 2:
         return "This machine has one GPU, and DWDP needs at least two, one for each rank."
-    return f"This machine can serve with DWDP on {len(facts.gpus)} GPUs."
+    is_unsure = any(finding.status is _UNCHECKED for finding in found)
+    return f"This machine can serve with DWDP on {len(facts.gpus)} GPUs{', as far as it could be checked' * is_unsure}."
 
 
 def _sglang(facts: Facts) -> Iterator[Finding]:

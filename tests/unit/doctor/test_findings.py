@@ -43,6 +43,7 @@ def said(**changes: object) -> dict[str, Finding]:
 
 def test_a_good_machine() -> None:
     assert said() == {}
+    assert said(shares=[share("cuda-vmm", MIN_BYTES_PER_S, MIN_BYTES_PER_S)]) == {}
     assert verdict(GOOD, findings(GOOD)) == "This machine can serve with DWDP on 2 GPUs."
 
 
@@ -64,7 +65,7 @@ def test_a_good_machine() -> None:
         ("cuda-vmm", "error", "NOT_SUPPORTED", {"shares": [CANNOT_SHARE, share("cuda-ipc", error="OSError: no")]}),
         ("cuda-vmm", "error", "seccomp filter)", {"shares": [CANNOT_SHARE], "seccomp": 2}),
         ("cuda-vmm", "error", "in a container)", {"shares": [CANNOT_SHARE], "is_container": True}),
-        ("cuda-vmm", "unchecked", "free", {"shares": [share("cuda-vmm", error="cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY")]}),
+        ("cuda-vmm", "unchecked", "free", {"shares": [share("cuda-vmm", error="CUDA_ERROR_OUT_OF_MEMORY")]}),
         ("copies, cuda-vmm", "warning", "1 ← 0 55", {"shares": [share("cuda-vmm", MIN_BYTES_PER_S, 55e9)]}),
         ("ulimit -n", "warning", "1012", {"open_files": (1011, 4096)}),
         ("/dev/shm", "warning", "--shm-size", {"shm_bytes": 64 << 20}),
@@ -86,6 +87,11 @@ def test_what_is_wrong_is_named_with_what_to_do(check: str, status: str, text: s
 @pytest.mark.parametrize("limits", [(1012, 4096), (1024, 65_535), (-1, -1), (100_000, 100_000)])
 def test_open_files_that_suffice(limits: tuple[int, int]) -> None:
     assert said(open_files=limits) == {}
+
+
+def test_the_verdict_says_if_something_could_not_be_checked() -> None:
+    facts = dataclasses.replace(GOOD, shares=[share("cuda-vmm", error="CUDA out of memory")])
+    assert verdict(facts, findings(facts)).endswith("on 2 GPUs, as far as it could be checked.")
 
 
 def test_a_compiler_is_as_good_as_a_built_all_to_all() -> None:
