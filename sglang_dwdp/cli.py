@@ -30,6 +30,9 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--view", choices=get_args(ViewMode), default="auto", help="as --dwdp-view (default: auto)")
     demo.add_argument("--out", help="keep the model and the servers' logs in this folder")
     demo.set_defaults(run=_demo)
+    doctor = commands.add_parser("doctor", help="say whether this machine can serve with DWDP, and what to do if not")
+    doctor.add_argument("--json", action="store_true", help="findings, and the facts behind them, as JSON")
+    doctor.set_defaults(run=_doctor)
     add_commands(commands)
     return result
 
@@ -39,6 +42,12 @@ def _demo(args: argparse.Namespace) -> int:
 
     if args.experts < args.ranks:
         raise DwdpError(f"--experts {args.experts} cannot be shared among --ranks {args.ranks}: give at least as many")
+    return run(args)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from sglang_dwdp.doctor.command import run  # imports torch, through the memory's modules
+
     return run(args)
 
 

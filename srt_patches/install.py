@@ -12,16 +12,19 @@ from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.config import DwdpConfig
-from sglang_dwdp.errors import DwdpRuntimeError
+from sglang_dwdp.errors import DwdpError
 from sglang_dwdp.srt_patches.attached import config_of
 from sglang_dwdp.srt_patches.hooks import Hook, install
+from sglang_dwdp.support.ledger import check_sources
 
 
 def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_kwargs: Any) -> None:
     """After `runtime_context.publish`.
 
     Raises:
-        DwdpRuntimeError: a hook could not be put in place. The process ends, and SGLang ends the server.
+        DwdpConfigError: what is to be hooked is not the supported release's.
+        DwdpRuntimeError: a hook could not be put in place.
+            After either the process ends, and SGLang ends the server.
     """
     config = config_of(server_args)
     if config is None:
@@ -29,7 +32,7 @@ def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_
     try:
         # The attribute is what the user gave; what SGLang found instead of nothing is in the resolved arguments.
         _install(role, config, resolving_view(server_args).device)
-    except DwdpRuntimeError as error:
+    except DwdpError as error:
         # At once: SGLang ends the server as soon as this process closes its pipe, before a traceback is out.
         sys.stderr.write(f"sglang-dwdp: error: {error}\n")
         sys.stderr.flush()
@@ -37,9 +40,28 @@ def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_
 
 
 def _install(role: str, config: DwdpConfig, device: str | None) -> None:
+    hooks = _hooks(role, config, device)
+    if not hooks:
+        return
+    check_sources({hook.target for hook in hooks})  # all of them, before the first is replaced
+    if role == "scheduler":
+        from sglang_dwdp.srt_patches import collectives, experts
+
+        if device == "cuda":
+            from sglang_dwdp.srt_patches import flashinfer_fp8
+            from sglang_dwdp.support import flashinfer_modules
+
+            flashinfer_modules.install()  # before weights are loaded: FlashInfer prepares MXFP4 weights with its module
+            flashinfer_fp8.register()
+        experts.install_shard_count()
+        collectives.guard_collectives(device)
+    install(hooks)
+
+
+def _hooks(role: str, config: DwdpConfig, device: str | None) -> tuple[Hook, ...]:
+    """What a process of this role hooks, in the order of installation."""
     if role == "scheduler":
         from sglang_dwdp.srt_patches import (
-            collectives,
             experts,
             first_forward,
             forward,
@@ -53,36 +75,27 @@ def _install(role: str, config: DwdpConfig, device: str | None) -> None:
             weights,
         )
 
+        hooks = [*linear.HOOKS, *steps.HOOKS, *experts.HOOKS, *loading.HOOKS, *forward.HOOKS, *first_forward.HOOKS]
+        hooks += (*reports.SCHEDULER_HOOKS, *weights.SCHEDULER_HOOKS)
+        hooks += (*sessions.SCHEDULER_HOOKS, *recorder.SCHEDULER_HOOKS, *metrics.HOOKS)
         if device == "cuda":
             from sglang_dwdp.srt_patches import flashinfer_fp8, prefill_graphs
-            from sglang_dwdp.support import flashinfer_modules
 
-            flashinfer_modules.install()  # before weights are loaded: FlashInfer prepares MXFP4 weights with its module
-            flashinfer_fp8.register()
-            install((*flashinfer_fp8.HOOKS, *prefill_graphs.HOOKS))
-
-        experts.install_shard_count()
-        install((*linear.HOOKS, *steps.HOOKS, *experts.HOOKS, *loading.HOOKS, *forward.HOOKS))
-        install((*first_forward.HOOKS, *reports.SCHEDULER_HOOKS, *weights.SCHEDULER_HOOKS))
-        install((*sessions.SCHEDULER_HOOKS, *recorder.SCHEDULER_HOOKS, *metrics.HOOKS))
-        collectives.guard_collectives(device)
+            hooks = [*flashinfer_fp8.HOOKS, *prefill_graphs.HOOKS, *hooks]
         if config.exchange == "auto":
             from sglang_dwdp.srt_patches import exchange
 
-            install(exchange.HOOKS)
-            if device == "cuda":
-                install(exchange.GPU_HOOKS)
-        if config.audit:
-            install(experts.AUDIT_HOOKS)
-    elif role == "dp_controller":
+            hooks += (*exchange.HOOKS, *(exchange.GPU_HOOKS if device == "cuda" else ()))
+        return (*hooks, *(experts.AUDIT_HOOKS if config.audit else ()))
+    if role == "dp_controller":
         from sglang_dwdp.srt_patches import controller, ports, reports, sessions
 
-        install((*controller.HOOKS, *ports.HOOKS, *reports.CONTROLLER_HOOKS, *sessions.CONTROLLER_HOOKS))
-    elif role == "tokenizer":
+        return (*controller.HOOKS, *ports.HOOKS, *reports.CONTROLLER_HOOKS, *sessions.CONTROLLER_HOOKS)
+    if role == "tokenizer":
         from sglang_dwdp.srt_patches import lost_rank, ports, recorder, weights
 
-        install((*weights.TOKENIZER_HOOKS, *recorder.TOKENIZER_HOOKS))
-        install((*lost_rank.TOKENIZER_HOOKS, *ports.HOOKS))
+        return (*weights.TOKENIZER_HOOKS, *recorder.TOKENIZER_HOOKS, *lost_rank.TOKENIZER_HOOKS, *ports.HOOKS)
+    return ()
 
 
 HOOKS = (Hook("sglang.srt.runtime_context.publish", HookType.AFTER, install_for_role),)

@@ -17,7 +17,7 @@ from sglang_dwdp.cpu import engine as cpu_engine
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.experts.direct_limit import direct_limit
 from sglang_dwdp.experts.placement import balanced, check_local_experts
-from sglang_dwdp.srt_patches import moe_backend
+from sglang_dwdp.srt_patches import arguments, install, moe_backend
 from sglang_dwdp.srt_patches.arguments import errors_in_one_line
 from sglang_dwdp.srt_patches.attached import attach_config, config_of
 from sglang_dwdp.srt_patches.final_check import check_resolved, declared_by
@@ -25,6 +25,7 @@ from sglang_dwdp.srt_patches.graphs import check_graph_backends, graph_arguments
 from sglang_dwdp.srt_patches.resolved import RESOLVED
 from sglang_dwdp.support import models
 from sglang_dwdp.support.conflicts import check_conflicts, check_environment
+from sglang_dwdp.support.ledger import check_sources
 from sglang_dwdp.support.release import check_release
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
     view = resolving_view(server_args)
     with errors_in_one_line(server_args):
         check_release()
+        # What the launcher uses; each process checks its own when it starts (see install.py).
+        check_sources({hook.target for hook in (*arguments.HOOKS, *install.HOOKS)})
         check_environment(os.environ)
         check_conflicts(view)
         group_size = _group_size(config, view)

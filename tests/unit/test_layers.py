@@ -1,4 +1,4 @@
-"""What serves requests does not need what plans and shows: no module of it imports `planner` or `demo`."""
+"""What serves requests does not need what plans and shows: no module of it imports `planner`, `demo` or `doctor`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests import ROOT
 
 PACKAGE = ROOT / "sglang_dwdp"
-NOT_SERVING = ("planner", "demo", "cli.py")
+NOT_SERVING = ("planner", "demo", "doctor", "cli.py")
 SERVING = sorted(
     path.relative_to(ROOT)
     for path in (*PACKAGE.rglob("*.py"), *(ROOT / "srt_patches").rglob("*.py"))
@@ -37,5 +37,5 @@ def test_there_is_something_to_look_at() -> None:
 
 
 @pytest.mark.parametrize("path", SERVING, ids=str)
-def test_what_serves_imports_neither_planner_nor_demo(path: Path) -> None:
-    assert not {"planner", "demo"} & set(imported(path))
+def test_what_serves_imports_no_planner_demo_or_doctor(path: Path) -> None:
+    assert not {"planner", "demo", "doctor"} & set(imported(path))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 
+from sglang_dwdp.config import DwdpConfig
+from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.srt_patches import (
     arguments,
     controller,
@@ -27,7 +30,7 @@ from sglang_dwdp.srt_patches import (
     steps,
     weights,
 )
-from tests.fixtures.ledger import Entry, entries, source_hash
+from sglang_dwdp.support.ledger import Entry, entries, source_hash
 
 ENTRIES = entries()
 HOOKS = (
@@ -72,3 +75,29 @@ def test_the_source_is_a_verified_one(entry: Entry) -> None:
     release = version("sglang")
     assert release in entry.hashes, f"verify {entry.target} with SGLang {release} and add its hash to ledger.md"
     assert source_hash(entry.target) == entry.hashes[release]
+
+
+def test_every_hook_is_that_of_some_process() -> None:
+    """Those at plugin load are put in place by plugin.py."""
+    config = DwdpConfig(exchange="auto", audit=True)
+    roles = ("scheduler", "dp_controller", "tokenizer")
+    installed = {hook.target for role in roles for hook in install._hooks(role, config, "cuda")}
+    assert installed | {hook.target for hook in (*install.HOOKS, *arguments.HOOKS)} == {hook.target for hook in HOOKS}
+    assert not install._hooks("detokenizer", config, "cuda")
+
+
+@pytest.mark.parametrize("role", ["scheduler", "dp_controller", "tokenizer"])
+def test_a_process_checks_sources_before_it_hooks_the_first(
+    role: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def differ(targets: set[str]) -> None:
+        raise DwdpConfigError(f"{len(targets)} differ")
+
+    monkeypatch.setattr(install, "config_of", lambda _args: DwdpConfig())
+    monkeypatch.setattr(install, "resolving_view", lambda _args: SimpleNamespace(device="cpu"))
+    monkeypatch.setattr(install, "check_sources", differ)
+    monkeypatch.setattr(install, "install", lambda _hooks: pytest.fail("it hooks nonetheless"))
+    with pytest.raises(DwdpConfigError):
+        install.install_for_role(None, None, role=role)
+    count = len({hook.target for hook in install._hooks(role, DwdpConfig(), "cpu")})
+    assert capsys.readouterr().err == f"sglang-dwdp: error: {count} differ\n"
