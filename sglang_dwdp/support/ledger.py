@@ -103,8 +103,8 @@ def check_sources(hooked: Collection[str]) -> None:
     if not found:
         return
     what = (
-        f"this SGLang's {', '.join(found)} differ from those of the release {release.SGLANG}, for which this plugin "
-        "was written: a patched build, or another plugin replaced them"
+        f"the source of {', '.join(found)} in this SGLang is not that of the release {release.SGLANG}, for which this "
+        "plugin was written: it is a patched build, or another plugin replaced something"
     )
     if os.environ.get(ALLOW_PATCHED) != "1":
         raise DwdpConfigError(

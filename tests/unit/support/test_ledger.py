@@ -55,7 +55,9 @@ def test_a_patched_function_is_named_unless_the_user_insists(
 ) -> None:
     monkeypatch.setattr(json, "dumps", patched)
     monkeypatch.setattr(json.decoder.JSONDecoder, "decode", patched)
-    with pytest.raises(DwdpConfigError, match=f"{HOOKED}, {CALLED} differ.*{ledger.ALLOW_PATCHED}=1") as error:
+    with pytest.raises(
+        DwdpConfigError, match=f"{HOOKED}, {CALLED} in this SGLang is not.*{ledger.ALLOW_PATCHED}=1"
+    ) as error:
         check_sources({HOOKED})
     assert "\n" not in str(error.value)
     monkeypatch.setenv(ledger.ALLOW_PATCHED, "1")
@@ -104,5 +106,5 @@ def test_a_server_of_a_patched_build_ends_with_one_line(tmp_path: Path) -> None:
     lines = [line for line in done.stderr.splitlines() if line.startswith("sglang-dwdp: error: ")]
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1
-    assert "sglang.srt.arg_groups.parallel_hook.handle_data_parallelism differ" in lines[0]
+    assert "sglang.srt.arg_groups.parallel_hook.handle_data_parallelism in this SGLang is not that" in lines[0]
     assert "Traceback" not in done.stderr
