@@ -53,10 +53,10 @@ def checkpoint(*, ends: bool) -> str:
     atexit.register(shutil.rmtree, directory)
     config = qwen3_moe_config(Shape(max_positions=_POSITIONS), torch.float32) | {"vocab_size": _VOCAB_SIZE}
     weights = random_weights(config, GAINS, 0, torch.float32)
-    write_checkpoint(Path(directory), config, weights, 1)
+    write_checkpoint(Path(directory), config, weights)
     if ends:
         _prefer_ends(weights, get_tokenizer(directory))
-        write_checkpoint(Path(directory), config, weights, 1)
+        write_checkpoint(Path(directory), config, weights)
     return directory
 
 
