@@ -122,7 +122,8 @@ def test_engine_keywords(models: Models, reference: Reference, tmp_path: Path) -
 
 
 def test_a_hook_that_does_not_take_stops_the_server(models: Models, plugin: Plugin, tmp_path: Path) -> None:
-    environment = plugin("breaker", BREAKER)
+    """Also one that may have changed, as the user insists."""
+    environment = {**plugin("breaker", BREAKER), "SGLANG_DWDP_ALLOW_PATCHED": "1"}
     server = Server(models("qwen3_moe", 8), 2, tmp_path / "log", dwdp=(), environment=environment)
     try:
         with pytest.raises(ServerFailed, match="the server ended with exit code"):
@@ -130,6 +131,7 @@ def test_a_hook_that_does_not_take_stops_the_server(models: Models, plugin: Plug
     finally:
         server.kill()
     log = server.log.read_text()
+    assert "SGLANG_DWDP_ALLOW_PATCHED=1 allows it" in log
     assert "these parts of SGLang could not be hooked" in log
     assert "FusedMoE._map_global_expert_id_to_local_expert_id" in log
 
