@@ -19,7 +19,7 @@ test-fast: $(VENV)/.installed  ## the tests that start no server
 test-serving: $(VENV)/.installed  ## a prefill server with DWDP beside a decode server; mixed chunks; the driver of engines
 	$(BIN)/python -m pytest $(TOGETHER) -m serving
 
-test-kits: $(VENV)/.installed  ## SGLang's own test kits against two DWDP ranks, about 15 minutes
+test-kits: $(VENV)/.installed  ## SGLang's own test kits against two DWDP ranks, about 8 minutes
 	for file in tests/kits/test_*.py; do $(BIN)/python -m pytest -m kits $$file || exit 1; done
 
 test-models: $(VENV)/.installed  ## more model families on real servers, about a minute for each server
