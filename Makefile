@@ -17,7 +17,7 @@ test-fast: $(VENV)/.installed  ## the tests that start no server
 	$(BIN)/python -m pytest $(TOGETHER) -m "not e2e"
 
 test-serving: $(VENV)/.installed  ## a prefill server with DWDP beside a decode server; mixed chunks; the driver of engines
-	$(BIN)/python -m pytest $(TOGETHER) -m serving
+	$(BIN)/python -m pytest -m serving
 
 test-kits: $(VENV)/.installed  ## SGLang's own test kits against two DWDP ranks, about 8 minutes
 	for file in tests/kits/test_*.py; do $(BIN)/python -m pytest -m kits $$file || exit 1; done
