@@ -77,7 +77,9 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
         )
         for layer in layers
     }
-    forwards = JointForwards(Meeting(page, _UNTIMED, bells), inbox, _MAX_ROWS, _WAIT_LIMIT_S)
+    forwards = JointForwards(
+        Meeting(page, _UNTIMED, bells, serves=runner.device == "cuda"), inbox, _MAX_ROWS, _WAIT_LIMIT_S
+    )
     _current[:] = [ExchangeSteps(forwards, bells, joint, shape, runner.device)]
     runtime.add_part(forwards.report, forwards.close)
     logger.info(
@@ -144,7 +146,7 @@ def sleep(original: Callable[..., None], sleeper: Any) -> None:
 
 
 def before_result(_scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
-    """Before `Scheduler.process_batch_result`: the kernels of a joint forward may wait for a peer that has ended."""
+    """Before `Scheduler.process_batch_result`: wait for the forward, which a lost peer may have left; help others."""
     if _current:
         _current[0].wait()
 
@@ -176,7 +178,7 @@ def capture_shape(original: Callable[..., None], runner: Any, size: int, *args: 
     forward_fn, stream_idx = args[0], args[1] if len(args) > 1 else None
     with _current[0].capture(size):
         original(runner, size, forward_fn, stream_idx, _VARIANT)
-    _current[0].capture_help(size, runner.stream)
+    _current[0].capture_help(size)
     if size & (size - 1) == 0:  # the times of others lie between theirs
         _time(runner, size, args)
 

@@ -1,11 +1,16 @@
-"""Exchange steps of one scheduler: joint forwards and their CUDA graphs, and the idle rank's part in them."""
+"""Exchange steps of one scheduler: joint forwards and their CUDA graphs, and the part of a rank that has no rows.
+
+A rank that is idle, or that waits for a prefill of its own, helps peers that want to decode: it replays the MoE layers
+alone, on a stream whose kernels go before those of the prefill.
+"""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +23,9 @@ from sglang_dwdp.srt_patches.shard_run import JointLayer
 
 logger = logging.getLogger(__name__)
 _TIMED_REPLAYS = 3
+_FIRST = -100  # a priority: torch takes the highest that there is
+_NAP_S = 20e-6
+_MAX_HELPS = 1  # that run beside the next: peers are ahead of their GPUs by one forward, too
 
 
 class ExchangeSteps:
@@ -35,7 +43,7 @@ class ExchangeSteps:
         """Steps of a rank with these layers, by layer id in the order in which a forward runs them."""
         self.forwards, self.bells, self._layers, self._shape = forwards, bells, layers, shape
         self._on_gpu = device == "cuda"
-        self._graphs: dict[int, Any] = {}  # by bucket: what an idle rank replays
+        self._graphs: dict[int, Any] = {}  # by bucket: what a rank without rows replays
         self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
         self._alone_us: dict[int, float] = {}  # by bucket, as measured
         self._joint_us: dict[int, float] = {}
@@ -43,8 +51,12 @@ class ExchangeSteps:
         # Rows of a graph's bucket that are a request's; the others are padding, and are sent nowhere.
         self._num_rows = torch.zeros(1, dtype=torch.int32, device=device)
         self._row_numbers = torch.arange(shape.max_bucket, dtype=torch.int32, device=device)[:, None]
-        self._prefill = PrefillClock() if self._on_gpu else None
+        self._beside: Any = torch.cuda.Stream(priority=_FIRST) if self._on_gpu else None  # type: ignore[no-untyped-call]
+        self._launch_s = 0.0  # of the last prefill: while it is launched, this rank helps nobody
+        self._launch_start: float | None = None
         self._waits: deque[Callable[[], None]] = deque()  # of forwards whose results were not asked for yet
+        self._helps: deque[Callable[[], None]] = deque()  # of joint forwards without own rows that may still run
+        forwards.until = self._help_until
 
     @property
     def bucket(self) -> int:
@@ -68,7 +80,8 @@ class ExchangeSteps:
             DwdpRuntimeError: A peer stopped in the middle of a change.
         """
         if not is_decode:
-            self.forwards.begin(self._shape.max_bucket + 1, self._prefill.begin(rows) if self._prefill else 0.0)
+            self._launch_start = time.monotonic()
+            self.forwards.begin(self._shape.max_bucket + 1, 1e6 * self._launch_s)
             return False
         if self.forwards.begin(self.bucket_of(rows)) is None:
             return False
@@ -79,20 +92,19 @@ class ExchangeSteps:
         """The forward has been launched on the current stream."""
         done: Any = None
         if self._on_gpu:
-            # One for each forward: the next is launched, and recorded, before this one's result is asked for.
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record()
+            done = _event()
             if is_joint:
                 self._last_joint = done
-        if self._prefill is not None:
-            self._prefill.end()
+            if self._launch_start is not None:
+                self._launch_s = time.monotonic() - self._launch_start
+        self._launch_start = None
         self._waits.append(self.forwards.end(done))
 
     def wait(self) -> None:
-        """Wait for the oldest forward whose result was not asked for: a peer may have left it.
+        """Wait for the oldest forward whose result was not asked for; help peers while it runs, if it is not joint.
 
         Raises:
-            DwdpRuntimeError: It did; layer and peer are named.
+            DwdpRuntimeError: A peer has left a joint forward; layer and peer are named.
         """
         if self._waits:
             self._waits.popleft()()
@@ -101,29 +113,46 @@ class ExchangeSteps:
         """An idle rank: take part in a joint forward with no rows, if peers wait for one.
 
         Returns:
-            Whether they did.
+            Whether they did. If not, those before have ended.
 
         Raises:
             DwdpRuntimeError: As `begin` and `wait`.
         """
-        while len(self._waits) > 1:  # peers are ahead of their GPUs by one forward, too
-            self.wait()
+        if self._help():
+            return True
+        self._end_helps(0)
+        return False
+
+    def _help_until(self, done: Any) -> None:
+        """Wait for a forward of this rank, and help peers meanwhile."""
+        while not done.query():
+            if not self._help():
+                time.sleep(_NAP_S)
+        self._end_helps(0)
+
+    def _help(self) -> bool:
+        self._end_helps(_MAX_HELPS)
         if self.forwards.begin(0) is None:
-            while self._waits:
-                self.wait()
             return False
-        self._join(0)
-        graph = self._graphs.get(self.bucket_of(self.bucket))
-        if graph is None:  # decode runs without graphs
-            self._run_layers(0)
-        else:
-            graph.replay()
-        self.end(is_joint=True)
+        with torch.cuda.stream(self._beside) if self._on_gpu else nullcontext():
+            self._join(0)
+            graph = self._graphs.get(self.bucket_of(self.bucket))
+            if graph is None:  # decode runs without graphs
+                self._run_layers(0)
+            else:
+                graph.replay()
+            if self._on_gpu:
+                self._last_joint = _event()
+        self._helps.append(self.forwards.end(self._last_joint, helping=True))
         return True
+
+    def _end_helps(self, left: int) -> None:
+        while len(self._helps) > left:
+            self._helps.popleft()()
 
     def _join(self, rows: int) -> None:
         """The current stream is about to run a joint forward with so many own rows."""
-        if self._last_joint is not None:  # an idle rank's graph may still run, on another stream
+        if self._last_joint is not None:  # it may have been on the other stream
             torch.cuda.current_stream().wait_event(self._last_joint)
         self._num_rows.fill_(rows)
 
@@ -134,15 +163,15 @@ class ExchangeSteps:
         with self.forwards.capturing(bucket):
             yield
 
-    def capture_help(self, bucket: int, stream: Any) -> None:
-        """Capture what an idle rank replays in a joint forward of this bucket; all ranks do it at the same time."""
+    def capture_help(self, bucket: int) -> None:
+        """Capture what a rank without rows replays in a joint forward of this bucket; all ranks do it together."""
         with self.capture(bucket):
             for _ in range(2):
                 self._run_layers(bucket)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             # One replay at a time, so their memory may be the same; other graphs' may be in use on another stream.
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._beside):
                 self._run_layers(bucket)
         self._graphs[bucket] = graph
 
@@ -196,6 +225,16 @@ class ExchangeSteps:
         return self.forwards.layer(layer_id, rows.contiguous(), own, weights, layer.experts, layer.table)
 
 
+def _event() -> Any:
+    """A new event, recorded on the current stream.
+
+    One for each forward: the next is launched, and recorded, before this one's result is asked for.
+    """
+    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
 def _replay_us(replay: Callable[[], Any]) -> float:
     """Microseconds of a replay on the GPU: the shortest of some, after one that warms up.
 
@@ -212,37 +251,3 @@ def _replay_us(replay: Callable[[], Any]) -> float:
         stop.synchronize()
         times.append(1000.0 * start.elapsed_time(stop))
     return min(times)
-
-
-class PrefillClock:
-    """How long prefills take on this GPU, by which peers know when a rank is back."""
-
-    def __init__(self) -> None:
-        self._us_per_token = 0.0  # of the first prefill: peers do not count on its end
-        self._start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self._stop: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self._tokens = 0  # of the prefill between the two events; 0: none
-        self._is_under_way = False
-
-    def begin(self, tokens: int) -> float:
-        """A prefill is about to be launched on the current stream.
-
-        Args:
-            tokens: Its rows.
-
-        Returns:
-            Microseconds that it is expected to take.
-        """
-        if self._tokens and self._stop.query():
-            self._us_per_token = 1000.0 * self._start.elapsed_time(self._stop) / self._tokens
-            self._tokens = 0
-        if not self._tokens:
-            self._start.record()
-            self._tokens, self._is_under_way = tokens, True
-        return tokens * self._us_per_token
-
-    def end(self) -> None:
-        """A forward has been launched."""
-        if self._is_under_way:
-            self._stop.record()
-            self._is_under_way = False

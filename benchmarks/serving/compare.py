@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import Process, RunError, reason
+from benchmarks.processes import RunError, reason
+from benchmarks.serving.client import Client, preload
 from benchmarks.serving.load import checked_prompts, dataset_options, write_bursty
 from benchmarks.serving.scenario import Load, Scenario
 from benchmarks.serving.servers import Deployment, start
@@ -58,6 +57,7 @@ class Comparison:
             (SGLang's own figures) and `dwdp`, the counters of each rank.
         """
         scenario = self._scenario
+        preload()
         for name, load in scenario.loads.items():
             if load.bursty:
                 from transformers import AutoTokenizer
@@ -125,9 +125,8 @@ class Comparison:
         key = f"{name}-{label}".replace(", ", "-").replace(" ", "-").replace("/", "-per-")
         out = self._folder / f"{key}.jsonl"
         out.unlink(missing_ok=True)
-        command = benchmark_command(deployment, self._model, load, options, out)
         before = deployment.reports()
-        client = Process("the benchmark", command, dict(os.environ), self._folder / f"{key}.log")
+        client = Client(benchmark_arguments(deployment, self._model, load, options, out), self._folder / f"{key}.log")
         try:
             while client.exit_code() is None:
                 deployment.check_alive()
@@ -135,7 +134,7 @@ class Comparison:
                     raise RunError(f"the benchmark took longer than {self._scenario.run_timeout_s:g} s ({client.log})")
                 time.sleep(0.2)
         finally:
-            client.stop(5)
+            client.stop()
         if client.exit_code() != 0 or not out.is_file():
             raise RunError(
                 f"the benchmark ended with exit code {client.exit_code()}: {reason(client.log)} ({client.log})"
@@ -148,14 +147,14 @@ class Comparison:
         self._save(self.result)
 
 
-def benchmark_command(deployment: Deployment, model: str, load: Load, options: list[str], out: Path) -> list[str]:
-    """`python -m sglang.benchmark.serving …` for one run."""
-    command = [sys.executable, "-m", "sglang.benchmark.serving", "--base-url", deployment.url, "--model", model]
-    command += ["--num-prompts", str(load.requests), "--seed", str(load.seed), "--warmup-requests", "2"]
-    command += options
+def benchmark_arguments(deployment: Deployment, model: str, load: Load, options: list[str], out: Path) -> list[str]:
+    """Of `python -m sglang.benchmark.serving` for one run."""
+    arguments = ["--base-url", deployment.url, "--model", model]
+    arguments += ["--num-prompts", str(load.requests), "--seed", str(load.seed), "--warmup-requests", "2"]
+    arguments += options
     if deployment.routed:  # the router has no /model_info; and no flush of two servers' caches
-        command += ["--tokenizer", model, "--pd-separated", "--ready-check-timeout-sec", "0"]
-    return [*command, "--output-file", str(out), "--output-details"]
+        arguments += ["--tokenizer", model, "--pd-separated", "--ready-check-timeout-sec", "0"]
+    return [*arguments, "--output-file", str(out), "--output-details"]
 
 
 def condensed(result: Result) -> Result:

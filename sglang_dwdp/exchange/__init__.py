@@ -25,13 +25,14 @@ whatever is being captured or run.
 
 A step:
 
-    round = joint.begin(bucket, alone_us)    # before the graph is chosen
+    round = joint.begin(bucket, away_us)     # before the graph is chosen
     replay(direct graph of bucket, or joint graph of round.bucket)
     wait = joint.end(done)                   # done: an event recorded after the replay
     …
     wait()                                   # before the result is asked for, perhaps when the next step is launched
 
-A rank with nothing to run calls `joint.begin(0)` whenever its scheduler comes by, or its bell rings; if that gives a
-round, it replays the joint graph of `round.bucket` with rows of padding only, whose ids are -1. On an error of `begin`,
+A rank with nothing to run, or that waits for a forward of its own (`joint.until`), calls `joint.begin(0)` again and
+again, or when its bell rings; if that gives a round, it replays the MoE layers of `round.bucket` with rows of padding
+only, whose ids are -1, beside its own forward. On an error of `begin`,
 `layer` or `wait` joint forwards have ended for the group: `begin` gives None from then on, on every rank.
 """

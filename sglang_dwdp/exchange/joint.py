@@ -21,6 +21,7 @@ class JointForwards:
 
     Attributes:
         bucket: Of the joint forward that runs, or is captured; None in one that the rank runs alone.
+        until: Waits for the event of a forward that the rank runs alone. It may help peers meanwhile.
     """
 
     def __init__(self, meeting: Meeting, inbox: Inbox, max_bucket: int, limit_s: float) -> None:
@@ -33,36 +34,38 @@ class JointForwards:
             limit_s: Seconds that a joint forward waits for a peer on a GPU.
         """
         self.bucket: int | None = None
+        self.until: Callable[[Any], None] = lambda done: done.synchronize()
         self._meeting = meeting
         self._inbox = inbox
         self._max_bucket = max_bucket
         self._limit_s = limit_s
-        self._alone: Any = None  # event after the last forward, if that was not joint
+        self._alone: Any = None  # event after the last own forward, if that was not joint
 
-    def begin(self, bucket: int, alone_us: float = 0) -> Joint | None:
+    def begin(self, bucket: int, away_us: float = 0) -> Joint | None:
         """A forward is about to run.
 
         A small one first waits until the GPU has run the one before, unless that was joint too: the host is ahead of
         the GPU, and peers that are joined with this rank would wait in their kernels.
 
         Args:
-            bucket: Its rows, as the CUDA graph takes them. 0 in an idle rank, which then looks whether peers wait.
-            alone_us: How long a forward is expected to take that is too large to be joint.
+            bucket: Its rows, as the CUDA graph takes them. 0 to look whether peers wait, in a rank that is idle or
+                waits for a forward of its own.
+            away_us: How long this rank is expected to take no part in rounds, if the forward is too large to be joint.
 
         Returns:
-            The joint round to run; None: run alone, or stay idle.
+            The joint round to run; None: run alone, or go on waiting.
 
         Raises:
             DwdpRuntimeError: A peer is stopped while it holds the page.
         """
         joint = None
         if bucket > self._max_bucket:
-            self._meeting.go_away(alone_us)
+            self._meeting.go_away(away_us)
         elif bucket:
             if self._alone is not None and self._meeting.times.may_save(bucket):
-                self._alone.synchronize()
+                self.until(self._alone)
             joint = self._meeting.meet(bucket)
-        elif self._alone is None or self._alone.query():
+        else:
             joint = self._meeting.help()
         self.bucket = joint.bucket if joint else None
         return joint
@@ -106,26 +109,32 @@ class JointForwards:
             self._meeting.end()
             raise
 
-    def end(self, done: Any = None) -> Callable[[], None]:
+    def end(self, done: Any = None, *, helping: bool = False) -> Callable[[], None]:
         """The forward that `begin` announced has been launched; returns at once.
 
         Args:
             done: On a GPU, a `torch.cuda.Event` recorded after the forward.
+            helping: It was begun with no rows, so that one of this rank may be under way.
 
         Returns:
-            What to call before the result is asked for. After a joint forward on a GPU it waits for that, and raises
+            What to call before the result is asked for: it waits for that. After a joint forward on a GPU it raises
             DwdpRuntimeError if a peer took no part; joint forwards have then ended, on all ranks.
         """
         joint, self.bucket = self.bucket is not None, None
-        self._alone = None if joint else done
+        if not helping:
+            self._alone = None if joint else done
 
         def wait() -> None:
-            if joint and done is not None:
-                try:
-                    self._inbox.wait(done, self._limit_s)
-                except DwdpRuntimeError:
-                    self._meeting.end()
-                    raise
+            if done is None:
+                return
+            if not joint:
+                self.until(done)
+                return
+            try:
+                self._inbox.wait(done, self._limit_s)
+            except DwdpRuntimeError:
+                self._meeting.end()
+                raise
 
         return wait
 

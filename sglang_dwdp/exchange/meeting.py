@@ -55,9 +55,23 @@ class Meeting:
     """One rank's side of the rounds. Owns its page and its bells."""
 
     def __init__(
-        self, page: Page, times: StepTimes, bells: Bells | None = None, clock_us: Callable[[], int] = _clock_us
+        self,
+        page: Page,
+        times: StepTimes,
+        bells: Bells | None = None,
+        *,
+        serves: bool = False,
+        clock_us: Callable[[], int] = _clock_us,
     ) -> None:
-        """Meet peers on `page`; `times` may be replaced as measurements come in; peers without `bells` never sleep."""
+        """Meet peers.
+
+        Args:
+            page: The group's.
+            times: May be replaced as measurements come in.
+            bells: Peers without them never sleep.
+            serves: This rank helps peers while its GPU runs a forward of its own.
+            clock_us: For tests.
+        """
         self.page = page
         self.bells = bells
         self.times = times
@@ -65,7 +79,8 @@ class Meeting:
         self.ended = False
         self._clock_us = clock_us
         self._patient_from_us = (0,) * page.size
-        self._back_us = self._duration_us = 0  # of the last forward that was not small
+        self._serves = serves
+        self._back_us = 0  # as it was published
         self._wanted = False  # peers waited when this rank, idle, looked last
         self._closed = False
 
@@ -86,12 +101,13 @@ class Meeting:
         state, waited_us = self._meet(
             bucket,
             lambda state: deadline_us(state, rank, bucket, start, self.times, self._patient_from_us),
-            self.times.alone_us(bucket),
+            0 if self._serves else self.times.alone_us(bucket),
         )
         joint = state.joint_of(rank)
         self.counters.round_wait_us += waited_us
         if joint is not None:
             self.counters.joint_rounds += 1
+            self._patient_from_us = (0,) * self.page.size  # all came
         elif waited_us:
             self.counters.withdrawn_rounds += 1
             self._patient_from_us = after_waiting(state, rank, start, start + waited_us, self._patient_from_us)
@@ -100,7 +116,9 @@ class Meeting:
         return joint
 
     def help(self) -> Joint | None:
-        """An idle rank looks whether peers wait for it. Costs one read of memory while nothing changes.
+        """A rank that is idle, or that serves, looks whether peers wait for it.
+
+        Costs one read of memory while nothing changes.
 
         Where others are missing too it waits with those that do, for at most some milliseconds at a time.
 
@@ -110,10 +128,11 @@ class Meeting:
         Raises:
             DwdpRuntimeError: As `meet`.
         """
-        if self.ended or (self.page.version == self.page.seen and not self._wanted):
+        rank, early = self.page.rank, self._back_us > self._clock_us()
+        if self.ended or (self.page.version == self.page.seen and not self._wanted and not early):
             return None
-        rank = self.page.rank
-        state = self._change(lambda state: state)
+        self._back_us = 0
+        state = self._change(lambda state: state.publish(rank, 0) if early else state)
         self._wanted = state.wants_help(rank)
         if not self._wanted:
             return None
@@ -127,19 +146,16 @@ class Meeting:
         return joint
 
     def go_away(self, duration_us: float) -> None:
-        """A forward that is not small is launched; peers need not wait for this rank before it ends.
+        """A forward that is not small is launched; peers need not wait for this rank before it is back.
 
         Args:
-            duration_us: How long it takes once it runs, which is when the one before has ended: a scheduler is ahead
-                of its GPU by at most that one.
+            duration_us: Until it is: until the forward has ended or, if this rank serves, until it is launched.
 
         Raises:
             DwdpRuntimeError: As `meet`.
         """
-        now = self._clock_us()
-        start = min(max(now, self._back_us), now + self._duration_us)
-        self._back_us, self._duration_us = start + int(duration_us), int(duration_us)
         if not self.ended:
+            self._back_us = self._clock_us() + int(duration_us)
             self._change(lambda state: state.publish(self.page.rank, self._back_us))
 
     def end(self) -> None:
@@ -160,8 +176,8 @@ class Meeting:
             if self.bells is not None:
                 self.bells.close()
 
-    def _meet(self, bucket: int, deadline: Callable[[Round], int], alone_us: float) -> tuple[Round, int]:
-        """Enter and wait; the state at the end, and microseconds waited."""
+    def _meet(self, bucket: int, deadline: Callable[[Round], int], away_us: float) -> tuple[Round, int]:
+        """Enter and wait; the state at the end, and microseconds waited. If in vain, be away for `away_us`."""
         rank = self.page.rank
         start = self._clock_us()
 
@@ -173,13 +189,13 @@ class Meeting:
                     return entered
             elif not entered.ended and deadline(state) > start:
                 return entered
-            return state.publish(rank, start + int(alone_us))
+            return state.publish(rank, start + int(away_us))
 
         def withdraw(state: Round) -> Round:
             left = state.withdraw(rank)
             if left.joint_of(rank) is not None:
                 return left
-            return self._without_lost(left.publish(rank, self._clock_us() + int(alone_us)))
+            return self._without_lost(left.publish(rank, self._clock_us() + int(away_us)))
 
         state = self._change(enter)
         if self.bells is not None and bucket and state.seats[rank].phase is Phase.ENTERED:

@@ -90,10 +90,10 @@ class Rank:
             rows = run_joint(self.inbox, layer, bucket, rows, ids, weights, self.compute, self.table)
         return rows
 
-    def capture(self, bucket: int) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
+    def capture(self, bucket: int, priority: int = 0) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
         """A graph of all layers, its inputs, its result."""
         static = [each[self.rank].cuda() for each in inputs(bucket, [bucket] * SIZE, seed=0)]
-        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream: Any = torch.cuda.Stream(priority=priority)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             self.forward(bucket, *static)
         torch.cuda.synchronize()
@@ -201,6 +201,58 @@ def test_ten_thousand_rounds_with_random_delays_and_buckets() -> None:
             wrong, times = result
             assert wrong == 0
             print(f"us a layer with elementwise experts, by bucket: {times}")  # noqa: T201  (shown with -s)
+
+
+def _busy(pipe: Connection, path: str, rank: int, name: str) -> Any:
+    """Rank 1 computes for long, and takes part in joint forwards with no rows meanwhile, on another stream."""
+    with _errors(pipe):
+        me = Rank(path, rank, name)
+        bucket, counts = 8, (8, 0)
+        graph, static, result = me.capture(bucket, priority=-100)
+        beside: Any = torch.cuda.Stream(priority=-100)  # type: ignore[no-untyped-call]
+        matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) / 91
+        own: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        torch.mm(matrix, matrix)
+        torch.cuda.synchronize()
+        me.handshake.barrier()
+        busy = wrong = 0
+        seconds: list[float] = []
+        product = matrix
+        if rank == 1:
+            for _ in range(400):  # about half a second
+                product = torch.mm(product, matrix)
+        own.record()
+        for seed in range(1, 21):
+            for target, source in zip(static, inputs(bucket, counts, seed), strict=True):
+                with torch.cuda.stream(beside):
+                    target.copy_(source[rank])
+            start = time.monotonic()
+            with torch.cuda.stream(beside):
+                graph.replay()
+                me.wait(30)
+            seconds.append(time.monotonic() - start)
+            busy += not own.query()
+            with torch.cuda.stream(beside):
+                wrong += not torch.equal(result.cpu(), expected(bucket, counts, seed)[rank])
+        own.synchronize()
+        right = matrix
+        if rank == 1:
+            for _ in range(400):
+                right = torch.mm(right, matrix)
+        return wrong, busy, torch.equal(product, right), sorted(seconds)[len(seconds) // 2]
+
+
+def test_a_rank_helps_while_it_computes() -> None:
+    name = uuid.uuid4().hex
+    with ranks(_busy, [(name,)] * SIZE) as started:
+        for rank, (_, pipe) in enumerate(started):
+            found = answer(pipe, COMPILED_S)
+            assert not isinstance(found, str), found
+            wrong, busy, same, median_s = found
+            assert wrong == 0
+            assert same  # and its own result is what it would be without
+            assert (busy > 0) == (rank == 1)
+            print(f"rank {rank}: {busy} of 20 while it computed, {1e6 * median_s:.0f} us")  # noqa: T201
 
 
 def _missing(pipe: Connection, path: str, rank: int, name: str, limit_s: float) -> Any:

@@ -43,7 +43,7 @@ class Engine:
         self.joint = 0
 
     def step(self, rows: torch.Tensor) -> torch.Tensor:
-        joint = self.forwards.begin(len(rows), alone_us=5_000)
+        joint = self.forwards.begin(len(rows), away_us=5_000)
         if joint is None and not len(rows):
             return rows
         for layer in range(LAYERS):
@@ -176,13 +176,9 @@ def test_a_rank_enters_when_its_gpu_is_free() -> None:
 
     with engines(2) as made:
         engine, peer = made
-        engine.forwards.begin(99, alone_us=1000)
+        engine.forwards.begin(99, away_us=1000)
         engine.forwards.end(Event(log, "large"))
-        waiting = peer.forwards._meeting.page
-        waiting.change(lambda state: state.enter(1, 1))
-        assert engine.forwards.begin(0) is None  # not idle yet
         assert log == []
-        waiting.change(lambda state: state.withdraw(1))
         on_all(made, joint)
         assert log == ["large"]
         on_all(made, joint)
@@ -192,6 +188,26 @@ def test_a_rank_enters_when_its_gpu_is_free() -> None:
             assert engine.forwards.begin(1) is None
             engine.forwards.end(Event(log, "alone"))
         assert log == ["large", "alone"]
+
+
+def test_a_rank_helps_while_its_gpu_runs_a_forward_of_its_own() -> None:
+    """Which is waited for after that as before."""
+    log: list[str] = []
+
+    with engines(2) as made:
+        engine, peer = made
+        engine.forwards.begin(99, away_us=0)
+        engine.forwards.end(Event(log, "large"))
+        peer.forwards._meeting.page.change(lambda state: state.enter(1, 1))
+        helped = engine.forwards.begin(0)
+        assert helped is not None
+        assert helped.buckets == (0, 1)
+        wait = engine.forwards.end(Event(log, "help"), helping=True)
+        engine.forwards._inbox.wait = lambda done, limit_s: done.synchronize()  # type: ignore[method-assign]
+        wait()
+        assert log == ["help"]
+        on_all(made, lambda rank, each: each.forwards.begin(1))
+        assert log == ["help", "large"]
 
 
 def test_a_failed_wait_ends_joint_forwards() -> None:

@@ -328,19 +328,53 @@ def test_an_idle_rank_looks_for_one_read_of_memory(fd: int) -> None:
     idle.close()
 
 
-def test_a_forward_that_is_launched_early_is_back_later(fd: int) -> None:
+def test_a_rank_says_when_it_is_back_and_when_it_is_sooner(fd: int) -> None:
     now = [1000]
     meeting = Meeting(Page(fd, 0, 2), HASTY, clock_us=lambda: now[0])
 
-    def back_us(duration_us: float) -> int:
-        meeting.go_away(duration_us)
+    def back_us() -> int:
         return meeting.page.change(lambda state: state).seats[0].back_us
 
-    assert back_us(300) == 1300
+    meeting.go_away(300)
+    assert back_us() == 1300
     now[0] = 1100
-    assert back_us(200) == 1500  # the one before still runs
-    now[0] = 1250
-    assert back_us(200) == 1650  # no more than one is still to run: what was expected of the first was too much
-    now[0] = 9000
-    assert back_us(100) == 9100
+    assert meeting.help() is None
+    assert back_us() == 0
+    meeting.go_away(300)
+    now[0] = 1400
+    version = meeting.page.version
+    assert meeting.help() is None
+    assert meeting.page.version == version  # it is as late as it said, or later
     meeting.close()
+
+
+@pytest.mark.parametrize(("serves", "away_us"), [(False, 200), (True, 0)])
+def test_a_rank_that_runs_alone_is_away_unless_it_serves(fd: int, serves: bool, away_us: int) -> None:
+    times = StepTimes(alone=((1, 200.0),), joint=((1, 300.0),))
+    meeting = Meeting(Page(fd, 0, 2), times, serves=serves, clock_us=lambda: 1000)
+    assert meeting.meet(1) is None
+    assert meeting.page.change(lambda state: state).seats[0].back_us == 1000 + away_us
+    meeting.close()
+
+
+def test_a_round_of_all_ends_impatience(fd: int) -> None:
+    """A rank that came once may be waited for again, though waiting for it was in vain before."""
+    now = [0]
+
+    def clock_us() -> int:
+        now[0] += 10
+        return now[0]
+
+    times = StepTimes(alone=((1, 300.0),), joint=((1, 100.0),))
+    meeting, peer = Meeting(Page(fd, 0, 2), times, clock_us=clock_us), Page(fd, 1, 2)
+    assert meeting.meet(1) is None
+    assert meeting.counters.withdrawn_rounds == 1
+    assert meeting.meet(1) is None
+    assert meeting.counters.alone_rounds == 1  # not waited for again so soon
+    peer.change(lambda state: state.enter(1, 1))
+    assert meeting.meet(1) is not None
+    peer.change(lambda state: state.publish(1, 0))
+    assert meeting.meet(1) is None
+    assert meeting.counters.withdrawn_rounds == 2
+    meeting.close()
+    peer.close()

@@ -1,4 +1,4 @@
-"""Comparisons with fake servers and a fake benchmark, real processes both; requests, and the report."""
+"""Comparisons with fake servers in real processes, and a fake benchmark; requests, and the report."""
 
 from __future__ import annotations
 
@@ -35,6 +35,20 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 FIGURES = {"total_throughput": 100.0, "median_ttft_ms": 50.0, "request_throughput": 2.0, "ttfts": [1, 2]}
 
 
+class Benchmark:
+    """What takes the place of SGLang's: it has written its result when it is started."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        self.log, self.started = log, time.monotonic()
+        Path(arguments[arguments.index("--output-file") + 1]).write_text(json.dumps(FIGURES))
+
+    def exit_code(self) -> int:
+        return 0
+
+    def stop(self) -> None:
+        pass
+
+
 @pytest.fixture
 def scenario(monkeypatch: pytest.MonkeyPatch) -> Scenario:
     """Variants whose flag `token` is the second token of each answer; 9 does not start."""
@@ -42,12 +56,9 @@ def scenario(monkeypatch: pytest.MonkeyPatch) -> Scenario:
     def server_command(_model: str, port: int, flags: dict[str, Any]) -> list[str]:
         return [sys.executable, "-c", SERVER, str(port), str(flags["token"])]
 
-    def benchmark_command(*words: Any) -> list[str]:
-        text = json.dumps(FIGURES)
-        return [sys.executable, "-c", f"import sys; open(sys.argv[1], 'w').write('''{text}''')", str(words[-1])]
-
     monkeypatch.setattr(servers, "server_command", server_command)
-    monkeypatch.setattr(compare, "benchmark_command", benchmark_command)
+    monkeypatch.setattr(compare, "Client", Benchmark)
+    monkeypatch.setattr(compare, "preload", lambda: None)
     monkeypatch.setattr(servers, "_POLL_S", 0.05)
     return Scenario(
         name="fake",
