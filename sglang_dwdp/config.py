@@ -103,7 +103,8 @@ class DwdpConfig:
         "off",
         "Whether ranks may decode together, by sending tokens to the experts instead of reading the experts. auto: "
         "where all ranks of a group are about to decode, and that is sooner than each alone; tokens are then those of "
-        "another batch size, as in expert parallelism, not bitwise a single rank's. off: a rank waits for nobody.",
+        "another batch size, as in expert parallelism, not bitwise a single rank's. Turns --enable-mixed-chunk on. "
+        "off: a rank waits for nobody.",
     )
     depth: int = _option(2, "Slots for staged experts, each with room for the remote experts of one MoE layer.")
     transport: Transport = _option(

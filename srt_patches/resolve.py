@@ -75,6 +75,10 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         # And custom all-reduce, which is for GPUs, would be tried and warned of.
         declare_resolution(server_args, _SOURCE, sleep_on_idle=True, disable_custom_all_reduce=True)
     declare_resolution(server_args, _SOURCE, **graph_arguments(view, has_direct=config.views().direct))
+    if config.exchange == "auto":
+        # A rank that prefills is missing to its peers' joint steps, so its own decodes ride along. With no load that
+        # was measured did this cost anything (docs/performance.md).
+        declare_resolution(server_args, _SOURCE, enable_mixed_chunk=True)
 
 
 def with_direct_limit(config: DwdpConfig, num_experts: int, experts_per_token: int | None) -> DwdpConfig:

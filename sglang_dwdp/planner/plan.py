@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from sglang_dwdp.planner.checks import PlannerError
 from sglang_dwdp.planner.cost import Estimate, Group, dwdp, in_tree_group, replica
+from sglang_dwdp.planner.decode import SEQUENCES, Step, decode_step
 from sglang_dwdp.planner.dep import Exchange, dep
 from sglang_dwdp.planner.formats import Precision
 from sglang_dwdp.planner.gpus import Gpu
@@ -83,6 +84,7 @@ class Plan:
         crossover: tokens per rank from which DWDP beats DEP; None if it never does.
         chunk: ``--chunked-prefill-size`` per rank, as given or as found.
         memories: bytes by scheme at the chunk.
+        decode: steps of a server that decodes too, after prompts of the longest length.
     """
 
     case: Case
@@ -92,6 +94,7 @@ class Plan:
     crossover: int | None
     chunk: int
     memories: dict[str, Memory]
+    decode: tuple[Step, ...]
 
     @property
     def title(self) -> str:
@@ -235,4 +238,5 @@ def make_plan(case: Case, group: Group, gpus: int = 0, *, tokens: int = 0, choos
         crossover=_crossover(points, at),
         chunk=chunk,
         memories=memories,
+        decode=tuple(decode_step(model, gpu, precision, group, count, case.lengths.length) for count in SEQUENCES),
     )

@@ -11,6 +11,7 @@ from rich.console import Group as Stack
 from rich.table import Table
 
 from sglang_dwdp.planner.cost import Estimate, Parts
+from sglang_dwdp.planner.decode import pays_from
 from sglang_dwdp.planner.plan import Plan
 from sglang_dwdp.planner.simulate import Result
 
@@ -73,7 +74,18 @@ def plan_tables(plan: Plan) -> Stack:
             for scheme, m in plan.memories.items()
         ),
     )
-    return Stack(sweep, parts, memories)
+    paying = pays_from(plan.decode)
+    together = "never pays" if paying is None else f"pays from {paying} sequences a rank on"
+    decode = _table(
+        f"Decode after prompts of {plan.case.lengths.length:,.0f} tokens",
+        f"ms per step; decoding together (--dwdp-exchange auto) {together}",
+        ("sequences a rank", "DWDP alone", "DWDP together", "replica"),
+        (
+            (f"{s.sequences:,}", _ms(s.alone), _ms(s.together), _ms(s.replica) if chosen.replica else "no room")
+            for s in plan.decode
+        ),
+    )
+    return Stack(sweep, parts, memories, decode)
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -99,6 +111,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "flags": list(plan.flags),
         "memory_bytes": {scheme: asdict(m) for scheme, m in plan.memories.items()},
         "points": points,
+        "decode": [asdict(step) for step in plan.decode],
+        "decoding_together_pays_from": pays_from(plan.decode),
         "sources": dict(plan.case.gpu.sources),
     }
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -26,8 +28,11 @@ def test_ranks_decode_together(
 ) -> None:
     """The tokens are those of one rank: in float32 no two best tokens of these prompts are close."""
     expected = reference("qwen3_moe", 8)
-    flags = ("--enable-metrics", "--decode-log-interval", "5")
-    with running(models("qwen3_moe", 8), ranks, dwdp=("--dwdp-exchange", "auto"), flags=flags) as server:
+    flags = ("--enable-metrics", "--decode-log-interval", "5", "--chunked-prefill-size", "128")
+    flags += ("--max-running-requests", str(6 * ranks))
+    options: dict[str, Any] = {"dwdp": ("--dwdp-exchange", "auto"), "flags": flags}
+    options["environment"] = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"}
+    with running(models("qwen3_moe", 8), ranks, **options) as server:
 
         def ask(number: int, rank: int) -> bool:
             return server.generate(PROMPTS[number], MAX_NEW_TOKENS, rank) == expected[number]
@@ -54,8 +59,32 @@ def test_ranks_decode_together(
                 break
         else:
             raise AssertionError(f"idle ranks helped with few steps: {first}")
-        assert not any(report["joint_rounds_ended"] for report in server.reports())
         check_metrics(server)
+        check_under_pressure(server, expected)
+        assert not any(report["joint_rounds_ended"] for report in server.reports())
+
+
+def check_under_pressure(server: Server, expected: list[list[int]]) -> None:
+    """Prompts in chunks, more requests than may run at a time, some that are retracted and some that are aborted."""
+    before = server.reports()
+    with ThreadPoolExecutor(40) as pool:
+        answers = [
+            pool.submit(server.generate, PROMPTS[number], MAX_NEW_TOKENS, rank)
+            for number in range(len(PROMPTS))
+            for rank in range(server.ranks)
+        ]
+        for number in range(8):
+            body = {"text": PROMPTS[number], "rid": f"aborted-{number}", "routed_dp_rank": number % server.ranks}
+            sampling = {"sampling_params": {"max_new_tokens": 400, "ignore_eos": True}}
+            pool.submit(requests.post, f"{server.url}/generate", json=body | sampling, timeout=300)
+        for number in range(8):
+            time.sleep(0.1)
+            requests.post(f"{server.url}/abort_request", json={"rid": f"aborted-{number}"}, timeout=30)
+        wanted = [expected[number] for number in range(len(PROMPTS)) for _ in range(server.ranks)]
+        assert [answer.result() for answer in answers] == wanted
+    for report, earlier in zip(server.reports(), before, strict=True):
+        assert report["joint_rounds"] > earlier["joint_rounds"]
+    assert re.search(r"Testing retraction\. #retracted_reqs: [1-9]", server.log.read_text(errors="replace"))
 
 
 def check_metrics(server: Server) -> None:

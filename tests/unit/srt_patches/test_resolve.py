@@ -123,6 +123,12 @@ def test_a_config_file(model: str, tmp_path: Path) -> None:
     assert (result["config"]["depth"], result["config"]["audit"]) == (3, True)
     assert result["config"]["direct_max_tokens"] == 12
     assert result["resolved"]["dwdp_size"] == 2
+    assert not result["resolved"]["enable_mixed_chunk"]
+
+
+def test_decoding_together_goes_with_mixed_chunks(model: str) -> None:
+    argv = ("--model-path", model, "--device", "cpu", "--tp", "2", "--enable-dwdp", "--dwdp-exchange", "auto")
+    assert resolve(*argv)["resolved"]["enable_mixed_chunk"] is True
 
 
 # In one process, as `sglang.Engine` makes them: keywords, among them SGLang's own names for what is refused.
