@@ -27,7 +27,12 @@ LARGE = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, 
 
 @pytest.mark.parametrize(
     ("name", "joint"),
-    [("qwen3_moe-bf16-triton", True), ("deepseek_v3-fp8-triton", True), ("qwen3_moe-bf16-flashinfer_cutlass", False)],
+    [
+        ("qwen3_moe-bf16-triton", True),
+        ("deepseek_v3-fp8-triton", True),
+        ("gpt_oss-mxfp4-triton", True),
+        ("qwen3_moe-bf16-flashinfer_cutlass", False),
+    ],
 )
 def test_answers_are_those_of_decoding_alone(tmp_path: Path, name: str, joint: bool) -> None:
     """Up to the rounding of sums: tokens part only where the two best are close. Other runners decode alone."""
