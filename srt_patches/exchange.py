@@ -176,9 +176,9 @@ def capture_shape(original: Callable[..., None], runner: Any, size: int, *args: 
     if not _current or runner.model_runner.is_draft_worker or size > _MAX_ROWS:
         return
     forward_fn, stream_idx = args[0], args[1] if len(args) > 1 else None
-    with _current[0].capture(size):
+    with _current[0].weighed(), _current[0].capture(size):
         original(runner, size, forward_fn, stream_idx, _VARIANT)
-    _current[0].capture_help(size)
+        _current[0].capture_help(size)
     if size & (size - 1) == 0:  # the times of others lie between theirs
         _time(runner, size, args)
 

@@ -45,6 +45,7 @@ class ExchangeSteps:
         self._on_gpu = device == "cuda"
         self._graphs: dict[int, Any] = {}  # by bucket: what a rank without rows replays
         self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
+        self._capture_s, self._capture_bytes = 0.0, 0
         self._alone_us: dict[int, float] = {}  # by bucket, as measured
         self._joint_us: dict[int, float] = {}
         self._last_joint: Any = None  # event after the last joint forward
@@ -79,6 +80,12 @@ class ExchangeSteps:
         Raises:
             DwdpRuntimeError: A peer stopped in the middle of a change.
         """
+        if self._capture_s:
+            logger.info(
+                "DWDP: the graphs of exchange steps took %.1f s and %.0f MiB.",
+                *(self._capture_s, self._capture_bytes / 2**20),
+            )
+            self._capture_s = 0.0
         if not is_decode:
             self._launch_start = time.monotonic()
             self.forwards.begin(self._shape.max_bucket + 1, 1e6 * self._launch_s)
@@ -164,16 +171,23 @@ class ExchangeSteps:
             yield
 
     def capture_help(self, bucket: int) -> None:
-        """Capture what a rank without rows replays in a joint forward of this bucket; all ranks do it together."""
-        with self.capture(bucket):
-            for _ in range(2):
-                self._run_layers(bucket)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # One replay at a time, so their memory may be the same; other graphs' may be in use on another stream.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._beside):
-                self._run_layers(bucket)
+        """In `capture`: capture what a rank without rows replays in a joint forward of this bucket."""
+        for _ in range(2):
+            self._run_layers(bucket)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # One replay at a time, so their memory may be the same; other graphs' may be in use on another stream.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._beside):
+            self._run_layers(bucket)
         self._graphs[bucket] = graph
+
+    @contextmanager
+    def weighed(self) -> Iterator[None]:
+        """Count what is captured in here; the sums are logged before the first forward."""
+        start, free = time.monotonic(), torch.cuda.mem_get_info()[0]
+        yield
+        self._capture_s += time.monotonic() - start
+        self._capture_bytes += free - torch.cuda.mem_get_info()[0]
 
     def time(self, bucket: int, alone: Callable[[], Any], joint: Callable[[], Any]) -> None:
         """Time a bucket's two graphs, by which a rank decides how long to wait; all ranks do it at the same time.

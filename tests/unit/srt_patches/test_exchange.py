@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from sglang_dwdp.exchange.inbox import RowShape
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.srt_patches.exchange import why_alone
+from sglang_dwdp.srt_patches.exchange_steps import ExchangeSteps
 
 SHAPE = RowShape(8, 64, 8, torch.bfloat16)
 
@@ -39,3 +41,59 @@ def test_others_decode_alone(layers: list[Any], why: str) -> None:
     answer = why_alone(layers, 2, SHAPE, "cuda")
     assert answer is not None
     assert why in answer
+
+
+class Forwards:
+    """Joint forwards of a rank whose peers wait `rounds` times, and whose GPU is done after `looks` looks."""
+
+    def __init__(self, rounds: int, looks: int) -> None:
+        self.rounds, self.looks = rounds, looks
+        self.bucket: int | None = None
+        self.until: Callable[[Any], None] = lambda done: None
+        self.running = self.most = self.helped = 0
+
+    def query(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+    def begin(self, bucket: int, away_us: float = 0) -> object | None:
+        assert bucket == 0
+        if self.rounds == 0:
+            return None
+        self.rounds -= 1
+        self.bucket = 4
+        return object()
+
+    def end(self, done: Any, *, helping: bool) -> Callable[[], None]:
+        assert helping
+        self.bucket = None
+        self.running += 1
+        self.helped += 1
+        self.most = max(self.most, self.running)
+
+        def wait() -> None:
+            self.running -= 1
+
+        return wait
+
+
+def exchange_steps(forwards: Forwards) -> ExchangeSteps:
+    shape = RowShape(max_bucket=8, hidden_size=4, top_k=2, dtype=torch.float32)
+    return ExchangeSteps(forwards, None, {}, shape, "cpu")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("rounds", "looks", "helped"), [(0, 3, 0), (5, 20, 5), (20, 5, 5), (3, 0, 0)])
+def test_peers_are_helped_for_as_long_as_an_own_forward_runs(rounds: int, looks: int, helped: int) -> None:
+    forwards = Forwards(rounds, looks)
+    exchange_steps(forwards)
+    forwards.until(forwards)
+    assert forwards.helped == helped
+    assert forwards.most == min(helped, 2)  # no further ahead of the GPU than the peers
+    assert forwards.running == 0
+
+
+def test_an_idle_rank_waits_for_its_help_once_nobody_wants_more() -> None:
+    forwards = Forwards(rounds=3, looks=0)
+    steps = exchange_steps(forwards)
+    assert [steps.help_out() for _ in range(4)] == [True, True, True, False]
+    assert forwards.running == 0
