@@ -140,7 +140,7 @@ class DwdpRuntime:
 
     def begin_forward(self, num_tokens: int) -> None:
         """A forward of `num_tokens` tokens is about to run: choose its views."""
-        self._direct = self._views.is_direct(num_tokens)
+        self._direct = self.in_exchange_step or self._views.is_direct(num_tokens)
         self._visited.clear()
         self._staged_replay = False
         self.in_forward = True
@@ -174,6 +174,10 @@ class DwdpRuntime:
     def layers(self) -> list[ExpertLayer]:
         """The MoE layers whose experts are shared, in the order in which a forward runs them."""
         return [shared.layer for shared in self._shared.layers]
+
+    def remote_bytes(self) -> int:
+        """What a staged forward copies, in bytes."""
+        return sum(shared.copy_bytes for shared in self._shared.layers)
 
     def add_part(self, report: Callable[[], Mapping[str, int | float | str]], close: Callable[[], None]) -> None:
         """Let something that builds on the shared experts report with this runtime, and end before it."""

@@ -66,7 +66,7 @@ def set_up(runner: Any) -> None:
     name = f"{_common_name(parallel.tp_group)}.{group}"
     runtime.setup(layers, name)
     set_global_dwdp_manager(Manager(runtime))
-    if config.exchange == "auto":
+    if config.exchange != "off":
         from sglang_dwdp.srt_patches import exchange
 
         exchange.set_up(runtime, runner, name)

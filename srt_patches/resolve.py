@@ -55,11 +55,12 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         num_experts = _check_model(config, model, view.model_path, group_size)
         _check_device(config, view.device)
         check_graph_backends(view)
-        if config.exchange == "auto" and view.disaggregation_mode == "prefill":
+        if config.exchange != "off" and view.disaggregation_mode == "prefill":
             raise DwdpConfigError(
-                "--dwdp-exchange auto is for servers that decode: drop it with --disaggregation-mode prefill."
+                f"--dwdp-exchange {config.exchange} is for servers that decode: drop it with "
+                "--disaggregation-mode prefill."
             )
-        elif config.exchange == "off" and view.disaggregation_mode != "prefill":
+        if config.exchange == "off" and view.disaggregation_mode != "prefill":
             logger.info(
                 "DWDP: every rank decodes alone. --dwdp-exchange auto lets ranks decode together, 6.5 times as fast "
                 "for 32 sequences a rank between two H200 (docs/performance.md)."
@@ -75,7 +76,7 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         # And custom all-reduce, which is for GPUs, would be tried and warned of.
         declare_resolution(server_args, _SOURCE, sleep_on_idle=True, disable_custom_all_reduce=True)
     declare_resolution(server_args, _SOURCE, **graph_arguments(view, has_direct=config.views().direct))
-    if config.exchange == "auto":
+    if config.exchange != "off":
         # A rank that prefills is missing to its peers' joint steps, so its own decodes ride along. With no load that
         # was measured did this cost anything (docs/performance.md).
         declare_resolution(server_args, _SOURCE, enable_mixed_chunk=True)

@@ -28,7 +28,7 @@ def test_ranks_decode_together(
 ) -> None:
     """The tokens are those of one rank: in float32 no two best tokens of these prompts are close."""
     expected = reference("qwen3_moe", 8)
-    flags = ("--enable-metrics", "--decode-log-interval", "5", "--chunked-prefill-size", "128")
+    flags = ("--enable-metrics", "--decode-log-interval", "5", "--chunked-prefill-size", "600")
     flags += ("--max-running-requests", str(6 * ranks))
     options: dict[str, Any] = {"dwdp": ("--dwdp-exchange", "auto"), "flags": flags}
     options["environment"] = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"}
@@ -59,9 +59,22 @@ def test_ranks_decode_together(
                 break
         else:
             raise AssertionError(f"idle ranks helped with few steps: {first}")
+        check_short_prefills(server)
         check_metrics(server)
         check_under_pressure(server, expected)
         assert not any(report["joint_rounds_ended"] for report in server.reports())
+
+
+def check_short_prefills(server: Server) -> None:
+    """A short prompt is run with the help of idle ranks; a forward that ends with its first token is no decode."""
+    for attempt in range(10):
+        before = server.reports()[0]
+        server.generate(f"{attempt} {PROMPTS[12]}", 1, 0)
+        after = server.reports()[0]
+        if after["exchanged_rows"] > before["exchanged_rows"] + 100:
+            assert after["joint_rounds"] == before["joint_rounds"] + 1
+            return
+    raise AssertionError("no short prefill was joint")
 
 
 def check_under_pressure(server: Server, expected: list[list[int]]) -> None:
