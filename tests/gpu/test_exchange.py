@@ -27,7 +27,7 @@ from tests.unit.exchange.processes import PATIENT, answer, open_meeting, ranks
 pytestmark = pytest.mark.gpus(2)
 
 HIDDEN, TOP_K, EXPERTS, SIZE = 2048, 8, 128, 2
-SHAPE = RowShape(max_bucket=64, hidden_size=HIDDEN, top_k=TOP_K, dtype=torch.bfloat16)
+SHAPE = RowShape(max_bucket=512, hidden_size=HIDDEN, top_k=TOP_K, dtype=torch.bfloat16)
 LAYERS = [3, 4, 7]
 PLACEMENT = balanced(EXPERTS, SIZE)
 SHARDS = [PLACEMENT.shard(rank) for rank in range(SIZE)]
@@ -123,7 +123,7 @@ def _replays(pipe: Connection, path: str, rank: int, name: str) -> Any:
     with _errors(pipe):
         me = Rank(path, rank, name)
         results = []
-        for bucket, counts in ((1, (1, 1)), (8, (3, 8)), (64, (64, 40)), (32, (0, 32))):
+        for bucket, counts in ((1, (1, 1)), (8, (3, 8)), (64, (64, 40)), (32, (0, 32)), (512, (512, 300))):
             graph, static, result = me.capture(bucket)
             for seed in range(1, 6):
                 for target, source in zip(static, inputs(bucket, counts, seed), strict=True):
@@ -152,7 +152,7 @@ def test_graphs_give_what_the_reference_gives_bitwise() -> None:
             results = answer(pipe, COMPILED_S)
             assert not isinstance(results, str), results
             assert [result for result in results if not result[-1]] == []
-            assert len(results) == 23
+            assert len(results) == 28
 
 
 def _many(pipe: Connection, path: str, rank: int, name: str) -> Any:
