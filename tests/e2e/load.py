@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import psutil
 import requests
 
 from sglang_dwdp.demo.server import Server
@@ -40,9 +43,16 @@ class Load:
     """
 
     def __init__(
-        self, server: Server, expected: list[list[int]], *, clients: int = 8, abort_share: float = 0.0, seed: int = 0
+        self,
+        server: Server,
+        expected: Sequence[list[int]],
+        *,
+        prompts: Sequence[str] = PROMPTS,
+        clients: int = 8,
+        abort_share: float = 0.0,
+        seed: int = 0,
     ) -> None:
-        self._server, self._expected, self._abort_share = server, expected, abort_share
+        self._server, self._expected, self._prompts, self._abort_share = server, expected, prompts, abort_share
         self._over = threading.Event()
         self._pool = ThreadPoolExecutor(clients)
         self._seeds = [seed * clients + client for client in range(clients)]
@@ -64,7 +74,7 @@ class Load:
 
     def _client(self, choices: random.Random) -> None:
         while not self._over.is_set():
-            number = choices.randrange(len(PROMPTS))
+            number = choices.randrange(len(self._prompts))
             started = time.monotonic()
             if choices.random() < 0.5:
                 what, rank = self._unary(number)
@@ -73,7 +83,8 @@ class Load:
             self.answers.append(Answer(what, started, time.monotonic() - started, rank))
 
     def _body(self, number: int) -> dict[str, object]:
-        return {"text": PROMPTS[number], "sampling_params": {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS}}
+        sampling = {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS}
+        return {"text": self._prompts[number], "sampling_params": sampling}
 
     def _unary(self, number: int) -> tuple[str, int]:
         answer = requests.post(f"{self._server.url}/generate", json=self._body(number), timeout=120)
@@ -101,3 +112,33 @@ class Load:
             return str(meta["finish_reason"].get("status_code")), -1
         rank = meta.get("dp_rank")
         return RIGHT if body["output_ids"] == self._expected[number] else WRONG, -1 if rank is None else rank
+
+
+def rank_process(server: Server, rank: int) -> psutil.Process:
+    """The scheduler process of a rank."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    [found] = [child for child in children if child.name().endswith(f"TP{rank}")]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a process holds.
+
+    Attributes:
+        descriptors: Open files and sockets.
+        mappings: Of memory that ranks share.
+        shared_bytes: Their size.
+    """
+
+    descriptors: int
+    mappings: int
+    shared_bytes: int
+
+    @classmethod
+    def by(cls, pid: int) -> Held:
+        """What the process `pid` holds now."""
+        with open(f"/proc/{pid}/maps") as maps:
+            spans = [line.split()[0].split("-") for line in maps if "memfd:sglang-dwdp" in line]
+        sizes = [int(end, 16) - int(start, 16) for start, end in spans]
+        return cls(len(os.listdir(f"/proc/{pid}/fd")), len(sizes), sum(sizes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_dwdp.counters import METRICS
 from sglang_dwdp.demo.server import Server
-from tests.e2e.conftest import Reference, Running
+from tests.e2e.conftest import Answers, Reference, Running
+from tests.e2e.load import RETRY, RIGHT, Load, rank_process
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family
 
@@ -56,6 +58,20 @@ def test_ranks_decode_together(
             raise AssertionError(f"idle ranks helped with few steps: {first}")
         assert not any(report["joint_rounds_ended"] for report in server.reports())
         check_metrics(server)
+        if ranks == 3:
+            check_survivors(server, expected)
+
+
+def check_survivors(server: Server, expected: Answers) -> None:
+    """A rank is killed while all decode together: the others answer on, each alone."""
+    with Load(server, expected) as load:
+        time.sleep(5)
+        rank_process(server, 1).kill()
+        time.sleep(5)
+    assert {answer.what for answer in load.answers} <= {RIGHT, RETRY}
+    assert sum(answer.what == RETRY for answer in load.answers) <= 8
+    assert {answer.rank for answer in load.answers[-20:]} == {0, 2}
+    assert all(report["joint_rounds_ended"] for report in server.reports())
 
 
 def check_metrics(server: Server) -> None:

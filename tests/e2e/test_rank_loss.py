@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 import requests
 
 from sglang_dwdp.demo.server import Server, ServerFailed
 from tests.e2e.conftest import Answers, Plugin, Reference, Running
-from tests.e2e.load import RETRY, RIGHT, Load
+from tests.e2e.load import RETRY, RIGHT, Held, Load, rank_process
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family
 
@@ -51,12 +50,6 @@ def expected(reference: Reference) -> Answers:
 def server(running: Running, models: Models) -> Iterator[Server]:
     with running(models("qwen3_moe", 8), 3, flags=("--enable-metrics",)) as server:
         yield server
-
-
-def rank_process(server: Server, rank: int) -> psutil.Process:
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    [found] = [child for child in children if child.name().endswith(f"TP{rank}")]
-    return found
 
 
 def ranks(server: Server) -> str:
@@ -123,8 +116,20 @@ def test_a_stopped_rank_gets_no_requests_until_it_goes_on(server: Server, expect
     assert 2 in {answer.rank for answer in load.between(gone_on)}
 
 
+def test_clients_that_leave_cost_no_descriptors_and_no_mappings(server: Server, expected: Answers) -> None:
+    pids = [rank_process(server, rank).pid for rank in range(3)]
+    before = [Held.by(pid) for pid in pids]
+    assert all(held.mappings > 0 for held in before)
+    with Load(server, expected, clients=CLIENTS, abort_share=0.5) as load:
+        time.sleep(AFTER_S)
+    assert {answer.what for answer in load.answers} == {RIGHT}
+    assert [Held.by(pid) for pid in pids] == before
+
+
 @pytest.mark.parametrize("rank", [1, 0])  # 0: its process has what SGLang's ranks met through
 def test_the_others_outlive_a_rank(server: Server, expected: Answers, rank: int) -> None:
+    survivor = rank_process(server, 2).pid
+    held = Held.by(survivor)
     with health(server), Load(server, expected, clients=CLIENTS) as load:
         usual = usual_s(load)
         killed = time.monotonic()
@@ -132,6 +137,7 @@ def test_the_others_outlive_a_rank(server: Server, expected: Answers, rank: int)
         wait_for(server, rf"rank {rank} of 3 lost at 20.* .was ended by SIGKILL", 3)
         noticed = time.monotonic()
         time.sleep(AFTER_S)
+    assert Held.by(survivor) == held  # the lost rank's memory stays mapped
     whats = [answer.what for answer in load.answers]
     assert set(whats) <= {RIGHT, RETRY}
     assert whats.count(RETRY) <= CLIENTS  # those that it had

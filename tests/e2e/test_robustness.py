@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -176,3 +177,9 @@ def test_the_server_reports_what_it_does(server: Server, expected: Answers) -> N
         assert report["late_fills"] == 0
         assert report["bytes_copied"] > 0
         assert report["bytes_read_in_place"] > 0
+
+
+def test_a_launcher_that_is_killed_leaves_nothing(server: Server) -> None:
+    """The last test of this server: what may be left is looked at where it stops."""
+    server.process.kill()
+    assert server.process.wait(10) == -signal.SIGKILL

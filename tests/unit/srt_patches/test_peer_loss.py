@@ -1,0 +1,89 @@
+"""A rank whose peer has left a joint forward runs it again, alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_dwdp.errors import DwdpRuntimeError
+from sglang_dwdp.srt_patches import exchange
+
+LOST = DwdpRuntimeError("rank 0: MoE layer 2 of a joint forward: rank 1 sent no rows: its process ended.")
+
+
+class Steps:
+    """Forwards are joint until one fails; `page_lost` lets the page of rounds be out of reach."""
+
+    def __init__(self) -> None:
+        self.joint, self.page_lost = True, False
+        self.said: list[Any] = []
+        self.forwards = SimpleNamespace(end=lambda: self.said.append("gave up"))
+
+    def begin(self, rows: int, *, is_decode: bool) -> bool:
+        if self.page_lost:
+            raise LOST
+        return self.joint and is_decode
+
+    def end(self, *, is_joint: bool) -> None:
+        self.said.append("joint" if is_joint else "alone")
+
+    def help_out(self) -> bool:
+        raise LOST
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Steps]:
+    result, runtime = Steps(), SimpleNamespace(in_exchange_step=False)
+    monkeypatch.setattr(exchange, "current_runtime", lambda: runtime)
+    exchange._current[:] = [result]  # type: ignore[list-item]
+    yield result
+    exchange._current.clear()
+
+
+def forward(*outcomes: Any) -> Any:
+    """A decode forward whose runs have these outcomes, one after the other."""
+    runs = iter(outcomes)
+
+    def original(*_args: Any) -> Any:
+        outcome = next(runs)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return f"{outcome}, {'joint' if exchange.current_runtime().in_exchange_step else 'alone'}"
+
+    runner = SimpleNamespace(is_draft_worker=False)
+    batch = SimpleNamespace(forward_mode=SimpleNamespace(is_decode=lambda: True), batch_size=3)
+    return exchange.forward(original, runner, batch)
+
+
+def test_a_joint_forward(steps: Steps) -> None:
+    assert forward("tokens") == "tokens, joint"
+    assert steps.said == ["joint"]
+
+
+def test_a_peer_that_leaves_it(steps: Steps, caplog: pytest.LogCaptureFixture) -> None:
+    assert forward(LOST, "tokens") == "tokens, alone"
+    assert steps.said == ["gave up", "alone"]
+    assert "rank 1 sent no rows: its process ended" in caplog.text
+
+
+def test_a_peer_that_keeps_the_page(steps: Steps) -> None:
+    steps.page_lost = True
+    assert forward("tokens") == "tokens, alone"
+
+
+def test_an_error_of_this_ranks_own_stays_one(steps: Steps) -> None:
+    with pytest.raises(DwdpRuntimeError):
+        forward(LOST, LOST)
+    steps.joint = False
+    with pytest.raises(DwdpRuntimeError):
+        forward(LOST, "not run")
+
+
+def test_an_idle_rank_goes_on(steps: Steps) -> None:
+    idled: list[Any] = []
+    exchange.idle(idled.append, SimpleNamespace(ipc_channels=None))
+    assert len(idled) == 1
+    assert steps.said == ["gave up"]
