@@ -141,7 +141,7 @@ class DwdpConfig:
     on_rank_loss: OnRankLoss = _option(
         "continue",
         "What the server does when a rank's process ends. continue: the other ranks serve on, and the requests of the "
-        "lost one are answered with HTTP 503. exit: the server ends.",
+        "lost one are answered with HTTP 503 (not with --dwdp-transport cuda-ipc). exit: the server ends.",
     )
     audit: bool = _option(
         False,
@@ -187,6 +187,11 @@ class DwdpConfig:
     @property
     def memory_bytes(self) -> int | None:
         return None if self.memory_gib is None else int(self.memory_gib * KIB * MIB)
+
+    @property
+    def outlives_ranks(self) -> bool:
+        """Whether the server goes on when a rank is lost. With `cuda-ipc` that rank's experts go with its process."""
+        return self.on_rank_loss == "continue" and self._maps
 
     def views(self, *, maps: bool = True) -> Views:
         """Which views forwards read.

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 # Without a sign of life for so long a rank does not respond. A rank gives one between two forwards, so this is longer
-# than a forward takes, apart from those that compile kernels.
-SILENT_S = 20.0
+# than a forward takes, apart from those that compile kernels; and half of what SGLang gives a health check.
+SILENT_S = 10.0
 
 
 class Condition(StrEnum):

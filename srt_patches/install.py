@@ -80,7 +80,7 @@ def _hooks(role: str, config: DwdpConfig, device: str | None) -> tuple[Hook, ...
         hooks = [*linear.HOOKS, *steps.HOOKS, *experts.HOOKS, *loading.HOOKS, *forward.HOOKS, *first_forward.HOOKS]
         hooks += (*reports.SCHEDULER_HOOKS, *weights.SCHEDULER_HOOKS)
         hooks += (*sessions.SCHEDULER_HOOKS, *recorder.SCHEDULER_HOOKS, *metrics.HOOKS, *load_lock.HOOKS)
-        if config.on_rank_loss == "continue":
+        if config.outlives_ranks:
             hooks += lost_rank.OUTLIVED_HOOKS
         if device == "cuda":
             from sglang_dwdp.srt_patches import flashinfer_fp8, prefill_graphs

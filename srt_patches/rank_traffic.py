@@ -14,6 +14,7 @@ from http import HTTPStatus
 from typing import Any
 
 import zmq
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.io_struct import (
     AbortReq,
     GetInternalStateReq,
@@ -63,7 +64,10 @@ class Traffic:
         return True
 
     def heed(self, notice: Notice) -> None:
-        """The conditions of ranks have changed."""
+        """The conditions of ranks have changed.
+
+        Requests of a rank that does not respond wait for it, but for health checks: any answer is one to them.
+        """
         controller, before = self._controller, self._states
         self._states = notice.states
         controller.status = serving(notice.states)
@@ -72,12 +76,12 @@ class Traffic:
             if before and before[rank].condition is not state.condition is Condition.SERVING:
                 controller.dp_budget.total_tokens[rank] = controller.dp_budget.total_requests[rank] = 0
         self.avoid()
-        is_lost = [not lives for lives in living(notice.states)]
+        lives, serves = living(notice.states), serving(notice.states)
         open_requests = set(notice.open_requests)
         for rid, rank in list(self._rank_of.items()):
             if rid not in open_requests:
                 del self._rank_of[rid]
-            elif is_lost[rank]:
+            elif not lives[rank] or (not serves[rank] and rid.startswith(HEALTH_CHECK_RID_PREFIX)):
                 del self._rank_of[rid]
                 self._answer(rid, self.why_not(rank))
 

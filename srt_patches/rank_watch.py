@@ -173,8 +173,9 @@ _current: list[RankWatch] = []  # of the server that was started last in this pr
 def prepare(_result: None, manager: Any, started: Any, *_args: Any) -> None:
     """After `Engine._set_startup_time`: all ranks are ready, and SGLang is about to watch its processes."""
     config, info = config_of(manager.server_args), started.scheduler_infos[0]
-    outlives = config is not None and config.on_rank_loss == "continue"
-    _current[:] = [] if config is None else [RankWatch(manager, info, info["dp_size"], outlives=outlives)]
+    _current.clear()
+    if config is not None:
+        _current.append(RankWatch(manager, info, info["dp_size"], outlives=config.outlives_ranks))
 
 
 def monitor(original: Callable[[Any], None], watchdog: Any) -> None:

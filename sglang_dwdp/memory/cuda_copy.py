@@ -143,7 +143,7 @@ class CudaCopyEngine:
 
     def is_done(self, event: Event) -> bool:
         assert isinstance(event, torch.cuda.Event)
-        return bool(event.query())
+        return bool(event.query())  # type: ignore[no-untyped-call]
 
     def exposed_s(self) -> float:
         return self._stopwatch.seconds()

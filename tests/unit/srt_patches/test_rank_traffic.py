@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.data_parallel_controller import DataParallelController, DPBudget
 from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq
 
@@ -95,6 +96,13 @@ def test_requests_of_a_stopped_rank_wait_for_it(controller: Controller) -> None:
     assert controller.answered() == {}
     heed("SxS", ("open",))
     assert list(controller.answered()) == ["open"]
+
+
+def test_a_health_check_does_not_wait_for_a_stopped_rank(controller: Controller) -> None:
+    check = f"{HEALTH_CHECK_RID_PREFIX}_1"
+    hand_out(controller, check, 1)
+    heed("S-S", (check,))
+    assert list(controller.answered()) == [check]
 
 
 @pytest.mark.parametrize("state", ["-", "x"])
