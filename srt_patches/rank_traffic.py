@@ -63,6 +63,11 @@ class Traffic:
             self._rank_of.popitem(last=False)
         return True
 
+    def give_back(self, rank: int, request: Any) -> None:
+        """Answer a request that did not reach its rank."""
+        self._rank_of.pop(request.rid, None)
+        self._answer(request.rid, f"rank {rank} is not reached")
+
     def heed(self, notice: Notice) -> None:
         """The conditions of ranks have changed.
 
@@ -127,10 +132,23 @@ def traffic_of(controller: Any) -> Traffic:
 
 
 def send(original: Callable[..., None], socket: Any, message: Any, *args: Any, **kwargs: Any) -> None:
-    """Around `sock_send`, as the controller calls it."""
-    rank = _current[0].rank(socket) if _current and isinstance(message, _REQUESTS) else None
-    if rank is None or _current[0].takes(rank, message):
+    """Around `sock_send`, as the controller calls it.
+
+    A socket whose other end is gone would hold the controller until somebody connects again, and with it all requests.
+    """
+    traffic = _current[0] if _current else None
+    rank = traffic.rank(socket) if traffic else None
+    if traffic is None or rank is None:
         original(socket, message, *args, **kwargs)
+        return
+    is_request = isinstance(message, _REQUESTS)
+    if is_request and not traffic.takes(rank, message):
+        return
+    try:
+        original(socket, message, flags=zmq.NOBLOCK)
+    except zmq.Again:  # its process has just ended, or reads nothing; a notice will follow
+        if is_request:
+            traffic.give_back(rank, message)
 
 
 def route(original: Callable[..., Any], controller: Any, request: Any) -> Any:
@@ -151,7 +169,7 @@ def avoid_silent(_result: None, _controller: Any) -> None:
 def send_to_living(controller: Any, message: Any) -> None:
     """In place of `DataParallelController.send_control_message`."""
     for worker in _current[0].listeners(message) if _current else controller.workers:
-        sock_send(worker, message)
+        send(sock_send, worker, message)
 
 
 _CONTROLLER = "sglang.srt.managers.data_parallel_controller"

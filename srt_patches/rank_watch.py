@@ -160,7 +160,7 @@ def _gauges(manager: Any) -> dict[Condition, Any]:
 
 def _log(rank: int, state: RankState, size: int) -> None:
     if state.condition is Condition.SERVING:
-        logger.info("DWDP: rank %d of %d responds again, and gets requests.", rank, size)
+        logger.info("DWDP: rank %d of %d gets requests again.", rank, size)
     elif state.condition is Condition.SILENT:
         logger.warning("DWDP: rank %d of %d does not respond (%s): it gets no new requests.", rank, size, state.why)
     else:

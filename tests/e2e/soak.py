@@ -124,11 +124,11 @@ class Soak:
 
     def _kill(self, server: Server, rank: int) -> None:
         with self.load(server, 2 + rank) as load:
-            time.sleep(10)
+            time.sleep(6)
             usual = max(answer.seconds for answer in load.answers)
             killed = time.monotonic()
             rank_process(server, rank).kill()
-            time.sleep(10)
+            time.sleep(8)
         whats = {answer.what for answer in load.answers}
         lost = [answer for answer in load.answers if answer.what == RETRY]
         later = load.between(killed + 1)

@@ -164,7 +164,7 @@ def test_what_the_server_says_of_two_lost_ranks(server: Server, expected: Answer
     assert updated.status_code == 503
     log = server.log.read_text(errors="replace")
     assert log.count("is lost: its process was ended by SIGKILL") == 2
-    assert log.count("responds again") == 1
+    assert log.count("gets requests again") == 1
 
 
 def test_a_rank_that_dies_before_it_meets_the_others_ends_the_start(

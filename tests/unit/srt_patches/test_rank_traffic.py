@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import zmq
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.data_parallel_controller import DataParallelController, DPBudget
 from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq
@@ -57,7 +59,7 @@ def request(rid: str, rank: int | None = None) -> Request:
 @pytest.fixture
 def controller(monkeypatch: pytest.MonkeyPatch) -> Iterator[Controller]:
     result = Controller()
-    monkeypatch.setattr(rank_traffic, "sock_send", lambda socket, message: result.sent.append((socket, message)))
+    monkeypatch.setattr(rank_traffic, "sock_send", lambda socket, message, **_: result.sent.append((socket, message)))
     monkeypatch.setattr(rank_traffic, "_REQUESTS", Request)
     traffic_of(result)
     yield result
@@ -73,7 +75,7 @@ def heed(states: str, open_requests: tuple[str, ...] = ()) -> Traffic:
 def hand_out(controller: Controller, rid: str, rank: int) -> bool:
     """Whether a request reached the rank that SGLang chose."""
     sent: list[Any] = []
-    send(lambda socket, message: sent.append((socket, message.rid)), controller.workers[rank], request(rid))
+    send(lambda socket, message, flags: sent.append((socket, message.rid)), controller.workers[rank], request(rid))
     assert sent in ([], [(f"rank {rank}", rid)])
     return bool(sent)
 
@@ -156,9 +158,36 @@ def test_messages_for_all_ranks_reach_those_that_live(controller: Controller) ->
 def test_other_messages_and_sockets_pass(controller: Controller) -> None:
     heed("xSS")
     sent: list[Any] = []
-    send(lambda *args: sent.append(args), controller.workers[0], AbortReq(rid="r"))
+    send(lambda *args, **_: sent.append(args), controller.workers[0], AbortReq(rid="r"))
     send(lambda *args: sent.append(args), "elsewhere", request("r"))
     assert len(sent) == 2
+
+
+def test_a_rank_that_has_just_ended_does_not_hold_the_controller(controller: Controller) -> None:
+    """Nobody has noticed yet. The socket is a real one, and its other end is gone."""
+    context = zmq.Context()
+    socket, rank = context.socket(zmq.PUSH), context.socket(zmq.PULL)
+    rank.connect(f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}")
+    controller.workers[1] = socket
+    traffic_of(controller)
+
+    def original(socket: zmq.Socket[bytes], _message: Any, flags: int) -> None:
+        socket.send(b"", flags)
+
+    try:
+        until = time.monotonic() + 5
+        while not socket.poll(10, zmq.POLLOUT):
+            assert time.monotonic() < until
+        send(original, socket, request("reached"))
+        assert controller.answered() == {}
+        rank.close(0)
+        while socket.poll(10, zmq.POLLOUT):
+            assert time.monotonic() < until
+        send(original, socket, request("not reached"))
+        send(original, socket, AbortReq(rid="r"))
+        assert list(controller.answered()) == ["not reached"]
+    finally:
+        context.destroy(0)
 
 
 def test_the_memory_of_requests_is_bounded(controller: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
