@@ -21,9 +21,9 @@ from tests.fixtures.families import Family
 
 Models = Callable[[Family, int], Path]
 CLIENTS = 8
-USUAL_S = 12.0  # under load, before anything happens
-STOPPED_S = 8.0
-AFTER_S = 10.0
+USUAL_S = 8.0  # under load, before anything happens
+STOPPED_S = 6.0
+AFTER_S = 6.0
 SLACK_S = 5.0  # that a request may take longer than usual
 
 DYING = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import pytest
 
 from sglang_dwdp.errors import DwdpRuntimeError
+from sglang_dwdp.exchange import page
+from sglang_dwdp.exchange.meeting import Meeting
+from sglang_dwdp.exchange.policy import StepTimes
 from sglang_dwdp.srt_patches import exchange
 
 LOST = DwdpRuntimeError("rank 0: MoE layer 2 of a joint forward: rank 1 sent no rows: its process ended.")
@@ -87,3 +91,21 @@ def test_an_idle_rank_goes_on(steps: Steps) -> None:
     exchange.idle(idled.append, SimpleNamespace(ipc_channels=None))
     assert len(idled) == 1
     assert steps.said == ["gave up"]
+
+
+def test_a_meeting_whose_page_cannot_be_had_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next forward does not wait for the page again."""
+    fd = page.create()
+    meeting = Meeting(page.Page(fd, 0, 2), StepTimes(((1, 2.0),), ((1, 1.0),)))
+    holder = page.Page(fd, 1, 2)
+    monkeypatch.setattr(page, "_LOCK_LIMIT_S", 0.05)
+    try:
+        holder._take()
+        with pytest.raises(DwdpRuntimeError, match="rank 1 has held the page of rounds"):
+            meeting.meet(1)
+        assert meeting.ended
+        assert meeting.meet(1) is None
+    finally:
+        meeting.close()
+        holder.close()
+        os.close(fd)
