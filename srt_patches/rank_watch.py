@@ -10,11 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from fastapi import HTTPException
 from sglang.srt.managers.io_struct import wrap_as_pickle
 from sglang.srt.managers.load_snapshot import ShmLoadSnapshotReader
 from sglang.srt.plugins.hook_registry import HookType
@@ -105,22 +108,33 @@ class RankWatch:
                 communicator._result_fan_out = answers
                 if len(communicator._result_values) >= answers:
                     communicator._result_event.set()
+        manager.model_update_expected_workers = sum(living(states))
+        update, answers = manager.model_update_result, manager.model_update_tmp
+        if update is not None and not update.done() and 0 < sum(living(states)) <= len(answers):
+            update.set_result(answers)
 
-    def why_not(self, communicator: Any) -> str:
-        """Why a request to all ranks cannot be made now; empty where it can.
+    def check(self, communicator: Any) -> None:
+        """See to it that all ranks can take part in a request that needs them.
 
         One that changes ranks must not be missed by a rank that responds later, and weights that a lost rank stored
         are read by the others.
+
+        Args:
+            communicator: By which the request goes to all ranks; None: it updates weights.
+
+        Raises:
+            HTTPException: With status 503. They cannot.
         """
         states = self._watch.states
         if all(serving(states)):
-            return ""
-        name = next((name for name, one in _communicators(self._manager) if one is communicator), _QUESTION)
-        if name == _QUESTION:
-            return ""
-        if serving(states) == living(states) and not any(part in name for part in _UPDATES):
-            return ""
-        return f"{name} needs all ranks, and the server is {status(states)}"
+            return
+        names = {id(one): name for name, one in _communicators(self._manager)}
+        name = names.get(id(communicator), _QUESTION) if communicator is not None else "update_weights_from_disk"
+        needs_lost = any(part in name for part in _UPDATES)
+        if name != _QUESTION and (needs_lost or serving(states) != living(states)):
+            raise HTTPException(
+                HTTPStatus.SERVICE_UNAVAILABLE, f"DWDP: this needs all ranks ({name}): {status(states)}."
+            )
 
     def covers(self, watchdog: Any) -> bool:
         """Whether all ranks are child processes of this launcher, which they are on one host."""
@@ -173,6 +187,7 @@ _current: list[RankWatch] = []  # of the server that was started last in this pr
 def prepare(_result: None, manager: Any, started: Any, *_args: Any) -> None:
     """After `Engine._set_startup_time`: all ranks are ready, and SGLang is about to watch its processes."""
     config, info = config_of(manager.server_args), started.scheduler_infos[0]
+    _is_ready.set()
     _current.clear()
     if config is not None:
         _current.append(RankWatch(manager, info, info["dp_size"], outlives=config.outlives_ranks))
@@ -192,21 +207,54 @@ def monitor(original: Callable[[Any], None], watchdog: Any) -> None:
 
 
 async def ask_all(original: Callable[..., Any], communicator: Any, *args: Any) -> Any:
-    """Around `FanOutCommunicator.__call__`, a request to all ranks.
-
-    Raises:
-        HTTPException: With status 503, where a rank cannot take part.
-    """
+    """Around `FanOutCommunicator.__call__`, a request to all ranks."""
     for watch in _current:
-        if why := watch.why_not(communicator):
-            from fastapi import HTTPException
-
-            raise HTTPException(status_code=503, detail=f"DWDP: {why}.")
+        watch.check(communicator)
     return await original(communicator, *args)
 
 
+async def update_all(original: Callable[..., Any], manager: Any, *args: Any) -> Any:
+    """Around `TokenizerManager._wait_for_model_update_from_disk`, which counts answers by itself."""
+    for watch in _current:
+        watch.check(None)
+    return await original(manager, *args)
+
+
+def watch_start(result: Any, _cls: type, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
+    """After `Engine._launch_scheduler_processes`, until all ranks are ready: one that is killed ends the start.
+
+    SGLang would show what its peers make of that.
+    """
+    _, processes = result
+    _is_ready.clear()
+    if config_of(server_args) is not None and processes:
+        threading.Thread(target=_until_ready, args=(processes[1:],), daemon=True).start()
+
+
+_is_ready = threading.Event()
+
+
+def _until_ready(ranks: Sequence[Any]) -> None:
+    while not _is_ready.is_set():
+        connection.wait([process.sentinel for process in ranks if process.exitcode is None], _INTERVAL_S)
+        for rank, process in enumerate(ranks):
+            if (process.exitcode or 0) < 0:
+                how = how_it_ended(process.exitcode)
+                logger.error("DWDP: rank %d of %d %s before the server was ready, so it ends.", rank, len(ranks), how)
+                os.kill(os.getpid(), signal.SIGQUIT)
+                return
+        if not any(process.exitcode is None for process in ranks):
+            return
+
+
 HOOKS = (
+    Hook("sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes", HookType.AFTER, watch_start),
     Hook("sglang.srt.entrypoints.engine.Engine._set_startup_time", HookType.AFTER, prepare),
     Hook("sglang.srt.utils.watchdog.SubprocessWatchdog._monitor_loop", HookType.AROUND, monitor),
     Hook("sglang.srt.managers.communicator.FanOutCommunicator.__call__", HookType.AROUND, ask_all),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._wait_for_model_update_from_disk",
+        HookType.AROUND,
+        update_all,
+    ),
 )

@@ -22,7 +22,7 @@ from sglang.srt.managers.io_struct import unwrap_from_pickle
 from sglang.srt.managers.tokenizer_control_mixin import _COMMUNICATOR_SPECS
 
 from sglang_dwdp.srt_patches import rank_watch
-from sglang_dwdp.srt_patches.rank_watch import RankWatch, ask_all, is_stopped, monitor
+from sglang_dwdp.srt_patches.rank_watch import RankWatch, ask_all, is_stopped, monitor, update_all, watch_start
 from sglang_dwdp.watch import Condition, Notice
 
 NAMES = ["scheduler_0", "scheduler_1", "scheduler_2", "scheduler_3", "detokenizer"]  # the controller comes first
@@ -35,6 +35,8 @@ class Manager(SimpleNamespace):
         self.event_loop = asyncio.new_event_loop()
         super().__init__(enable_metrics=False, rid_to_state={"open": None}, event_loop=self.event_loop)
         self.load_snapshot_reader = SimpleNamespace(path="/nowhere", dp_size=3)
+        self.model_update_result: Any = None
+        self.model_update_tmp: list[str] = []
         self.notices: list[Notice] = []
         self._dispatch_to_scheduler = lambda notice: self.notices.append(unwrap_from_pickle(notice))
         for name, *_ in _COMMUNICATOR_SPECS:
@@ -158,6 +160,19 @@ def test_a_question_that_waits_for_a_lost_rank_is_answered_by_the_others() -> No
         assert waiting.result(5) == ["fine", "well"]
 
 
+def test_an_update_of_weights_that_waits_for_a_lost_rank_ends() -> None:
+    manager = Manager()
+    watch = RankWatch(manager, {}, 3, outlives=True)
+    watch._watch.look({1: "ended"}, [], [1, 1, 1])
+    manager.model_update_result, manager.model_update_tmp = asyncio.Future(loop=manager.event_loop), ["failed"]
+    watch.apply(watch._watch.states)
+    assert not manager.model_update_result.done()
+    assert manager.model_update_expected_workers == 2  # so SGLang ends it with the next answer
+    manager.model_update_tmp.append("failed too")
+    watch.apply(watch._watch.states)
+    assert manager.model_update_result.result() == ["failed", "failed too"]
+
+
 @pytest.mark.parametrize(
     ("state", "name", "answered"),
     [
@@ -187,9 +202,42 @@ def test_which_requests_to_all_ranks_can_be_made(
     if answered:
         assert ask() == "question"
     else:
-        with pytest.raises(HTTPException, match=f"{name} needs all ranks, .* rank 1 of 3 {state}") as found:
+        with pytest.raises(HTTPException, match=f"{name} needs all ranks: degraded: rank 1 of 3 {state}") as found:
             ask()
         assert found.value.status_code == 503
+
+
+def test_an_update_from_disk_needs_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = RankWatch(Manager(), {}, 3, outlives=True)
+    monkeypatch.setattr(rank_watch, "_current", [watch])
+
+    async def original(_manager: Any) -> str:
+        return "updated"
+
+    assert asyncio.run(update_all(original, None)) == "updated"
+    watch._watch.look({1: "ended"}, [], [1, 1, 1])
+    with pytest.raises(HTTPException, match="update_weights_from_disk needs all ranks: degraded: rank 1 of 3 lost"):
+        asyncio.run(update_all(original, None))
+
+
+def test_a_rank_that_is_killed_before_all_are_ready_ends_the_start(
+    signals: list[int], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_watch, "config_of", lambda arguments: arguments)
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=time.sleep, args=(600,)) for _ in range(3)]  # the controller comes first
+    for process in processes:
+        process.start()
+    try:
+        watch_start((None, processes), Server, None)  # not a server with DWDP
+        watch_start((None, processes), Server, "with DWDP")
+        processes[2].kill()
+        until(lambda: signals == [signal.SIGQUIT])
+        assert "rank 1 of 2 was ended by SIGKILL" in caplog.text
+        assert caplog.text.count("before the server was ready") == 1
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_sglangs_own_watch_goes_on_where_this_one_fails_or_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
