@@ -132,9 +132,8 @@ class RankWatch:
         name = names.get(id(communicator), _QUESTION) if communicator is not None else "update_weights_from_disk"
         needs_lost = any(part in name for part in _UPDATES)
         if name != _QUESTION and (needs_lost or serving(states) != living(states)):
-            raise HTTPException(
-                HTTPStatus.SERVICE_UNAVAILABLE, f"DWDP: this needs all ranks ({name}): {status(states)}."
-            )
+            why = f"DWDP: {name} needs all ranks: {status(states)}."
+            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, why)
 
     def covers(self, watchdog: Any) -> bool:
         """Whether all ranks are child processes of this launcher, which they are on one host."""
