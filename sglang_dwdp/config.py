@@ -12,6 +12,7 @@ from sglang_dwdp.errors import DwdpConfigError
 ViewMode = Literal["auto", "direct", "staged"]
 Transport = Literal["auto", "host-shm", "cuda-vmm", "cuda-ipc"]
 ExchangeMode = Literal["off", "decode", "auto"]
+OnRankLoss = Literal["continue", "exit"]
 
 ENABLE = "enable_dwdp"
 PREFIX = "dwdp_"
@@ -68,7 +69,12 @@ class Views:
         return self.direct and (not self.staged or num_tokens <= self.max_tokens)
 
 
-_CHOICES = {"view": get_args(ViewMode), "exchange": get_args(ExchangeMode), "transport": get_args(Transport)}
+_CHOICES = {
+    "view": get_args(ViewMode),
+    "exchange": get_args(ExchangeMode),
+    "transport": get_args(Transport),
+    "on_rank_loss": get_args(OnRankLoss),
+}
 
 
 def _option(default: Any, text: str, kind: type | None = None) -> Any:
@@ -131,7 +137,12 @@ class DwdpConfig:
         float,
     )
     timeout_s: float = _option(
-        300.0, "Longest wait in seconds for a peer during set-up, and, on the CPU engine, for a copy during a forward."
+        300.0, "Longest wait in seconds for a peer during set-up, and, up to 60, for a copy during a forward."
+    )
+    on_rank_loss: OnRankLoss = _option(
+        "continue",
+        "What the server does when a rank's process ends. continue: the other ranks serve on, and the requests of the "
+        "lost one are answered with HTTP 503 (not with --dwdp-transport cuda-ipc). exit: the server ends.",
     )
     audit: bool = _option(
         False,
@@ -177,6 +188,11 @@ class DwdpConfig:
     @property
     def memory_bytes(self) -> int | None:
         return None if self.memory_gib is None else int(self.memory_gib * KIB * MIB)
+
+    @property
+    def outlives_ranks(self) -> bool:
+        """Whether the server goes on when a rank is lost. With `cuda-ipc` that rank's experts go with its process."""
+        return self.on_rank_loss == "continue" and self._maps
 
     def views(self, *, maps: bool = True) -> Views:
         """Which views forwards read.

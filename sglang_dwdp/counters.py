@@ -11,6 +11,7 @@ Report = Mapping[str, int | float | str]
 WAITS = ("dwdp_copy_wait_seconds", "Waits of the compute stream for copies: a sample on a GPU, all on a CPU.")
 WAIT_BUCKETS_S = (1e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 1.0)
 SETUP = ("dwdp_setup_seconds", "How long sharing the experts took at start-up.")
+RANKS = ("dwdp_ranks", "Ranks of the server by their condition: serving, not responding, lost.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.experts.layer import ExpertLayer
 from sglang_dwdp.experts.share import SharedExperts, SharedLayer, share_experts
 from sglang_dwdp.experts.slots import Prefetcher
+from sglang_dwdp.experts.stalls import LIMIT_S, CopyWatch
 from sglang_dwdp.memory.base import Memory
 from sglang_dwdp.memory.handshake import Exchange
 
@@ -73,7 +74,8 @@ class DwdpRuntime:
         self.size = size
         self._counts = dict.fromkeys(COUNTS, 0)
         self._memory = memory
-        self._engine = memory.copy_engine(config.timeout_s)
+        self._copy_limit_s = min(config.timeout_s, LIMIT_S)
+        self._engine = memory.copy_engine(self._copy_limit_s)
         self._shared = SharedExperts()
         self._prefetcher: Prefetcher | None = None
         self._position: dict[int, int] = {}
@@ -115,7 +117,8 @@ class DwdpRuntime:
     def _prepare(self, layers: Sequence[SharedLayer]) -> None:
         if self._views.staged:
             copies, sizes = [layer.copies for layer in layers], [layer.copy_bytes for layer in layers]
-            self._prefetcher = Prefetcher(self._engine, copies, sizes, self.config.depth)
+            fills = [layer.describe_copies() for layer in layers]
+            self._prefetcher = Prefetcher(self._engine, copies, sizes, self.config.depth, fills.__getitem__)
 
     def _log_setup(self, shared: SharedExperts) -> None:
         remote = [sum(layer.remote_bytes) for layer in shared.layers]
@@ -137,6 +140,13 @@ class DwdpRuntime:
             self._setup_s,
             shared.peak_bytes / MIB,
         )
+
+    def watch_copies(self, on_stall: Callable[[Sequence[str]], None]) -> None:
+        """Call `on_stall` with a description of copies that do not end; from when the last graph was captured."""
+        if self._prefetcher is not None:
+            watch = CopyWatch(self._prefetcher, self._copy_limit_s, on_stall)
+            watch.start()
+            self._closers.append(watch.close)
 
     def begin_forward(self, num_tokens: int) -> None:
         """A forward of `num_tokens` tokens is about to run: choose its views."""
@@ -326,8 +336,9 @@ class DwdpRuntime:
 
     def close(self) -> None:
         """Stop copying and unmap everything. Idempotent."""
-        while self._closers:
-            self._closers.pop()()
-        self._engine.close()
-        self._prefetcher = None
-        self._shared.close()
+        with ExitStack() as closing:  # goes on after one that fails; the last one is called first
+            closing.callback(self._shared.close)
+            self._prefetcher = None
+            closing.callback(self._engine.close)
+            while self._closers:
+                closing.callback(self._closers.pop(0))

@@ -16,6 +16,8 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.prefixes import PrefixTable, cheapest
+from sglang_dwdp.srt_patches.rank_traffic import traffic_of
+from sglang_dwdp.watch import Notice
 
 _POLL_MS = 1000  # the watchdog is fed at least this often
 
@@ -24,7 +26,7 @@ def event_loop(controller: Any) -> None:
     """In place of `DataParallelController.event_loop`: the same dispatch, asleep while nothing comes."""
     from sglang.srt.managers.io_struct import sock_recv
 
-    socket = controller.recv_from_tokenizer
+    socket, traffic = controller.recv_from_tokenizer, traffic_of(controller)
     while True:
         controller.soft_watchdog.feed()
         if not socket.poll(_POLL_MS):
@@ -34,7 +36,10 @@ def event_loop(controller: Any) -> None:
                 request = sock_recv(socket, flags=zmq.NOBLOCK)
             except zmq.ZMQError:
                 break
-            controller._request_dispatcher(request)
+            if isinstance(request, Notice):
+                traffic.heed(request)
+            else:
+                controller._request_dispatcher(request)
             controller.soft_watchdog.feed()
 
 

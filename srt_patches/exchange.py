@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from typing import Any
 
 import zmq
 from sglang.srt.layers.moe.topk import TopKOutputChecker
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.plugins.hook_registry import HookType
 
-from sglang_dwdp.errors import DwdpSetupError
+from sglang_dwdp.errors import DwdpRuntimeError, DwdpSetupError
 from sglang_dwdp.exchange.bells import share_bells
 from sglang_dwdp.exchange.inbox import Inbox, RowShape
 from sglang_dwdp.exchange.joint import JointForwards
@@ -113,11 +115,30 @@ def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args
         return original(runner, forward_batch, *args, **kwargs)
     steps, mode = _current[0], forward_batch.forward_mode
     rows = forward_batch.batch_size if mode.is_decode() else forward_batch._forward_num_tokens()
-    is_joint = steps.begin(rows, is_decode=mode.is_decode())
-    current_runtime().in_exchange_step = is_joint
-    output = original(runner, forward_batch, *args, **kwargs)
+    is_joint = current_runtime().in_exchange_step = _begin(steps, rows, is_decode=mode.is_decode())
+    try:
+        output = original(runner, forward_batch, *args, **kwargs)
+    except DwdpRuntimeError as error:
+        if not is_joint:
+            raise
+        _go_on_alone(error)
+        is_joint = current_runtime().in_exchange_step = False
+        output = original(runner, forward_batch, *args, **kwargs)  # it writes the same KV to the same places
     steps.end(is_joint=is_joint)
     return output
+
+
+def _begin(steps: ExchangeSteps, rows: int, *, is_decode: bool) -> bool:
+    try:
+        return steps.begin(rows, is_decode=is_decode)
+    except DwdpRuntimeError as error:
+        _go_on_alone(error)
+        return False
+
+
+def _go_on_alone(error: DwdpRuntimeError) -> None:
+    logger.warning("DWDP: this rank decodes alone from here on: %s", error)
+    _current[0].forwards.end()
 
 
 def idle(original: Callable[..., None], scheduler: Any) -> None:
@@ -126,7 +147,7 @@ def idle(original: Callable[..., None], scheduler: Any) -> None:
         original(scheduler)
         return
     steps, channels = _current[0], scheduler.ipc_channels
-    if not steps.help_out():
+    if not _help_out(steps):
         original(scheduler)
         return
     sockets = [one for one in (channels.recv_from_tokenizer, channels.recv_from_rpc) if isinstance(one, zmq.Socket)]
@@ -137,7 +158,15 @@ def idle(original: Callable[..., None], scheduler: Any) -> None:
         poller.register(source, zmq.POLLIN)
     while [source for source, _ in poller.poll(_NEXT_STEP_MS)] == [bell]:
         steps.bells.silence()
-        steps.help_out()
+        _help_out(steps)
+
+
+def _help_out(steps: ExchangeSteps) -> bool:
+    try:
+        return steps.help_out()
+    except DwdpRuntimeError as error:
+        _go_on_alone(error)
+        return False
 
 
 def sleep(original: Callable[..., None], sleeper: Any) -> None:
@@ -150,10 +179,25 @@ def sleep(original: Callable[..., None], sleeper: Any) -> None:
     _current[0].bells.silence()
 
 
-def before_result(_scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
-    """Before `Scheduler.process_batch_result`: wait for the forward, which a lost peer may have left; help others."""
-    if _current:
+def before_result(_scheduler: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
+    """Before `Scheduler.process_batch_result`: wait for the forward, and help others meanwhile.
+
+    Raises:
+        DwdpRuntimeError: A peer has left it, and a request of it has more chunks to come, of which this one is void.
+    """
+    if not _current:
+        return
+    try:
         _current[0].wait()
+    except DwdpRuntimeError as error:
+        _go_on_alone(error)
+        if any(request.inflight_middle_chunks for request in batch.reqs):
+            raise
+        for request in batch.reqs:
+            request.skip_radix_cache_insert = True  # others would read KV that is void
+            request.to_finish = FINISH_ABORT(
+                f"{error} Send the request again.", HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailable"
+            )
 
 
 def run_layer(original: Callable[..., Any], layer: Any, hidden_states: Any, topk_output: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang_dwdp.errors import DwdpError, DwdpSetupError
 from sglang_dwdp.srt_patches.forward import current_runtime
 from sglang_dwdp.srt_patches.hooks import Hook
+from sglang_dwdp.srt_patches.lost_rank import end_stalled
 
 _TOKENS = 4
 
@@ -39,6 +40,7 @@ def run_first_forward(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -
             "without --enable-dwdp, please report it."
         ) from error
     current_runtime().reset_counts()
+    current_runtime().watch_copies(end_stalled)
 
 
 def _batch(runner: Any) -> ForwardBatch:

@@ -66,7 +66,9 @@ def _hooks(role: str, config: DwdpConfig, device: str | None) -> tuple[Hook, ...
             first_forward,
             forward,
             linear,
+            load_lock,
             loading,
+            lost_rank,
             metrics,
             recorder,
             reports,
@@ -77,7 +79,9 @@ def _hooks(role: str, config: DwdpConfig, device: str | None) -> tuple[Hook, ...
 
         hooks = [*linear.HOOKS, *steps.HOOKS, *experts.HOOKS, *loading.HOOKS, *forward.HOOKS, *first_forward.HOOKS]
         hooks += (*reports.SCHEDULER_HOOKS, *weights.SCHEDULER_HOOKS)
-        hooks += (*sessions.SCHEDULER_HOOKS, *recorder.SCHEDULER_HOOKS, *metrics.HOOKS)
+        hooks += (*sessions.SCHEDULER_HOOKS, *recorder.SCHEDULER_HOOKS, *metrics.HOOKS, *load_lock.HOOKS)
+        if config.outlives_ranks:
+            hooks += lost_rank.OUTLIVED_HOOKS
         if device == "cuda":
             from sglang_dwdp.srt_patches import flashinfer_fp8, prefill_graphs
 
@@ -88,13 +92,15 @@ def _hooks(role: str, config: DwdpConfig, device: str | None) -> tuple[Hook, ...
             hooks += (*exchange.HOOKS, *(exchange.GPU_HOOKS if device == "cuda" else ()))
         return (*hooks, *(experts.AUDIT_HOOKS if config.audit else ()))
     if role == "dp_controller":
-        from sglang_dwdp.srt_patches import controller, ports, reports, sessions
+        from sglang_dwdp.srt_patches import controller, load_lock, ports, rank_traffic, reports, sessions
 
-        return (*controller.HOOKS, *ports.HOOKS, *reports.CONTROLLER_HOOKS, *sessions.CONTROLLER_HOOKS)
+        hooks = [*controller.HOOKS, *ports.HOOKS, *reports.CONTROLLER_HOOKS, *sessions.CONTROLLER_HOOKS]
+        return (*hooks, *rank_traffic.HOOKS, *load_lock.HOOKS)
     if role == "tokenizer":
-        from sglang_dwdp.srt_patches import lost_rank, ports, recorder, weights
+        from sglang_dwdp.srt_patches import load_lock, lost_rank, ports, rank_watch, recorder, weights
 
-        return (*weights.TOKENIZER_HOOKS, *recorder.TOKENIZER_HOOKS, *lost_rank.TOKENIZER_HOOKS, *ports.HOOKS)
+        hooks = [*weights.TOKENIZER_HOOKS, *recorder.TOKENIZER_HOOKS, *lost_rank.TOKENIZER_HOOKS, *ports.HOOKS]
+        return (*hooks, *rank_watch.HOOKS, *load_lock.HOOKS)
     return ()
 
 

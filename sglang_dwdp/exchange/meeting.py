@@ -224,7 +224,11 @@ class Meeting:
         return state
 
     def _change(self, update: Callable[[Round], Round]) -> Round:
-        state = self.page.change(update)
+        try:
+            state = self.page.change(update)
+        except DwdpRuntimeError:
+            self.ended = True  # for this rank: the page cannot be had
+            raise
         self.ended = state.ended
         return state
 

@@ -38,6 +38,7 @@ class SharedLayer:
         direct: the tensors that direct forwards bind, by name; the staged ones where memory cannot be mapped.
         staged: those that staged forwards bind: only the shared ones, and none where no forward is staged.
         copies: what fills the layer's slot.
+        copied_from: bytes of that, by the rank that stores them.
         remote_bytes: `[num_experts]`, bytes of each expert that lie in peers' memory.
     """
 
@@ -46,11 +47,17 @@ class SharedLayer:
     staged: dict[str, torch.Tensor]
     copies: CopyList
     remote_bytes: list[int]
+    copied_from: dict[int, int] = field(default_factory=dict)
 
     @property
     def copy_bytes(self) -> int:
         """Bytes that fill the layer's slot."""
         return sum(source.numel() for _, source in self.copies)
+
+    def describe_copies(self) -> str:
+        """The layer, and what fills its slot from where."""
+        sources = [f"{nbytes} bytes from rank {rank}" for rank, nbytes in sorted(self.copied_from.items())]
+        return f"layer {self.layer.layer_id}, {' and '.join(sources)}"
 
 
 Ready = Callable[[Sequence[SharedLayer]], None]
@@ -180,6 +187,8 @@ class _Sharing:
         if slot is not None:
             order = copy_order({spec.name: spec.layout for spec in specs}, self.rank, own=not self.memory.maps)
             pairs = [results[piece.tensor].pieces(piece) for piece in order]
+            for piece, (_, source) in zip(order, pairs, strict=True):
+                shared.copied_from[piece.owner] = shared.copied_from.get(piece.owner, 0) + source.numel()
             # Nothing is left of a slice that lies past the tensor, in its last page.
             shared.copies = [(to, source) for to, source in pairs if source.numel()]
         self.result.peak_bytes = max(self.result.peak_bytes, self.memory.held_bytes - self.held_at_start)

@@ -17,9 +17,10 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.experts.layout import slot_of
 from sglang_dwdp.memory.base import CopyEngine, CopyList, Event
 
@@ -39,12 +40,20 @@ class Prefetcher:
         plans: `[num_layers]`, what a fill of each layer copies.
         plan_bytes: `[num_layers]`, its size.
         depth: slots.
+        describe: what a fill of a layer is, for messages.
     """
 
-    def __init__(self, engine: CopyEngine, plans: Sequence[CopyList], plan_bytes: Sequence[int], depth: int) -> None:
+    def __init__(
+        self,
+        engine: CopyEngine,
+        plans: Sequence[CopyList],
+        plan_bytes: Sequence[int],
+        depth: int,
+        describe: Callable[[int], str] = "layer at position {}".format,
+    ) -> None:
         self._engine = engine
         self._plans = [engine.prepare(plan) for plan in plans]
-        self._plan_bytes = plan_bytes
+        self._plan_bytes, self._describe = plan_bytes, describe
         self._slots = [_Slot(engine.event(), engine.event()) for _ in range(min(depth, len(plans)))]
         self._next = [(i + depth) if i + depth < len(plans) else slot_of(i, depth) for i in range(len(plans))]
         self.copied_bytes = 0
@@ -70,11 +79,19 @@ class Prefetcher:
             self.late_fills += 1
             if slot.holds >= 0:
                 # A fill that nobody waited for may still be under way, on streams that this one does not wait for.
-                self._engine.wait(slot.filled)
+                self._wait(slot)
             # Whatever the compute stream has read from this slot lies before this point.
             self._engine.record(slot.released)
             self._fill(slot, layer)
-        self._engine.wait(slot.filled)
+        self._wait(slot)
+
+    def unfinished(self) -> list[str]:
+        """The fills that are under way, described. May be called by another thread than the forward's."""
+        return [
+            self._describe(layer)
+            for slot in self._slots
+            if (layer := slot.holds) >= 0 and not self._engine.is_done(slot.filled)
+        ]
 
     def release(self, layer: int) -> None:
         """Note that the compute stream has read the slot of `layer`, and fetch what uses it next."""
@@ -83,6 +100,12 @@ class Prefetcher:
         if slot.holds != following:
             self._engine.record(slot.released)
             self._fill(slot, following)
+
+    def _wait(self, slot: _Slot) -> None:
+        try:
+            self._engine.wait(slot.filled)
+        except DwdpRuntimeError as error:
+            raise DwdpRuntimeError(f"{self._describe(slot.holds)}: {error}") from error
 
     def _fill(self, slot: _Slot, layer: int) -> None:
         slot.holds = -1  # nothing that can be used, should the engine raise

@@ -9,6 +9,7 @@ staged   [ slot           | rank 1's block | slot           ]   remote pages are
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -110,5 +111,6 @@ class SlotMemory:
 
     def close(self) -> None:
         """Give the blocks up; views that map them keep the memory. Idempotent."""
-        for block in self._blocks.values():
-            block.close()
+        with ExitStack() as closing:  # goes on after one that fails
+            for block in self._blocks.values():
+                closing.callback(block.close)

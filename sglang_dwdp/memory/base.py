@@ -80,6 +80,9 @@ class CopyEngine(Protocol):
             DwdpRuntimeError: the copies failed, or did not end in time.
         """
 
+    def is_done(self, event: Event) -> bool:
+        """Whether `event` has happened, or failed. Not while a graph is captured; for any thread."""
+
     def exposed_s(self) -> float:
         """Seconds, in all, that `wait` held the compute stream: copying that was not hidden under compute."""
 
@@ -143,4 +146,5 @@ class Memory(Protocol):
         """Return when all that this process has written is in memory, so that a peer who is told so can read it."""
 
     def copy_engine(self, timeout_s: float) -> CopyEngine:
-        """A copy stream. Waits of the host end after `timeout_s` seconds; those of a GPU's stream have no end."""
+        """A copy stream. Waits of the host end after `timeout_s` seconds; for those of a GPU's stream see
+        `experts.stalls`."""

@@ -10,6 +10,7 @@ of that GPU may work on it.
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -44,10 +45,11 @@ class CudaBlock:
     def close(self) -> None:
         if self.handle is not None:
             handle, self.handle = self.handle, None
-            for fd in self._fds:
-                os.close(fd)
-            # The memory itself stays for as long as it is mapped anywhere.
-            call(driver.cuMemRelease, handle)
+            with ExitStack() as closing:  # goes on after one that fails
+                # The memory itself stays for as long as it is mapped anywhere.
+                closing.callback(call, driver.cuMemRelease, handle)
+                for fd in self._fds:
+                    closing.callback(os.close, fd)
 
 
 class CudaRange:
@@ -94,9 +96,10 @@ class CudaRange:
             return
         torch.cuda.synchronize(self._device)  # nothing may read what is unmapped
         address, self._address = self._address, None
-        for mapped, nbytes in reversed(self._mapped):
-            call(driver.cuMemUnmap, mapped, nbytes)
-        call(driver.cuMemAddressFree, address, self.nbytes)
+        with ExitStack() as closing:  # goes on after one that fails
+            closing.callback(call, driver.cuMemAddressFree, address, self.nbytes)
+            for mapped, nbytes in self._mapped:
+                closing.callback(call, driver.cuMemUnmap, mapped, nbytes)
 
 
 class CudaMemory(GpuMemory):

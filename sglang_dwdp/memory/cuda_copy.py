@@ -141,6 +141,10 @@ class CudaCopyEngine:
         if finish is not None:
             finish.record(stream)
 
+    def is_done(self, event: Event) -> bool:
+        assert isinstance(event, torch.cuda.Event)
+        return bool(event.query())  # type: ignore[no-untyped-call]
+
     def exposed_s(self) -> float:
         return self._stopwatch.seconds()
 

@@ -139,6 +139,11 @@ class HostCopyEngine:
             self._waits.append(time.perf_counter() - start)
             self._exposed_s += self._waits[-1]
 
+    def is_done(self, event: Event) -> bool:
+        assert isinstance(event, HostEvent)
+        fill = event.fill
+        return fill is None or fill.done()
+
     def exposed_s(self) -> float:
         return self._exposed_s
 

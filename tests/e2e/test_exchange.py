@@ -15,7 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_dwdp.counters import METRICS
 from sglang_dwdp.demo.server import Server
-from tests.e2e.conftest import Reference, Running
+from tests.e2e.conftest import Answers, Reference, Running
+from tests.e2e.load import RETRY, RIGHT, Load, rank_process
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family
 
@@ -63,6 +64,8 @@ def test_ranks_decode_together(
         check_metrics(server)
         check_under_pressure(server, expected)
         assert not any(report["joint_rounds_ended"] for report in server.reports())
+        if ranks == 3:
+            check_survivors(server, expected)
 
 
 def check_short_prefills(server: Server) -> None:
@@ -77,7 +80,7 @@ def check_short_prefills(server: Server) -> None:
     raise AssertionError("no short prefill was joint")
 
 
-def check_under_pressure(server: Server, expected: list[list[int]]) -> None:
+def check_under_pressure(server: Server, expected: Answers) -> None:
     """Prompts in chunks, more requests than may run at a time, some that are retracted and some that are aborted."""
     before = server.reports()
     with ThreadPoolExecutor(40) as pool:
@@ -98,6 +101,18 @@ def check_under_pressure(server: Server, expected: list[list[int]]) -> None:
     for report, earlier in zip(server.reports(), before, strict=True):
         assert report["joint_rounds"] > earlier["joint_rounds"]
     assert re.search(r"Testing retraction\. #retracted_reqs: [1-9]", server.log.read_text(errors="replace"))
+
+
+def check_survivors(server: Server, expected: Answers) -> None:
+    """A rank is killed while all decode together: the others answer on, each alone."""
+    with Load(server, expected) as load:
+        time.sleep(5)
+        rank_process(server, 1).kill()
+        time.sleep(5)
+    assert {answer.what for answer in load.answers} <= {RIGHT, RETRY}
+    assert sum(answer.what == RETRY for answer in load.answers) <= 8
+    assert {answer.rank for answer in load.answers[-20:]} == {0, 2}
+    assert all(report["joint_rounds_ended"] for report in server.reports())
 
 
 def check_metrics(server: Server) -> None:

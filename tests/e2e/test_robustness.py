@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -96,7 +97,7 @@ def test_a_client_that_disconnects(server: Server, expected: Answers) -> None:
     ask_all(server, expected, [(number, rank) for number in (0, 14) for rank in range(3)], 6)
 
 
-def test_a_rank_that_is_killed_ends_its_server_at_once(
+def test_with_exit_a_rank_that_is_killed_ends_its_server_at_once(
     server: Server,
     expected: Answers,
     models: Callable[[Family, int], Path],
@@ -105,7 +106,8 @@ def test_a_rank_that_is_killed_ends_its_server_at_once(
 ) -> None:
     """Of a second server, on the next port of the host."""
     monkeypatch.setattr("sglang_dwdp.demo.server.free_port", lambda: server.port + 1)
-    second = Server(models("qwen3_moe", 8), 2, tmp_path / "log", dwdp=(), flags=FLAGS)
+    dwdp = ("--dwdp-on-rank-loss", "exit")
+    second = Server(models("qwen3_moe", 8), 2, tmp_path / "log", dwdp=dwdp, flags=FLAGS)
     try:
         second.wait()
         processes = psutil.Process(second.process.pid).children(recursive=True)
@@ -175,3 +177,9 @@ def test_the_server_reports_what_it_does(server: Server, expected: Answers) -> N
         assert report["late_fills"] == 0
         assert report["bytes_copied"] > 0
         assert report["bytes_read_in_place"] > 0
+
+
+def test_a_launcher_that_is_killed_leaves_nothing(server: Server) -> None:
+    """The last test of this server: what may be left is looked at where it stops."""
+    server.process.kill()
+    assert server.process.wait(10) == -signal.SIGKILL

@@ -107,6 +107,12 @@ def test_which_views_there_are() -> None:
     assert not DwdpConfig(view="staged").views().direct
 
 
+def test_a_server_outlives_ranks_whose_memory_can_be_mapped() -> None:
+    assert DwdpConfig().outlives_ranks
+    assert not DwdpConfig(on_rank_loss="exit").outlives_ranks
+    assert not DwdpConfig(transport="cuda-ipc").outlives_ranks
+
+
 def test_transports() -> None:
     assert set(options.TRANSPORTS) == set(get_args(options.Transport)) - {"auto"}
     assert options.transports_of("cuda") == ["cuda-vmm", "cuda-ipc"]

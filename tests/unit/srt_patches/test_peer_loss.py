@@ -1,0 +1,133 @@
+"""A rank whose peer has left a joint forward runs it again, alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_dwdp.errors import DwdpRuntimeError
+from sglang_dwdp.exchange import page
+from sglang_dwdp.exchange.meeting import Meeting
+from sglang_dwdp.exchange.policy import StepTimes
+from sglang_dwdp.srt_patches import exchange
+
+LOST = DwdpRuntimeError("rank 0: MoE layer 2 of a joint forward: rank 1 sent no rows: its process ended.")
+
+
+class Steps:
+    """Forwards are joint until one fails; `page_lost` lets the page of rounds be out of reach."""
+
+    def __init__(self) -> None:
+        self.joint, self.page_lost = True, False
+        self.said: list[Any] = []
+        self.forwards = SimpleNamespace(end=lambda: self.said.append("gave up"))
+
+    def begin(self, rows: int, *, is_decode: bool) -> bool:
+        if self.page_lost:
+            raise LOST
+        return self.joint and is_decode
+
+    def end(self, *, is_joint: bool) -> None:
+        self.said.append("joint" if is_joint else "alone")
+
+    def help_out(self) -> bool:
+        raise LOST
+
+    def wait(self) -> None:
+        if self.page_lost:
+            raise LOST
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Steps]:
+    result, runtime = Steps(), SimpleNamespace(in_exchange_step=False)
+    monkeypatch.setattr(exchange, "current_runtime", lambda: runtime)
+    exchange._current[:] = [result]  # type: ignore[list-item]
+    yield result
+    exchange._current.clear()
+
+
+def forward(*outcomes: Any) -> Any:
+    """A decode forward whose runs have these outcomes, one after the other."""
+    runs = iter(outcomes)
+
+    def original(*_args: Any) -> Any:
+        outcome = next(runs)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return f"{outcome}, {'joint' if exchange.current_runtime().in_exchange_step else 'alone'}"
+
+    runner = SimpleNamespace(is_draft_worker=False)
+    batch = SimpleNamespace(forward_mode=SimpleNamespace(is_decode=lambda: True), batch_size=3)
+    return exchange.forward(original, runner, batch)
+
+
+def test_a_joint_forward(steps: Steps) -> None:
+    assert forward("tokens") == "tokens, joint"
+    assert steps.said == ["joint"]
+
+
+def test_a_peer_that_leaves_it(steps: Steps, caplog: pytest.LogCaptureFixture) -> None:
+    assert forward(LOST, "tokens") == "tokens, alone"
+    assert steps.said == ["gave up", "alone"]
+    assert "rank 1 sent no rows: its process ended" in caplog.text
+
+
+def test_a_peer_that_keeps_the_page(steps: Steps) -> None:
+    steps.page_lost = True
+    assert forward("tokens") == "tokens, alone"
+
+
+def test_an_error_of_this_ranks_own_stays_one(steps: Steps) -> None:
+    with pytest.raises(DwdpRuntimeError):
+        forward(LOST, LOST)
+    steps.joint = False
+    with pytest.raises(DwdpRuntimeError):
+        forward(LOST, "not run")
+
+
+def test_an_idle_rank_goes_on(steps: Steps) -> None:
+    idled: list[Any] = []
+    exchange.idle(idled.append, SimpleNamespace(ipc_channels=None))
+    assert len(idled) == 1
+    assert steps.said == ["gave up"]
+
+
+def test_requests_of_a_void_forward_end_with_an_error(steps: Steps) -> None:
+    """Where the GPU waits, that a peer has left a forward is known only after it was launched."""
+    requests = [SimpleNamespace(inflight_middle_chunks=0, to_finish=None, skip_radix_cache_insert=False)]
+    batch = SimpleNamespace(reqs=requests)
+    exchange.before_result(None, batch)
+    assert requests[0].to_finish is None
+    steps.page_lost = True
+    exchange.before_result(None, batch)
+    reason = requests[0].to_finish.to_json()
+    assert (reason["type"], reason["status_code"]) == ("abort", 503)
+    assert "rank 1 sent no rows" in reason["message"]
+    assert requests[0].skip_radix_cache_insert
+    assert steps.said == ["gave up"]
+    requests[0].inflight_middle_chunks = 1
+    with pytest.raises(DwdpRuntimeError):
+        exchange.before_result(None, batch)
+
+
+def test_a_meeting_whose_page_cannot_be_had_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next forward does not wait for the page again."""
+    fd = page.create()
+    meeting = Meeting(page.Page(fd, 0, 2), StepTimes(((1, 2.0),), ((1, 1.0),)))
+    holder = page.Page(fd, 1, 2)
+    monkeypatch.setattr(page, "_LOCK_LIMIT_S", 0.05)
+    try:
+        holder._take()
+        with pytest.raises(DwdpRuntimeError, match="rank 1 has held the page of rounds"):
+            meeting.meet(1)
+        assert meeting.ended
+        assert meeting.meet(1) is None
+    finally:
+        meeting.close()
+        holder.close()
+        os.close(fd)
