@@ -15,6 +15,7 @@ from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.experts.layer import ExpertLayer
 from sglang_dwdp.experts.share import SharedExperts, SharedLayer, share_experts
 from sglang_dwdp.experts.slots import Prefetcher
+from sglang_dwdp.experts.update import Experts, check_alike, read_own, replace_experts
 from sglang_dwdp.memory.base import Memory
 from sglang_dwdp.memory.handshake import Exchange
 
@@ -289,6 +290,40 @@ class DwdpRuntime:
             remote = self._shared.layers[self._position[layer_id]].remote_bytes
             routed = set(expert_ids.reshape(-1).tolist())
             self._counts["bytes_read_in_place"] += sum(remote[e] for e in routed if 0 <= e < len(remote))
+
+    def read_experts(self) -> list[dict[str, torch.Tensor]]:
+        """`[num_layers]`, in the order of `layers`: this rank's experts by tensor name, copied to the host."""
+        return [read_own(shared, self.rank) for shared in self._shared.layers]
+
+    def check_experts(self, new: Sequence[Experts]) -> None:
+        """Check, before peers are met, that new experts of this rank fit. `[num_layers]`, as `read_experts`.
+
+        Raises:
+            DwdpUpdateError: they have other names, shapes or dtypes.
+        """
+        for shared, experts in zip(self._shared.layers, new, strict=True):
+            check_alike(shared, experts, self.rank)
+
+    def update_experts(self, exchange: Exchange, new: Sequence[Experts], write_others: Callable[[], None]) -> None:
+        """Serve new experts from the next forward on; see `replace_experts`."""
+        first = exchange.rank - self.rank
+        forget = self._prefetcher.forget if self._prefetcher is not None else lambda: None
+        peers = range(first, first + self.size)
+        replace_experts(self._memory, exchange, self._shared, new, forget, write_others, peers)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Between forwards: every layer is bound to tensors that hold all of its experts.
+
+        Raises:
+            DwdpRuntimeError: where memory cannot be mapped, there are none.
+        """
+        if not self._memory.maps:
+            raise DwdpRuntimeError(f"with {self._memory.transport} no rank has tensors of all experts.")
+        self._direct = True
+        for position in range(len(self._shared.layers)):
+            self._rebind(position)
+        yield
 
     def reset_counts(self) -> None:
         """Forget the forwards so far: they were no request's."""

@@ -22,7 +22,7 @@ from sglang_dwdp.errors import DwdpConfigError, DwdpSetupError
 from sglang_dwdp.experts.budget import choose_local_experts
 from sglang_dwdp.experts.layer import ExpertLayer, ExpertTensor, describe, tensors_of
 from sglang_dwdp.experts.layout import Span, copy_order, remote_bytes_of_experts, slot_of, tensor_layout
-from sglang_dwdp.experts.stores import MappedStore, Parts, SharedTensor, UnmappedStore
+from sglang_dwdp.experts.stores import MappedStore, OwnExperts, Parts, SharedTensor, UnmappedStore
 from sglang_dwdp.experts.views import SlotMemory, TensorSpec
 from sglang_dwdp.memory.base import Block, CopyList, Memory
 from sglang_dwdp.memory.handles import swap_blocks
@@ -37,6 +37,7 @@ class SharedLayer:
         layer: the engine's layer.
         direct: the tensors that direct forwards bind, by name; the staged ones where memory cannot be mapped.
         staged: those that staged forwards bind: only the shared ones, and none where no forward is staged.
+        own: what this rank stores of the shared ones.
         copies: what fills the layer's slot.
         remote_bytes: `[num_experts]`, bytes of each expert that lie in peers' memory.
     """
@@ -44,6 +45,7 @@ class SharedLayer:
     layer: ExpertLayer
     direct: dict[str, torch.Tensor]
     staged: dict[str, torch.Tensor]
+    own: dict[str, OwnExperts]
     copies: CopyList
     remote_bytes: list[int]
 
@@ -67,6 +69,7 @@ class SharedExperts:
         slot_bytes: what the slots take.
         replicated_bytes: what tensors take that every rank has a copy of.
         peak_bytes: the most that set-up held for experts at a time, with what the engine had loaded.
+        store: where experts of peers and of this rank lie; None before set-up.
         stack: what is to be unmapped and closed.
     """
 
@@ -76,12 +79,14 @@ class SharedExperts:
     slot_bytes: int = 0
     replicated_bytes: int = 0
     peak_bytes: int = 0
+    store: MappedStore | UnmappedStore | None = field(default=None, repr=False)
     stack: ExitStack = field(default_factory=ExitStack, repr=False)
 
     def close(self) -> None:
         """Unbind and unmap. Idempotent. The model cannot run afterwards."""
         _unbind(self.layers)
         self.layers = []
+        self.store = None
         self.stack.close()
 
 
@@ -132,6 +137,7 @@ class _Sharing:
         self.exchange.barrier()  # no rank serves while another may still fail
         self.result.local_experts = kept or max(len(layer.placement.shard(self.rank)) for layer in layers)
         self.result.slot_bytes = self.slots.nbytes
+        self.result.store = self.store
         self.result.stack = self.owned.pop_all()
         return self.result
 
@@ -154,7 +160,7 @@ class _Sharing:
             for tensor in tensors
             if not tensor.replicated
         ]
-        shared = SharedLayer(layer, {}, {}, (), [0] * layer.placement.num_experts)
+        shared = SharedLayer(layer, {}, {}, {}, (), [0] * layer.placement.num_experts)
         results: dict[str, SharedTensor] = {}
         first = layer.placement.shard(self.rank).start
         staged = self.config.views(maps=self.memory.maps).staged
@@ -174,7 +180,7 @@ class _Sharing:
                     shared.remote_bytes[expert] += nbytes
                 results[spec.name] = self.store.share(spec, parts[spec.name], shards[spec.name], first, slot)
         for name, result in results.items():
-            shared.direct[name] = result.direct
+            shared.direct[name], shared.own[name] = result.direct, result.own
             if result.staged is not None:
                 shared.staged[name] = result.staged
         if slot is not None:

@@ -8,7 +8,8 @@ staged   [ slot           | rank 1's block | slot           ]   remote pages are
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,7 @@ class TensorSpec:
 
 
 class View:
-    """One expert tensor over a range of its own, writable until `protect`; unmapped by `close`.
+    """One expert tensor over a range of its own, writable until `protect` and in `writable`; unmapped by `close`.
 
     Args:
         memory: that the blocks are of.
@@ -68,6 +69,17 @@ class View:
         """Make what blocks hold of the view read-only in this process: those of `span`, or all."""
         span = span or Span(0, self._pages.nbytes)
         self._pages.protect(span.offset, span.nbytes)
+
+    @contextmanager
+    def writable(self, spans: Sequence[Span]) -> Iterator[None]:
+        """What whole blocks hold at `spans` can be written meanwhile, and is read-only afterwards."""
+        try:
+            for span in spans:
+                self._pages.allow_writes(span.offset, span.nbytes)
+            yield
+        finally:
+            for span in spans:
+                self._pages.protect(span.offset, span.nbytes)
 
     def close(self) -> None:
         """Unmap. The tensors must not be used any more. Idempotent."""

@@ -38,6 +38,9 @@ class Range(Protocol):
     def protect(self, offset: int, nbytes: int) -> None:
         """Make what is mapped there read-only in this process; whole blocks."""
 
+    def allow_writes(self, offset: int, nbytes: int) -> None:
+        """Make what is mapped there writable again; whole blocks."""
+
     def tensor(self, nbytes: int) -> torch.Tensor:
         """`[nbytes]` uint8 over the beginning of the range. Must not be used after `close`."""
 

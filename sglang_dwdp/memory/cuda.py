@@ -74,10 +74,16 @@ class CudaRange:
         self._allow(address, block.nbytes, _ACCESS.CU_MEM_ACCESS_FLAGS_PROT_READWRITE)
 
     def protect(self, offset: int, nbytes: int) -> None:
+        self._allow_all(offset, nbytes, _ACCESS.CU_MEM_ACCESS_FLAGS_PROT_READ)
+
+    def allow_writes(self, offset: int, nbytes: int) -> None:
+        self._allow_all(offset, nbytes, _ACCESS.CU_MEM_ACCESS_FLAGS_PROT_READWRITE)
+
+    def _allow_all(self, offset: int, nbytes: int, what: Any) -> None:
         first = self._at(offset, nbytes)
         for address, size in self._mapped:  # block by block: each may lie on another GPU
             if first <= address < first + nbytes:
-                self._allow(address, size, _ACCESS.CU_MEM_ACCESS_FLAGS_PROT_READ)
+                self._allow(address, size, what)
 
     def _allow(self, address: int, nbytes: int, what: Any) -> None:
         access = driver.CUmemAccessDesc()

@@ -83,6 +83,9 @@ class HostRange:
     def protect(self, offset: int, nbytes: int) -> None:
         _check(_libc.mprotect(self._at(offset, nbytes), nbytes, mmap.PROT_READ), "mprotect")
 
+    def allow_writes(self, offset: int, nbytes: int) -> None:
+        _check(_libc.mprotect(self._at(offset, nbytes), nbytes, mmap.PROT_READ | mmap.PROT_WRITE), "mprotect")
+
     def tensor(self, nbytes: int) -> torch.Tensor:
         address = self._at(0, nbytes)
         return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=torch.uint8)

@@ -28,6 +28,7 @@ from sglang_dwdp.srt_patches import (
     reports,
     sessions,
     steps,
+    updates,
     weights,
 )
 from sglang_dwdp.support.ledger import Entry, entries, source_hash
@@ -53,6 +54,7 @@ HOOKS = (
     *exchange.GPU_HOOKS,
     *reports.SCHEDULER_HOOKS,
     *reports.CONTROLLER_HOOKS,
+    *updates.HOOKS,
     *weights.SCHEDULER_HOOKS,
     *weights.TOKENIZER_HOOKS,
     *sessions.CONTROLLER_HOOKS,
