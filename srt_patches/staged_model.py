@@ -116,7 +116,7 @@ class StagedModel:
             raise DwdpUpdateError(f"loading changes which tensors the model has: {', '.join(changed[:4])}")
 
     def mark(self, is_wanted: Callable[[str], bool]) -> None:
-        """Mark the parameters of these names, experts apart, so that `unwritten.has_marks` tells what was not loaded."""
+        """Mark the parameters of these names, experts apart, for `unwritten.has_marks` to tell what was not loaded."""
         for entry in self._entries.values():
             if entry.is_parameter and not entry.is_expert and is_wanted(entry.name):
                 mark(entry.staged)

@@ -64,9 +64,10 @@ def read_by_name(exporter: Any, name: str, truncate_size: int = 100) -> Any:
             # By a kernel: a copy engine's copy must not touch the memory of two GPUs.
             return parameter.detach()[:truncate_size].to(torch.float64).cpu().tolist()
     except KeyError:
-        logger.error("there is no parameter %s; names are those of SGLang's model, such as model.norm.weight", name)
+        why = "there is no such parameter; names are those of SGLang's model, such as model.norm.weight"
     except DwdpRuntimeError as error:
-        logger.error("%s cannot be read: %s", name, error)
+        why = str(error)
+    logger.error("%s cannot be read: %s", name, why)
     return None
 
 

@@ -95,16 +95,15 @@ def replace_experts(
     try:
         forget_slots()
         memory.finish_writes()
-        replicated = [
-            _gather(exchange, layer, experts, peers) for layer, experts in zip(shared.layers, new, strict=True)
-        ]
+        pairs = list(zip(shared.layers, new, strict=True))
+        replicated = [_gather(exchange, layer, experts, peers) for layer, experts in pairs]
         exchange.barrier()  # no rank reads what is written from here on
     except DwdpError as error:
         exchange.fail(str(error))
         raise DwdpUpdateError(str(error)) from error
     try:
         with shared.store.writable():
-            for layer, experts, full in zip(shared.layers, new, replicated, strict=True):
+            for (layer, experts), full in zip(pairs, replicated, strict=True):
                 for name, tensor in full.items():
                     layer.direct[name].copy_(tensor)
                 for name, own in layer.own.items():
