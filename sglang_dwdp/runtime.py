@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from sglang_dwdp import nvtx
 from sglang_dwdp.config import MIB, DwdpConfig
 from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.experts.layer import ExpertLayer
@@ -117,6 +118,7 @@ class DwdpRuntime:
         if self._views.staged:
             copies, sizes = [layer.copies for layer in layers], [layer.copy_bytes for layer in layers]
             self._prefetcher = Prefetcher(self._engine, copies, sizes, self.config.depth)
+            nvtx.annotate(self._prefetcher, [layer.layer.layer_id for layer in layers])
 
     def _log_setup(self, shared: SharedExperts) -> None:
         remote = [sum(layer.remote_bytes) for layer in shared.layers]
