@@ -14,7 +14,7 @@ from sglang_dwdp import nvtx
 from sglang_dwdp.config import MIB, DwdpConfig
 from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.experts.layer import ExpertLayer
-from sglang_dwdp.experts.share import SharedExperts, SharedLayer, share_experts
+from sglang_dwdp.experts.share import SharedExperts, SharedLayer, blocks_of_all, share_experts
 from sglang_dwdp.experts.slots import Prefetcher
 from sglang_dwdp.experts.update import Experts, check_alike, read_own, replace_experts
 from sglang_dwdp.memory.base import Memory
@@ -91,6 +91,7 @@ class DwdpRuntime:
         self._closers: list[Callable[[], None]] = []
         self._setup_s = 0.0
         self.in_forward = False
+        self.is_released = False  # the experts' memory was given back for a while
         self.in_exchange_step = False  # said by what runs them, before the forward begins
 
     def setup(self, layers: Sequence[ExpertLayer], name: str) -> None:
@@ -142,7 +143,12 @@ class DwdpRuntime:
         )
 
     def begin_forward(self, num_tokens: int) -> None:
-        """A forward of `num_tokens` tokens is about to run: choose its views."""
+        """A forward of `num_tokens` tokens is about to run: choose its views.
+
+        Raises:
+            DwdpRuntimeError: the experts' memory was released.
+        """
+        self.check_not_released()
         self._direct = self._views.is_direct(num_tokens)
         self._visited.clear()
         self._staged_replay = False
@@ -294,7 +300,12 @@ class DwdpRuntime:
             self._counts["bytes_read_in_place"] += sum(remote[e] for e in routed if 0 <= e < len(remote))
 
     def read_experts(self) -> list[dict[str, torch.Tensor]]:
-        """`[num_layers]`, in the order of `layers`: this rank's experts by tensor name, copied to the host."""
+        """`[num_layers]`, in the order of `layers`: this rank's experts by tensor name, copied to the host.
+
+        Raises:
+            DwdpRuntimeError: their memory was released.
+        """
+        self.check_not_released()
         return [read_own(shared, self.rank) for shared in self._shared.layers]
 
     def check_experts(self, new: Sequence[Experts]) -> None:
@@ -313,13 +324,57 @@ class DwdpRuntime:
         peers = range(first, first + self.size)
         replace_experts(self._memory, exchange, self._shared, new, forget, write_others, peers)
 
+    def release_experts(self) -> None:
+        """Give the memory of experts and slots back, and keep their addresses; all ranks of the group do this.
+
+        Between forwards. Until `restore_experts` there must be none.
+
+        Raises:
+            DwdpRuntimeError: the transport cannot map memory again.
+        """
+        assert self._shared.store is not None
+        if self._prefetcher is not None:
+            self._prefetcher.forget()
+        self._memory.finish_writes()
+        self._shared.store.release()
+        self.is_released = True
+
+    def restore_experts(self, exchange: Exchange) -> None:
+        """Have memory again where there was some; what it holds is not what it held, so experts have to be updated.
+
+        Args:
+            exchange: with the group, whose ranks all call this.
+
+        Raises:
+            OSError: there is too little memory.
+            DwdpSetupError: a peer failed.
+        """
+        assert self._shared.store is not None
+        try:
+            self._shared.store.restore(lambda specs, stack: blocks_of_all(self._memory, exchange, specs, stack))
+            exchange.barrier()
+        except BaseException as error:
+            exchange.fail(str(error))
+            raise
+        self.is_released = False
+
+    def check_not_released(self) -> None:
+        """Check that experts have memory.
+
+        Raises:
+            DwdpRuntimeError: it was released.
+        """
+        if self.is_released:
+            raise DwdpRuntimeError("the memory of weights was released: call /resume_memory_occupation first.")
+
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Between forwards: every layer is bound to tensors that hold all of its experts.
 
         Raises:
-            DwdpRuntimeError: where memory cannot be mapped, there are none.
+            DwdpRuntimeError: the experts' memory was released, or cannot be mapped, so that there are none.
         """
+        self.check_not_released()
         if not self._memory.maps:
             raise DwdpRuntimeError(f"with {self._memory.transport} no rank has tensors of all experts.")
         self._direct = True

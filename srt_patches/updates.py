@@ -48,7 +48,8 @@ class WeightUpdates:
     """
 
     def __init__(self, runtime: DwdpRuntime, model: torch.nn.Module, secret: str) -> None:
-        self._runtime, self._model, self._secret = runtime, model, f"{secret}.weights"
+        self.runtime = runtime
+        self._model, self._secret = model, f"{secret}.weights"
         self._count = 0
         self._seconds = 0.0
         self._session: StagedModel | None = None
@@ -60,14 +61,18 @@ class WeightUpdates:
         return {"weight_updates": self._count, "weight_update_s": round(self._seconds, 3)}
 
     @contextmanager
-    def _meeting(self) -> Iterator[Exchange]:
-        """All ranks of the server, between two forwards of each.
+    def meeting(self, *, of_group: bool = False) -> Iterator[Exchange]:
+        """All ranks of the server, or those of this rank's group, between two forwards of each.
 
         Raises:
             DwdpUpdateError: One did not come in time.
         """
         parallel = get_parallel()
-        exchange = Exchange(self._secret, parallel.tp_rank, parallel.tp_size, self._runtime.config.timeout_s)
+        secret, rank, size = self._secret, int(parallel.tp_rank), int(parallel.tp_size)
+        if of_group:
+            group, rank, size = rank // self.runtime.size, self.runtime.rank, self.runtime.size
+            secret = f"{secret}.{group}"
+        exchange = Exchange(secret, rank, size, self.runtime.config.timeout_s)
         try:
             exchange.connect()
         except DwdpError as error:
@@ -81,8 +86,8 @@ class WeightUpdates:
 
     def stage(self) -> StagedModel:
         """A copy of this rank's weights, on the host."""
-        layers: list[Any] = self._runtime.layers()
-        experts = {layer.fused: tensors for layer, tensors in zip(layers, self._runtime.read_experts(), strict=True)}
+        layers: list[Any] = self.runtime.layers()
+        experts = {layer.fused: tensors for layer, tensors in zip(layers, self.runtime.read_experts(), strict=True)}
         return StagedModel(self._model, experts, as_loaded)
 
     def agree(self, error: str | None) -> None:
@@ -91,7 +96,7 @@ class WeightUpdates:
         Raises:
             DwdpUpdateError: One has.
         """
-        with self._meeting() as exchange:
+        with self.meeting() as exchange:
             agree(exchange, error)
 
     def commit(self, staged: StagedModel | None, error: str | None) -> None:
@@ -103,18 +108,18 @@ class WeightUpdates:
         """
         new: list[dict[str, torch.Tensor]] = []
         if staged is not None and error is None:
-            layers: list[Any] = self._runtime.layers()
+            layers: list[Any] = self.runtime.layers()
             new = [staged.experts(layer.fused) for layer in layers]
             try:
                 staged.check()
-                self._runtime.check_experts(new)
+                self.runtime.check_experts(new)
             except DwdpUpdateError as failure:
                 error = str(failure)
-        with self._meeting() as exchange:
+        with self.meeting() as exchange:
             agree(exchange, error)
             assert staged is not None
             start = time.perf_counter()
-            self._runtime.update_experts(exchange, new, staged.write)
+            self.runtime.update_experts(exchange, new, staged.write)
         self._count += 1
         self._seconds = time.perf_counter() - start
         logger.info(

@@ -1,7 +1,8 @@
-"""Requests that read a running server's weights, and those that peers' mappings forbid.
+"""Requests that read a running server's weights, save them, or release their memory; `updates.py` has those that
+change them.
 
-A rank's tensors of all experts are other ranks' memory for the most part, or slots, so what reads them has to choose,
-and what saves or releases them is answered with an error. Updates are in `updates.py`.
+A rank's tensors of all experts are other ranks' memory for the most part, or slots. So what reads them has to choose,
+what saves them is answered with an error, and all ranks release them together.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.srt_patches.attached import config_of
 from sglang_dwdp.srt_patches.hooks import Hook
+from sglang_dwdp.srt_patches.updates import current_updates
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +29,8 @@ _EXPORT = (
     "from its peers. Take them from where they were trained, or serve without --enable-dwdp."
 )
 _MEMORY = (
-    f"Releasing and resuming the memory of weights is {_UNSUPPORTED}: peers have it mapped. Release the rest with "
-    'tags ["kv_cache", "cuda_graph"]; weights can be updated where they are.'
+    f"Releasing and resuming the memory of weights is {_UNSUPPORTED} and --dwdp-transport cuda-ipc, whose addresses "
+    'cannot be had again. Release the rest with tags ["kv_cache", "cuda_graph"].'
 )
 
 
@@ -56,10 +58,8 @@ def read_by_name(exporter: Any, name: str, truncate_size: int = 100) -> Any:
     Returns:
         Its values, as nested lists; None where there is no such parameter.
     """
-    from sglang_dwdp.srt_patches.forward import current_runtime
-
     try:
-        with current_runtime().reading():
+        with current_updates().runtime.reading():
             parameter = dict(exporter.get_model().named_parameters())[name]
             # By a kernel: a copy engine's copy must not touch the memory of two GPUs.
             return parameter.detach()[:truncate_size].to(torch.float64).cpu().tolist()
@@ -76,26 +76,34 @@ def concerns_weights(request: Any) -> bool:
     return not request.tags or GPU_MEMORY_TYPE_WEIGHTS in request.tags
 
 
-def _unless_weights(output: Callable[[], Any]) -> Callable[..., Any]:
-    """Around a method of `SchedulerWeightUpdaterManager` whose answer has no room for a reason."""
-
-    def reject(original: Callable[..., Any], manager: Any, request: Any) -> Any:
-        if not concerns_weights(request):
-            return original(manager, request)
-        logger.error(_MEMORY)
-        return output()
-
-    return reject
+def release_memory(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    """Around `SchedulerWeightUpdaterManager.release_memory_occupation`, which checks that nothing runs and waits for all
+    ranks. SGLang's memory saver does not know of the memory that ranks share."""
+    answer = original(manager, request)
+    runtime = current_updates().runtime
+    if concerns_weights(request) and not runtime.is_released:
+        runtime.release_experts()
+    return answer
 
 
-release_memory = _unless_weights(io_struct.ReleaseMemoryOccupationReqOutput)
-resume_memory = _unless_weights(io_struct.ResumeMemoryOccupationReqOutput)
+def resume_memory(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    """Around `SchedulerWeightUpdaterManager.resume_memory_occupation`. As in SGLang, weights have to be updated then.
+
+    Raises:
+        DwdpError: This rank or a peer cannot have its memory again: the server ends.
+    """
+    runtime = current_updates().runtime
+    if concerns_weights(request) and runtime.is_released:
+        with current_updates().meeting(of_group=True) as exchange:
+            runtime.restore_experts(exchange)
+    return original(manager, request)
 
 
 async def explain_memory(original: Callable[..., Any], manager: Any, request: Any, *args: Any) -> Any:
     """Around a request to the tokenizer manager that ranks would answer with no reason."""
     # The hook stays in the launcher's process, which may start another engine without DWDP later.
-    if config_of(manager.server_args) is not None and concerns_weights(request):
+    config = config_of(manager.server_args)
+    if config is not None and config.transport == "cuda-ipc" and concerns_weights(request):
         raise ValueError(_MEMORY)
     return await original(manager, request, *args)
 

@@ -172,7 +172,7 @@ class _Sharing:
                 shared.direct[tensor.name] = self._replicate(shards[tensor.name])
         with ExitStack() as mapped:
             # Mappings hold memory by themselves; what cannot be mapped is held by its blocks.
-            parts = self._blocks(specs, mapped if self.memory.maps else self.owned)
+            parts = blocks_of_all(self.memory, self.exchange, specs, mapped if self.memory.maps else self.owned)
             for spec in specs:
                 self.at = f"layer {layer.layer_id}, {spec.name}"
                 self.result.stored_bytes += spec.layout.stored_bytes(self.rank)
@@ -202,17 +202,30 @@ class _Sharing:
         self.result.replicated_bytes += full.nbytes
         return full
 
-    def _blocks(self, specs: Sequence[TensorSpec], stack: ExitStack) -> dict[str, Parts]:
-        """The blocks of all ranks for these tensors, by name; `stack` closes them."""
-        ranks = range(self.exchange.size)
-        spans = [[(spec.name, span) for spec in specs for span in spec.layout.blocks[rank]] for rank in ranks]
-        sizes = [[span.nbytes for _, span in of_rank] for of_rank in spans]
-        blocks = swap_blocks(self.memory, self.exchange, sizes, stack)
-        parts: dict[str, list[tuple[int, Span, Block]]] = {spec.name: [] for spec in specs}
-        for rank in ranks:
-            for (name, span), block in zip(spans[rank], blocks[rank], strict=True):
-                parts[name].append((rank, span, block))
-        return dict(parts)
+
+def blocks_of_all(
+    memory: Memory, exchange: Exchange, specs: Sequence[TensorSpec], stack: ExitStack
+) -> dict[str, Parts]:
+    """Make this rank's blocks for these tensors, and get those of the peers.
+
+    Args:
+        memory: of this rank.
+        exchange: with the group, whose ranks all call this.
+        specs: the tensors.
+        stack: closes the blocks.
+
+    Returns:
+        The blocks of all ranks, by tensor name.
+    """
+    ranks = range(exchange.size)
+    spans = [[(spec.name, span) for spec in specs for span in spec.layout.blocks[rank]] for rank in ranks]
+    sizes = [[span.nbytes for _, span in of_rank] for of_rank in spans]
+    blocks = swap_blocks(memory, exchange, sizes, stack)
+    parts: dict[str, list[tuple[int, Span, Block]]] = {spec.name: [] for spec in specs}
+    for rank in ranks:
+        for (name, span), block in zip(spans[rank], blocks[rank], strict=True):
+            parts[name].append((rank, span, block))
+    return dict(parts)
 
 
 def share_experts(

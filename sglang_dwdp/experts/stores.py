@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.experts.layout import Slice, Span, overlap
 from sglang_dwdp.experts.views import SlotMemory, TensorSpec, View
 from sglang_dwdp.memory.base import Block, Memory
@@ -80,6 +81,30 @@ class _Replicas:
     pieces: Sequence[Span]
 
 
+@dataclass(frozen=True, slots=True)
+class _Views:
+    """The views of a shared tensor; `direct` is `owners` where this rank keeps no replicas of it."""
+
+    spec: TensorSpec
+    slot: int | None
+    owners: View
+    direct: View
+    staged: View | None
+
+
+Placed = Sequence[tuple[int, Block]]  # (offset, block)
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """What each view of a tensor maps, and what `direct` and `staged` have in common."""
+
+    owners: Placed
+    local: Placed
+    direct: Placed
+    staged: Placed
+
+
 def _by_block(parts: Parts, span: Span) -> Iterator[Span]:
     """`span`, cut where blocks meet: they may lie on different GPUs, and a copy must touch one of them only."""
     for _, held, _ in parts:
@@ -93,12 +118,13 @@ class MappedStore:
 
     def __init__(self, memory: Memory, rank: int, slots: SlotMemory, owned: ExitStack) -> None:
         self._memory, self._rank, self._slots, self._owned = memory, rank, slots, owned
+        self._shared: list[_Views] = []
         self._views: list[View] = []
         self._local: list[tuple[View, Span]] = []  # staged view, and what is no slot of it
         self._replicas: list[_Replicas] = []
         self._own: list[tuple[View, Sequence[Span]]] = []  # blocks with experts of this rank
 
-    def _view(self, spec: TensorSpec, placed: Sequence[tuple[int, Block]]) -> View:
+    def _view(self, spec: TensorSpec, placed: Placed) -> View:
         view = View(self._memory, spec, placed)
         self._owned.callback(view.close)
         return view
@@ -113,30 +139,23 @@ class MappedStore:
             first: the number of the first of them.
             slot: for staged forwards; None without them.
         """
-        direct = self._view(spec, [(span.offset, block) for _, span, block in parts])
         experts = spec.layout.expert_span(range(first, first + len(shard)))
-        own = OwnExperts(shard.dtype, shard.shape, [direct.piece(piece) for piece in _by_block(parts, experts)])
-        own.write(shard)
-        self._own.append((direct, [held for _, held, _ in parts if overlap(held, experts).nbytes]))
         runs = spec.layout.replicas[self._rank]
-        local = [(span.offset, block) for owner, span, block in parts if owner == self._rank]
-        with ExitStack() as temporary:  # the views hold the memory of replicas
-            for run in runs:
-                block = self._memory.create(run.nbytes)
-                temporary.callback(block.close)
-                local.append((run.offset, block))
-            if runs:
-                owners = direct
-                peers = [
-                    (span.offset, block)
-                    for owner, span, block in parts
-                    if owner != self._rank and not any(run.offset <= span.offset < run.end for run in runs)
-                ]
-                direct = self._view(spec, [*local, *peers])
-                pieces = [piece for run in runs for piece in _by_block(parts, run)]
-                self._replicas.append(_Replicas(owners, direct, runs, pieces))
-            staged = self._staged(spec, local, slot)
+        with ExitStack() as temporary:
+            places = self._places(spec, parts, slot, temporary)
+            owners = self._view(spec, places.owners)
+            own = OwnExperts(shard.dtype, shard.shape, [owners.piece(piece) for piece in _by_block(parts, experts)])
+            own.write(shard)
+            direct = self._view(spec, places.direct) if runs else owners
+            staged = self._view(spec, places.staged) if slot is not None else None
+        self._own.append((owners, [held for _, held, _ in parts if overlap(held, experts).nbytes]))
+        if runs:
+            pieces = [piece for run in runs for piece in _by_block(parts, run)]
+            self._replicas.append(_Replicas(owners, direct, runs, pieces))
+        if staged is not None:
+            self._local += [(staged, Span(offset, block.nbytes)) for offset, block in places.local]
         self._views.append(direct)
+        self._shared.append(_Views(spec, slot, owners, direct, staged))
         target = staged or direct
         return SharedTensor(
             direct.tensor,
@@ -145,16 +164,69 @@ class MappedStore:
             lambda piece: (target.piece(piece.span), direct.piece(piece.span)),
         )
 
-    def _staged(self, spec: TensorSpec, local: Sequence[tuple[int, Block]], slot: int | None) -> View | None:
-        if slot is None:
-            return None
-        view = self._view(spec, [*local, *self._slots.blocks(slot, spec)])
-        self._local += [(view, Span(offset, block.nbytes)) for offset, block in local]
-        return view
+    def _places(self, spec: TensorSpec, parts: Parts, slot: int | None, temporary: ExitStack) -> _Places:
+        """Where blocks are mapped; `temporary` closes those of replicas, whose memory views hold."""
+        owners = [(span.offset, block) for _, span, block in parts]
+        local = [(span.offset, block) for owner, span, block in parts if owner == self._rank]
+        runs = spec.layout.replicas[self._rank]
+        for run in runs:
+            block = self._memory.create(run.nbytes)
+            temporary.callback(block.close)
+            local.append((run.offset, block))
+        peers = [
+            (span.offset, block)
+            for owner, span, block in parts
+            if owner != self._rank and not any(run.offset <= span.offset < run.end for run in runs)
+        ]
+        slots = self._slots.blocks(slot, spec) if slot is not None else []
+        return _Places(owners, local, [*local, *peers], [*local, *slots])
+
+    def release(self) -> None:
+        """Give this rank's hold on all experts up, and on slots; addresses stay. No tensor must be used meanwhile.
+
+        What peers have mapped goes when they do the same.
+        """
+        for views in self._shared:
+            for view in {id(view): view for view in (views.owners, views.direct, views.staged) if view}.values():
+                view.vacate()
+        self._slots.forget()
+
+    def restore(self, blocks: Callable[[Sequence[TensorSpec], ExitStack], Mapping[str, Parts]]) -> None:
+        """Map new memory where `release` left none; what it holds has to be written.
+
+        Args:
+            blocks: the blocks of all ranks for the tensors of one layer, by name; all ranks ask for the same, in the
+                same order.
+        """
+        for layer in self._by_layer():
+            with ExitStack() as temporary:
+                parts = blocks([views.spec for views in layer], temporary)
+                for views in layer:
+                    places = self._places(views.spec, parts[views.spec.name], views.slot, temporary)
+                    views.owners.map_again(places.owners)
+                    if views.direct is not views.owners:
+                        views.direct.map_again(places.direct)
+                    if views.staged is not None:
+                        views.staged.map_again(places.staged)
+        self._slots.close()
+        self._protect()
+
+    def _by_layer(self) -> Iterator[Sequence[_Views]]:
+        """The views of tensors that were shared together: a name that comes again is another layer's."""
+        layer: list[_Views] = []
+        for views in self._shared:
+            if any(views.spec.name == other.spec.name for other in layer):
+                yield layer
+                layer = []
+            layer.append(views)
+        yield layer
 
     def finish(self) -> None:
         """All ranks have written: fetch replicas, and make everything read-only."""
         self._fetch()
+        self._protect()
+
+    def _protect(self) -> None:
         for view in (*self._views, *(replicas.owners for replicas in self._replicas)):
             view.protect()
         for staged, span in self._local:
@@ -215,3 +287,15 @@ class UnmappedStore:
 
     def refresh(self) -> None:
         """There are no replicas: with one, an owner's block would be cut."""
+
+    def release(self) -> None:
+        """Unsupported.
+
+        Raises:
+            DwdpRuntimeError: always.
+        """
+        raise DwdpRuntimeError("memory that cannot be mapped cannot be released and found again at its addresses.")
+
+    def restore(self, blocks: Callable[[Sequence[TensorSpec], ExitStack], Mapping[str, Parts]]) -> None:
+        """As `release`."""
+        self.release()

@@ -70,6 +70,15 @@ class View:
         span = span or Span(0, self._pages.nbytes)
         self._pages.protect(span.offset, span.nbytes)
 
+    def vacate(self) -> None:
+        """Unmap all blocks, and keep the addresses. The tensors must not be used before `map_again`."""
+        self._pages.vacate()
+
+    def map_again(self, placed: Iterable[tuple[int, Block]]) -> None:
+        """Map blocks as at first, after `vacate`; writable until `protect`. What they hold is what the tensors have."""
+        for offset, block in placed:
+            self._pages.map(offset, block)
+
     @contextmanager
     def writable(self, spans: Sequence[Span]) -> Iterator[None]:
         """What whole blocks hold at `spans` can be written meanwhile, and is read-only afterwards."""
@@ -119,6 +128,10 @@ class SlotMemory:
     def nbytes(self) -> int:
         """Bytes of all slots together."""
         return sum(nbytes for _, _, _, nbytes in self._blocks)
+
+    def forget(self) -> None:
+        """Make blocks anew when they are asked for; those that there were have been closed."""
+        self._blocks.clear()
 
     def close(self) -> None:
         """Give the blocks up; views that map them keep the memory. Idempotent."""

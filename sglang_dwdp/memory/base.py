@@ -44,6 +44,9 @@ class Range(Protocol):
     def tensor(self, nbytes: int) -> torch.Tensor:
         """`[nbytes]` uint8 over the beginning of the range. Must not be used after `close`."""
 
+    def vacate(self) -> None:
+        """Unmap everything and keep the address space, so that other blocks can be mapped there."""
+
     def close(self) -> None:
         """Unmap everything and give the address space back. Idempotent."""
 

@@ -98,11 +98,14 @@ class CudaRange:
     def close(self) -> None:
         if self._address is None:
             return
-        torch.cuda.synchronize(self._device)  # nothing may read what is unmapped
+        self.vacate()
         address, self._address = self._address, None
-        for mapped, nbytes in reversed(self._mapped):
-            call(driver.cuMemUnmap, mapped, nbytes)
         call(driver.cuMemAddressFree, address, self.nbytes)
+
+    def vacate(self) -> None:
+        torch.cuda.synchronize(self._device)  # nothing may read what is unmapped
+        while self._mapped:
+            call(driver.cuMemUnmap, *self._mapped.pop())
 
 
 class CudaMemory(GpuMemory):

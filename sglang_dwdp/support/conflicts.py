@@ -153,10 +153,10 @@ CONFLICTS: tuple[Conflict, ...] = (
         "Merge the adapter into the checkpoint, or drop --enable-lora and --lora-paths.",
     ),
     Conflict(
-        ("enable_memory_saver", "enable_weights_cpu_backup", "enable_draft_weights_cpu_backup"),
+        ("enable_weights_cpu_backup", "enable_draft_weights_cpu_backup"),
         _is_set,
-        "the memory saver cannot take back weights that peers have mapped",
-        "Drop --enable-memory-saver and --enable-weights-cpu-backup.",
+        "the memory saver does not know of the experts that ranks share, so they would be missing in its backup",
+        "Drop --enable-weights-cpu-backup, and update the weights after memory was released.",
     ),
     Conflict(
         ("cpu_offload_gb", "offload_group_size", "enable_paged_experts", "kt_weight_path"),

@@ -288,10 +288,29 @@ def test_a_paused_server(server: Server, old: Path, new: Path, answers: dict[Pat
     serves(server, answers[new])
 
 
-def test_memory_of_the_cache_alone_can_be_released(server: Server, new: Path, answers: dict[Path, Answers]) -> None:
-    for tags in (None, ["weights"], ["kv_cache", "weights"]):
-        for path in ("/release_memory_occupation", "/resume_memory_occupation"):
-            fails(post(server, path, tags=tags), "unsupported with --enable-dwdp", "kv_cache")
+def shared_mib() -> float:
+    """Memory files of this host, in which the CPU engine's ranks keep experts."""
+    [line] = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("Shmem:")]
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.parametrize("tags", [None, ["weights"]])
+def test_memory_is_released(
+    server: Server, old: Path, new: Path, answers: dict[Path, Answers], tags: list[str] | None
+) -> None:
+    """As where a trainer takes turns with the server on its GPUs."""
+    before, stored = shared_mib(), sum(report["stored_bytes"] for report in server.reports()) / (1 << 20)
+    assert post(server, "/release_memory_occupation", tags=tags).status_code == 200
+    assert shared_mib() < before - stored / 2
+    fails(post(server, "/update_weights_from_disk", model_path=str(old)), _KEPT, "was released")
+    assert post(server, "/resume_memory_occupation", tags=tags).status_code == 200
+    assert shared_mib() > before - stored / 2
+    for model in (old, new):
+        succeeds(post(server, "/update_weights_from_disk", model_path=str(model)))
+        serves(server, answers[model])
+
+
+def test_memory_of_the_cache_is_released(server: Server, new: Path, answers: dict[Path, Answers]) -> None:
     assert post(server, "/release_memory_occupation", tags=["kv_cache"]).status_code == 200
     assert post(server, "/resume_memory_occupation", tags=["kv_cache"]).status_code == 200
     serves(server, answers[new])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from sglang_dwdp.errors import DwdpRuntimeError, DwdpUpdateError
 from sglang_dwdp.experts.update import Experts, agree
 from sglang_dwdp.memory.base import Memory
 from sglang_dwdp.memory.handshake import Exchange
-from sglang_dwdp.memory.host import HostMemory
 from sglang_dwdp.runtime import DwdpRuntime
 from tests.fixtures.ranks import (
     KINDS,
@@ -194,15 +194,14 @@ def test_a_rank_that_ends_after_some_have_written_ends_all() -> None:
         assert "out of memory" in str(error)
 
 
-def test_experts_are_read_only_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+def permissions() -> set[str]:
+    """Of all pages that hold experts, as Linux says them."""
+    return {line.split()[1] for line in Path("/proc/self/maps").read_text().splitlines() if "sglang-dwdp" in line}
+
+
+def test_experts_are_read_only_before_and_after() -> None:
     """Nobody but an update writes what peers read."""
     held: list[set[str]] = []
-
-    def permissions() -> set[str]:
-        from pathlib import Path
-
-        return {line.split()[1] for line in Path("/proc/self/maps").read_text().splitlines() if "sglang-dwdp" in line}
-
     full = checkpoint(1, 6, TAILS)
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> None:
@@ -214,7 +213,7 @@ def test_experts_are_read_only_before_and_after(monkeypatch: pytest.MonkeyPatch)
             exchange.barrier()
         held.append(permissions())
 
-    run_ranks(1 + 1, full, step, DwdpConfig(view="direct", timeout_s=20), memory=lambda _rank: HostMemory())
+    run_ranks(2, full, step, DwdpConfig(view="direct", timeout_s=20))
     assert any("rw-s" in found for found in held[1:-1])
     assert held[-1] == {"r--s"}
 
@@ -228,3 +227,63 @@ def test_reading_binds_all_experts() -> None:
             return equal([layer.tensors for layer in layers], full)
 
     assert run_ranks(2, full, step, DwdpConfig(depth=1, timeout_s=20)) == [True, True]
+
+
+@pytest.mark.parametrize("local_experts", [None, 8])
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_released_and_comes_back_at_its_addresses(kind: Kind, size: int, local_experts: int | None) -> None:
+    full = checkpoint(5, 10, TAILS if kind.device == "cpu" else GPU_TAILS, kind.device)
+    new = other(full)
+    together = threading.Barrier(size)
+    mapped: list[int] = []
+
+    def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> list[bool]:
+        seen = [equal(forward(runtime, layers, tokens), full) for tokens in (1000, 1)]
+        addresses = [layer.tensors["w2_weight"].data_ptr() for layer in layers]
+        for number in (21, 22):
+            runtime.release_experts()
+            together.wait(20)
+            mapped.append(open_resources()[1])
+            for use in (lambda: forward(runtime, layers, 1), runtime.read_experts):
+                with pytest.raises(DwdpRuntimeError, match="was released"):
+                    use()
+            together.wait(20)
+            with meeting(runtime, number) as exchange:
+                runtime.restore_experts(exchange)
+            update(runtime, layers, new, 10 + number)
+            seen += [equal(forward(runtime, layers, tokens), new) for tokens in (1000, 1000, 1)]
+        return [*seen, addresses == [layer.tensors["w2_weight"].data_ptr() for layer in layers]]
+
+    config = DwdpConfig(depth=2, timeout_s=20, local_experts=local_experts)
+    before = open_resources()
+    assert run_ranks(size, full, step, config) == [[True] * 9] * size
+    assert set(mapped) == {0}
+    if kind.device == "cpu":
+        assert open_resources() == before
+
+
+def test_memory_that_comes_back_is_read_only() -> None:
+    full = checkpoint(1, 6, TAILS)
+
+    def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> None:
+        runtime.release_experts()
+        with meeting(runtime, 23) as exchange:
+            runtime.restore_experts(exchange)
+            found = permissions()
+            exchange.barrier()
+        assert found == {"r--s"}
+
+    assert run_ranks(2, full, step, DwdpConfig(view="direct", timeout_s=20)) == [None, None]
+
+
+def test_memory_that_cannot_be_mapped_is_kept() -> None:
+    full = checkpoint(2, 10, TAILS)
+
+    def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> bool:
+        with pytest.raises(DwdpRuntimeError, match="cannot be released"):
+            runtime.release_experts()
+        return equal(forward(runtime, layers, 9), full)
+
+    memory: Callable[[int], Memory] = lambda _rank: UnmappedMemory()  # noqa: E731
+    assert run_ranks(2, full, step, DwdpConfig(view="staged", timeout_s=20), memory=memory) == [True, True]

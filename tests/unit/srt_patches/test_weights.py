@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,22 +41,52 @@ def test_sglang_heeds_what_a_model_declares() -> None:
 
 
 @pytest.mark.parametrize("tags", [None, [], ["weights"], ["kv_cache", "weights"]])
-def test_memory_of_weights_is_kept(tags: list[str] | None, caplog: pytest.LogCaptureFixture) -> None:
+def test_memory_whose_addresses_cannot_be_had_again_is_kept(tags: list[str] | None) -> None:
     request = SimpleNamespace(tags=tags)
     with pytest.raises(ValueError, match=UNSUPPORTED):
-        asyncio.run(weights.explain_memory(done, manager(DwdpConfig()), request))
-    assert asyncio.run(weights.explain_memory(done, manager(None), request)) == "done"  # of another engine
-    for hook in (weights.release_memory, weights.resume_memory):
-        assert hook(lambda *_: "done", None, request) != "done"
-    assert caplog.text.count(UNSUPPORTED) == 2
+        asyncio.run(weights.explain_memory(done, manager(DwdpConfig(transport="cuda-ipc")), request))
+    for config in (DwdpConfig(), None):
+        assert asyncio.run(weights.explain_memory(done, manager(config), request)) == "done"
 
 
 @pytest.mark.parametrize("tags", [["kv_cache"], ["kv_cache", "cuda_graph"]])
-def test_other_memory_is_released(tags: list[str]) -> None:
+def test_other_memory_is_released_as_sglang_does_it(tags: list[str]) -> None:
     request = SimpleNamespace(tags=tags)
-    assert asyncio.run(weights.explain_memory(done, manager(DwdpConfig()), request)) == "done"
-    for hook in (weights.release_memory, weights.resume_memory):
-        assert hook(lambda *_: "done", None, request) == "done"
+    config = DwdpConfig(transport="cuda-ipc")
+    assert asyncio.run(weights.explain_memory(done, manager(config), request)) == "done"
+
+
+class Runtime:
+    """What of a runtime is called here."""
+
+    def __init__(self) -> None:
+        self.is_released = False
+        self.calls: list[str] = []
+
+    def release_experts(self) -> None:
+        self.calls.append("release")
+        self.is_released = True
+
+    def restore_experts(self, exchange: str) -> None:
+        self.calls.append(f"restore with {exchange}")
+        self.is_released = False
+
+
+def test_experts_are_released_after_all_ranks_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime()
+    updates = SimpleNamespace(runtime=runtime, meeting=lambda *, of_group: nullcontext("the group" if of_group else ""))
+    monkeypatch.setattr(weights, "current_updates", lambda: updates)
+
+    def original(_manager: Any, _request: Any) -> str:
+        runtime.calls.append("SGLang")
+        return "done"
+
+    for tags in (["kv_cache"], None, ["weights"]):  # the last one is released already
+        assert weights.release_memory(original, None, SimpleNamespace(tags=tags)) == "done"
+    for tags in (["kv_cache"], ["weights"], ["weights"]):
+        assert weights.resume_memory(original, None, SimpleNamespace(tags=tags)) == "done"
+    released = ["SGLang", "SGLang", "release", "SGLang"]
+    assert runtime.calls == [*released, "SGLang", "restore with the group", "SGLang", "SGLang"]
 
 
 def test_sending_weights() -> None:
