@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from sglang_dwdp import nvtx
-from sglang_dwdp.config import MIB, DwdpConfig
+from sglang_dwdp.config import MIB, TRANSPORTS, DwdpConfig
 from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.experts.layer import ExpertLayer
 from sglang_dwdp.experts.share import SharedExperts, SharedLayer, blocks_of_all, share_experts
@@ -323,6 +323,11 @@ class DwdpRuntime:
         forget = self._prefetcher.forget if self._prefetcher is not None else lambda: None
         peers = range(first, first + self.size)
         replace_experts(self._memory, exchange, self._shared, new, forget, write_others, peers)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether experts lie in a GPU's memory."""
+        return TRANSPORTS[self._memory.transport].device == "cuda"
 
     def release_experts(self) -> None:
         """Give the memory of experts and slots back, and keep their addresses; all ranks of the group do this.

@@ -9,11 +9,13 @@ are taken when the last has come; the old weights serve until then.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from sglang_dwdp.srt_patches.experts import as_loaded
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.loading import forget_arrivals, load_and_check
 from sglang_dwdp.srt_patches.staged_model import StagedModel
+from sglang_dwdp.support.models import changed_sizes
 
 logger = logging.getLogger(__name__)
 _IN_BLOCKS = ("Fp8LinearMethod", "Fp8MoEMethod")
@@ -251,6 +254,10 @@ def from_disk(
     before = config.model_path, runner.load_config
 
     def load(staged: StagedModel) -> Outcome:
+        # Some of SGLang's loaders cut tensors that are too large, or fill up those that are too small.
+        changed = changed_sizes(*map(_config_json, (before[0], model_path)))
+        if changed:
+            return False, f"{model_path} is a model of another size: {', '.join(changed)}"
         if weight_name_filter is None:
             staged.mark(lambda name: name.endswith((".weight", ".bias")))
             vars(model)["load_weights"] = functools.partial(_load_once, model.load_weights, model)
@@ -268,6 +275,15 @@ def from_disk(
                 model, model_path=path, load_format=load_config.load_format, load_config=load_config
             )
     return outcome
+
+
+def _config_json(model_path: str) -> dict[str, Any]:
+    """What a checkpoint's config.json says; nothing where it is not in a folder of this host."""
+    try:
+        found: dict[str, Any] = json.loads((Path(model_path) / "config.json").read_text())
+    except OSError:
+        return {}
+    return found
 
 
 def _load_once(load_weights: Callable[..., Any], model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

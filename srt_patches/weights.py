@@ -8,7 +8,8 @@ what saves them is answered with an error, and all ranks release them together.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ from sglang.srt.managers import io_struct
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.errors import DwdpRuntimeError
+from sglang_dwdp.runtime import DwdpRuntime
 from sglang_dwdp.srt_patches.attached import config_of
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.updates import current_updates
 
 logger = logging.getLogger(__name__)
 
+_DEVICE_MODULE = "get_device_module"
 _UNSUPPORTED = "unsupported with --enable-dwdp"
 _EXPORT = (
     f"Saving or sending a running server's weights is {_UNSUPPORTED}: a rank stores a part of them and reads the rest "
@@ -77,13 +80,28 @@ def concerns_weights(request: Any) -> bool:
 
 
 def release_memory(original: Callable[..., Any], manager: Any, request: Any) -> Any:
-    """Around `SchedulerWeightUpdaterManager.release_memory_occupation`, which checks that nothing runs and waits for all
-    ranks. SGLang's memory saver does not know of the memory that ranks share."""
-    answer = original(manager, request)
+    """Around `SchedulerWeightUpdaterManager.release_memory_occupation`, which checks that nothing runs, and waits for
+    all ranks. SGLang's memory saver does not know of the memory that ranks share."""
     runtime = current_updates().runtime
+    with _device_module(runtime):
+        answer = original(manager, request)
     if concerns_weights(request) and not runtime.is_released:
         runtime.release_experts()
     return answer
+
+
+@contextmanager
+def _device_module(runtime: DwdpRuntime) -> Iterator[None]:
+    """On the CPU engine SGLang waits for the GPU, which a build of torch for GPUs looks for in vain."""
+    if runtime.on_gpu:
+        yield
+        return
+    kept: Any = torch.get_device_module
+    setattr(torch, _DEVICE_MODULE, lambda _device=None: torch.cpu)
+    try:
+        yield
+    finally:
+        setattr(torch, _DEVICE_MODULE, kept)
 
 
 def resume_memory(original: Callable[..., Any], manager: Any, request: Any) -> Any:
@@ -108,6 +126,14 @@ async def explain_memory(original: Callable[..., Any], manager: Any, request: An
     return await original(manager, request, *args)
 
 
+async def explain_reading(original: Callable[..., Any], manager: Any, request: Any, *args: Any) -> Any:
+    """Around a request to the tokenizer manager, whose answer has nothing of each rank where all failed."""
+    found = await original(manager, request, *args)
+    if config_of(manager.server_args) is not None and not any(found):
+        raise ValueError(f"{request.name} cannot be read; the log says why.")
+    return found
+
+
 async def explain_sending(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
     """Around a request to the tokenizer manager that asserts that there is one rank."""
     if config_of(manager.server_args) is not None:
@@ -127,6 +153,7 @@ SCHEDULER_HOOKS = (
 TOKENIZER_HOOKS = (
     Hook(f"{_MANAGER}.release_memory_occupation", HookType.AROUND, explain_memory),
     Hook(f"{_MANAGER}.resume_memory_occupation", HookType.AROUND, explain_memory),
+    Hook(f"{_MANAGER}.get_weights_by_name", HookType.AROUND, explain_reading),
     Hook(f"{_MANAGER}.init_weights_send_group_for_remote_instance", HookType.AROUND, explain_sending),
     Hook(f"{_MANAGER}.send_weights_to_remote_instance", HookType.AROUND, explain_sending),
 )

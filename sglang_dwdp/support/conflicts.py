@@ -180,7 +180,7 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         ("tokenizer_worker_num",),
         _above_one,
-        "--tokenizer-worker-num {args.tokenizer_worker_num}: the workers load no plugins, so requests that change "
+        "--tokenizer-worker-num {args.tokenizer_worker_num}: the workers load no plugins, so requests that send "
         "weights would not be answered with an error",
         "Drop --tokenizer-worker-num.",
     ),

@@ -139,7 +139,7 @@ def test_what_cannot_be_loaded_changes_nothing(
     fails(post(server, update, model_path=str(tmp_path / "empty")), _KEPT, "rank 0: ", "rank 1: ")
     wider = tmp_path / "wider"
     make_checkpoint(wider, dtype=torch.float32, num_experts=9, moe_intermediate_size=160)
-    fails(post(server, update, model_path=str(wider)), _KEPT)
+    fails(post(server, update, model_path=str(wider)), _KEPT, "moe_intermediate_size 88 and 160")
     # Expert 8 is rank 1's: rank 0 has all that it needs, and takes nothing either.
     name = "model.layers.1.mlp.experts.8.down_proj.weight"
     answer = post(server, update, model_path=str(without(tmp_path / "a", new, name)))
@@ -149,6 +149,12 @@ def test_what_cannot_be_loaded_changes_nothing(
     fails(post(server, update, model_path=str(without(tmp_path / "b", new, name))), _KEPT, name)
     serves(server, answers[old])
     assert requests.get(f"{server.url}/get_model_info", timeout=30).json()["model_path"] == str(old)
+
+
+def checksums(server: Server) -> list[dict[str, Any]]:
+    """Of each rank's weights, as each rank tells them."""
+    found: list[dict[str, Any]] = post(server, "/weights_checker", action="checksum").json()["ranks"]
+    return found
 
 
 def test_values_that_are_read(server: Server, old: Path, new: Path) -> None:
@@ -162,34 +168,34 @@ def test_values_that_are_read(server: Server, old: Path, new: Path) -> None:
     for rank in range(RANKS):
         width = len(expected[0][0])
         assert [[row[:width] for row in expert] for expert in experts[rank]] == expected
-    assert post(server, "/get_weights_by_name", name="model.nothing").status_code == 400
+    fails(post(server, "/get_weights_by_name", name="model.nothing"), "model.nothing cannot be read")
 
-    def checksums() -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = post(server, "/weights_checker", action="checksum").json()["ranks"]
-        return found
-
-    first = checksums()
+    first = checksums(server)
     assert len(first) == RANKS * RANKS  # each rank answers for all
     by_rank = {rank["parallelism_info"]["tp_rank"]: rank["checksums"] for rank in first}
     assert by_rank[0]["model.norm.weight"] == by_rank[1]["model.norm.weight"]
     assert by_rank[0][name] != by_rank[1][name]  # of the experts that a rank stores
     server.generate(PROMPTS[15], 1, 0)  # a staged forward
-    assert checksums() == first
+    assert checksums(server) == first
     succeeds(post(server, "/update_weights_from_disk", model_path=str(old)))
-    assert checksums() != first
+    assert checksums(server) != first
     succeeds(post(server, "/update_weights_from_disk", model_path=str(new)))
-    assert checksums() == first
+    assert checksums(server) == first
 
 
-def test_reset_and_compare(server: Server, old: Path, answers: dict[Path, Answers]) -> None:
-    """What RL frameworks check their updates with."""
+def test_reset(server: Server, old: Path, answers: dict[Path, Answers]) -> None:
+    """What RL frameworks check their updates with. (SGLang's comparison with the snapshot needs a GPU.)"""
     succeeds(post(server, "/update_weights_from_disk", model_path=str(old)))
+    before = checksums(server)
     succeeds(post(server, "/weights_checker", action="snapshot"))
     succeeds(post(server, "/weights_checker", action="reset_tensors"))
+    changed = checksums(server)
+    for was, now in zip(before, changed, strict=True):
+        same = {name for name, found in was["checksums"].items() if now["checksums"][name] == found}
+        assert not [name for name in same if "weight" in name]
     assert server.generate(PROMPTS[9], MAX_NEW_TOKENS, 0) != answers[old][9]
-    fails(post(server, "/weights_checker", action="compare"), "check tensor equality failed")
     succeeds(post(server, "/update_weights_from_disk", model_path=str(old)))
-    succeeds(post(server, "/weights_checker", action="compare"))
+    assert checksums(server) == before
     serves(server, answers[old])
 
 

@@ -61,6 +61,7 @@ class Runtime:
 
     def __init__(self) -> None:
         self.is_released = False
+        self.on_gpu = False
         self.calls: list[str] = []
 
     def release_experts(self) -> None:
@@ -77,16 +78,32 @@ def test_experts_are_released_after_all_ranks_have_come(monkeypatch: pytest.Monk
     updates = SimpleNamespace(runtime=runtime, meeting=lambda *, of_group: nullcontext("the group" if of_group else ""))
     monkeypatch.setattr(weights, "current_updates", lambda: updates)
 
-    def original(_manager: Any, _request: Any) -> str:
+    def original(manager: str, _request: Any) -> str:
+        if manager == "to release":
+            torch.get_device_module().synchronize()
         runtime.calls.append("SGLang")
         return "done"
 
     for tags in (["kv_cache"], None, ["weights"]):  # the last one is released already
-        assert weights.release_memory(original, None, SimpleNamespace(tags=tags)) == "done"
+        assert weights.release_memory(original, "to release", SimpleNamespace(tags=tags)) == "done"
     for tags in (["kv_cache"], ["weights"], ["weights"]):
-        assert weights.resume_memory(original, None, SimpleNamespace(tags=tags)) == "done"
+        assert (
+            weights.resume_memory(lambda *_: runtime.calls.append("SGLang") or "done", None, SimpleNamespace(tags=tags))
+            == "done"
+        )
     released = ["SGLang", "SGLang", "release", "SGLang"]
     assert runtime.calls == [*released, "SGLang", "restore with the group", "SGLang", "SGLang"]
+
+
+@pytest.mark.parametrize(("found", "fails"), [([None, None], True), ([[1.0], [1.0]], False)])
+def test_nothing_that_could_be_read_is_an_error(found: list[Any], fails: bool) -> None:
+    async def read(_manager: Any, _request: Any) -> list[Any]:
+        return found
+
+    request = SimpleNamespace(name="w")
+    assert asyncio.run(weights.explain_reading(read, manager(None), request)) == found
+    with pytest.raises(ValueError, match="w cannot be read") if fails else nullcontext():
+        assert asyncio.run(weights.explain_reading(read, manager(DwdpConfig()), request)) == found
 
 
 def test_sending_weights() -> None:
