@@ -226,7 +226,7 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         ("checkpoint_engine_wait_weights_before_ready",),
         _is_set,
-        "--checkpoint-engine-wait-weights-before-ready waits for weights, which cannot change under DWDP",
+        "--checkpoint-engine-wait-weights-before-ready waits for weights in a way that is unsupported",
         "Drop it, and give --model-path the weights.",
     ),
     Conflict(
