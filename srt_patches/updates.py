@@ -137,6 +137,8 @@ class WeightUpdates:
         """
         staged: StagedModel | None = None
         try:
+            if self._session is not None:
+                raise DwdpUpdateError("another update was begun; end it with end_weight_update()")
             check_format(self._model)
             staged = self.stage()
             with staged.loading():
@@ -221,10 +223,12 @@ def check_format(model: torch.nn.Module) -> None:
         method = getattr(module, "quant_method", None)
         kind = type(method).__name__
         in_blocks = kind in _IN_BLOCKS and bool(getattr(method, "block_quant", False))
-        if method is not None and not in_blocks and kind not in _SUPPORTED:
+        # Done a second time to experts that an update leaves alone, and nothing undoes it.
+        is_interleaved = bool(getattr(module, "w13_swiglu_interleaved", False))
+        if is_interleaved or (method is not None and not in_blocks and kind not in _SUPPORTED):
             raise DwdpUpdateError(
                 f"updating weights is unsupported with --enable-dwdp for {kind} ({name}): plain and block-FP8 weights "
-                "can be updated. Restart the server with the new weights."
+                "can be updated, if SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED is not set. Restart the server with the new weights."
             )
 
 

@@ -129,6 +129,7 @@ def test_calls_of_a_session_are_one_update(run: Callable[[Step], list[Any]]) -> 
         for value in (2.0, 4.0):
             assert own.in_session(lambda value=value: model.load(value)) == (True, "loaded")
             assert seen() == before
+        assert "another update was begun" in own.at_once(lambda _staged: model.load(9.0))[1]
         own.note("the last request")
         assert own.close() == "the last request"
         return seen()
@@ -162,7 +163,7 @@ def test_a_call_that_fails_ends_its_session_only(
 
 
 def test_formats() -> None:
-    def model(**method: Any) -> torch.nn.Module:
+    def model(**method: Any) -> torch.nn.Sequential:
         module = torch.nn.Linear(1, 1)
         name = method.pop("name")
         vars(module)["quant_method"] = type(name, (), method)()
@@ -170,6 +171,8 @@ def test_formats() -> None:
 
     check_format(model(name="UnquantizedFusedMoEMethod"))
     check_format(model(name="Fp8MoEMethod", block_quant=True))
-    for unsupported in (model(name="Fp8MoEMethod", block_quant=False), model(name="Mxfp4MoEMethod")):
+    interleaved = model(name="UnquantizedFusedMoEMethod")
+    vars(interleaved[1])["w13_swiglu_interleaved"] = True
+    for unsupported in (interleaved, model(name="Fp8MoEMethod", block_quant=False), model(name="Mxfp4MoEMethod")):
         with pytest.raises(DwdpUpdateError, match=r"unsupported with --enable-dwdp for \w+ \(1\)"):
             check_format(unsupported)
