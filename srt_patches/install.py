@@ -72,12 +72,12 @@ def _hooks(role: str, config: DwdpConfig, device: str | None) -> tuple[Hook, ...
             reports,
             sessions,
             steps,
-            updates,
+            update_hooks,
             weights,
         )
 
         hooks = [*linear.HOOKS, *steps.HOOKS, *experts.HOOKS, *loading.HOOKS, *forward.HOOKS, *first_forward.HOOKS]
-        hooks += (*reports.SCHEDULER_HOOKS, *weights.SCHEDULER_HOOKS, *updates.HOOKS)
+        hooks += (*reports.SCHEDULER_HOOKS, *weights.SCHEDULER_HOOKS, *update_hooks.HOOKS)
         hooks += (*sessions.SCHEDULER_HOOKS, *recorder.SCHEDULER_HOOKS, *metrics.HOOKS)
         if device == "cuda":
             from sglang_dwdp.srt_patches import flashinfer_fp8, prefill_graphs

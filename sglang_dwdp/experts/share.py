@@ -22,7 +22,8 @@ from sglang_dwdp.errors import DwdpConfigError, DwdpSetupError
 from sglang_dwdp.experts.budget import choose_local_experts
 from sglang_dwdp.experts.layer import ExpertLayer, ExpertTensor, describe, tensors_of
 from sglang_dwdp.experts.layout import Span, copy_order, remote_bytes_of_experts, slot_of, tensor_layout
-from sglang_dwdp.experts.stores import MappedStore, OwnExperts, Parts, SharedTensor, UnmappedStore
+from sglang_dwdp.experts.mapped_store import MappedStore
+from sglang_dwdp.experts.stores import OwnExperts, Parts, SharedTensor, UnmappedStore
 from sglang_dwdp.experts.views import SlotMemory, TensorSpec
 from sglang_dwdp.memory.base import Block, CopyList, Memory
 from sglang_dwdp.memory.handles import swap_blocks

@@ -28,7 +28,7 @@ from sglang_dwdp.srt_patches import (
     reports,
     sessions,
     steps,
-    updates,
+    update_hooks,
     weights,
 )
 from sglang_dwdp.support.ledger import Entry, entries, source_hash
@@ -54,7 +54,7 @@ HOOKS = (
     *exchange.GPU_HOOKS,
     *reports.SCHEDULER_HOOKS,
     *reports.CONTROLLER_HOOKS,
-    *updates.HOOKS,
+    *update_hooks.HOOKS,
     *weights.SCHEDULER_HOOKS,
     *weights.TOKENIZER_HOOKS,
     *sessions.CONTROLLER_HOOKS,

@@ -15,8 +15,9 @@ import torch
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.errors import DwdpUpdateError
 from sglang_dwdp.runtime import DwdpRuntime
-from sglang_dwdp.srt_patches import updates
-from sglang_dwdp.srt_patches.updates import Unreadable, WeightUpdates, check_format, load_bucket
+from sglang_dwdp.srt_patches import update_hooks, updates
+from sglang_dwdp.srt_patches.update_hooks import Unreadable, load_bucket
+from sglang_dwdp.srt_patches.updates import WeightUpdates, check_format
 from tests.fixtures.ranks import PlainLayer, checkpoint, run_ranks, visit
 
 RANKS, EXPERTS = 2, 6
@@ -118,7 +119,7 @@ def test_none_takes_what_one_could_not_load(run: Callable[[Step], list[Any]]) ->
         assert seen() == before
         return is_taken, message
 
-    reason = f"{updates._REFUSED}rank 1: OSError: disk is gone"
+    reason = f"{updates.NOT_TAKEN}rank 1: OSError: disk is gone"
     assert run(step) == [(False, reason)] * RANKS
 
 
@@ -141,7 +142,7 @@ def test_a_call_that_fails_ends_its_session_only(
     run: Callable[[Step], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of_thread = threading.local()
-    monkeypatch.setattr(updates, "current_updates", lambda: of_thread.updates)
+    monkeypatch.setattr(update_hooks, "current_updates", lambda: of_thread.updates)
 
     def step(rank: int, own: WeightUpdates, model: Model, seen: Callable[[], Any]) -> Any:
         of_thread.updates, before = own, seen()
