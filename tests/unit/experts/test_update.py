@@ -1,4 +1,4 @@
-"""New experts on all ranks at once: a forward reads the old ones or the new ones, and refused ones change nothing."""
+"""New experts on all ranks at once: a forward reads the old ones or the new ones, and rejected ones change nothing."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_rank_that_does_not_come() -> None:
 
 
 @pytest.mark.parametrize("change", [{"w13_weight": (77, 95)}, {"scale": (4,)}])
-def test_other_shapes_are_refused_before_peers_are_met(change: dict[str, tuple[int, ...]]) -> None:
+def test_other_shapes_are_rejected_before_peers_are_met(change: dict[str, tuple[int, ...]]) -> None:
     full, new = checkpoint(1, 6, TAILS), checkpoint(1, 6, TAILS | change)
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> Any:

@@ -112,7 +112,7 @@ def test_parameters_that_loading_replaces(model: Model, staged: StagedModel) -> 
     assert staged.experts(model.experts)["w"].tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
-def test_other_tensors_are_refused(model: Model, staged: StagedModel) -> None:
+def test_other_tensors_are_rejected(model: Model, staged: StagedModel) -> None:
     before = state(model)
     with pytest.raises(DwdpUpdateError, match=r"which tensors the model has: .*linear\.extra"), staged.loading():
         model.linear.extra = torch.zeros(1)
@@ -122,7 +122,7 @@ def test_other_tensors_are_refused(model: Model, staged: StagedModel) -> None:
     assert not hasattr(model.linear, "extra")
 
 
-def test_other_shapes_are_refused(model: Model, staged: StagedModel) -> None:
+def test_other_shapes_are_rejected(model: Model, staged: StagedModel) -> None:
     with staged.loading():
         model.linear.weight = torch.nn.Parameter(torch.zeros(3, 4), requires_grad=False)
     with pytest.raises(DwdpUpdateError, match=r"linear\.weight is served as .*\(3, 3\), not as .*\(3, 4\)"):
