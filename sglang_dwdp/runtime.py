@@ -308,6 +308,17 @@ class DwdpRuntime:
         self.check_not_released()
         return [read_own(shared, self.rank) for shared in self._shared.layers]
 
+    def view_experts(self) -> list[dict[str, torch.Tensor]]:
+        """As `read_experts`, but where they lie, for kernels to read; copies where memory cannot be mapped."""
+        if not self._memory.maps:
+            return self.read_experts()
+        self.check_not_released()
+        shards = [shared.layer.placement.shard(self.rank) for shared in self._shared.layers]
+        return [
+            {name: tensor[shard.start : shard.stop] for name, tensor in shared.direct.items()}
+            for shared, shard in zip(self._shared.layers, shards, strict=True)
+        ]
+
     def check_experts(self, new: Sequence[Experts]) -> None:
         """Check, before peers are met, that new experts of this rank fit. `[num_layers]`, as `read_experts`.
 

@@ -61,6 +61,7 @@ class StagedModel:
         experts: this rank's shard of the experts, on the host, by module and name of the tensor in it. The model holds
             tensors of all experts in their place.
         as_loaded: what a module with experts has to run in while it has the shard.
+        experts_only: leave all other tensors as they are: they are looked at, and not loaded.
     """
 
     def __init__(
@@ -68,12 +69,16 @@ class StagedModel:
         model: torch.nn.Module,
         experts: Mapping[torch.nn.Module, Mapping[str, torch.Tensor]],
         as_loaded: Callable[[torch.nn.Module], AbstractContextManager[None]],
+        *,
+        experts_only: bool = False,
     ) -> None:
         self._model, self._modules, self._as_loaded = model, list(experts), as_loaded
         self._entries: dict[int, _Entry] = {}
         for path, module in model.named_modules():
             shard = experts.get(module, {})
             for holder, name, tensor in _tensors_of(module):
+                if experts_only and name not in shard:
+                    continue
                 entry = self._entries.get(id(tensor))
                 if entry is None:
                     staged = shard[name] if name in shard else tensor.detach().to("cpu", copy=True)
@@ -89,7 +94,7 @@ class StagedModel:
             DwdpUpdateError: what ran here made or removed tensors of the model.
         """
         served = [(entry, entry.tensor.data) for entry in self._entries.values()]
-        known = {(id(holder), name) for entry in self._entries.values() for holder, name in entry.holders}
+        known = {(id(holder), name) for module in self._model.modules() for holder, name, _ in _tensors_of(module)}
         changed: list[str] = []
         with ExitStack() as stack:
             for module in self._modules:
@@ -106,7 +111,7 @@ class StagedModel:
                             changed.append(f"{path}.{name}")
                 for entry, data in served:
                     held = [holder.get(name) for holder, name in entry.holders]
-                    changed += [entry.name] if None in held else []
+                    changed += [entry.name] if any(tensor is None for tensor in held) else []
                     staged = next((tensor for tensor in held if tensor is not None), entry.tensor)
                     entry.staged = staged.data
                     entry.tensor.data = data

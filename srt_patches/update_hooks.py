@@ -177,7 +177,7 @@ def check_weights(original: Callable[..., Any], runner: Any, action: str, *args:
     """
     updates = current_updates()
     if action != "reset_tensors":
-        with updates.stage().loading():
+        with updates.show(copied=action == "snapshot").loading():
             return original(runner, action, *args, **kwargs)
 
     def reset(_staged: StagedModel) -> Outcome:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,9 +81,20 @@ class WeightUpdates:
 
     def stage(self) -> StagedModel:
         """A copy of this rank's weights, on the host."""
+        return StagedModel(self._model, self._by_module(self.runtime.read_experts()), as_loaded)
+
+    def show(self, *, copied: bool) -> StagedModel:
+        """What this rank stores, in place of tensors of all experts. Nothing must be written.
+
+        Args:
+            copied: On the host, and not where it lies: for copies, which must not touch the memory of two GPUs.
+        """
+        experts = self.runtime.read_experts() if copied else self.runtime.view_experts()
+        return StagedModel(self._model, self._by_module(experts), as_loaded, experts_only=True)
+
+    def _by_module(self, experts: Sequence[Mapping[str, torch.Tensor]]) -> dict[Any, Mapping[str, torch.Tensor]]:
         layers: list[Any] = self.runtime.layers()
-        experts = {layer.fused: tensors for layer, tensors in zip(layers, self.runtime.read_experts(), strict=True)}
-        return StagedModel(self._model, experts, as_loaded)
+        return {layer.fused: tensors for layer, tensors in zip(layers, experts, strict=True)}
 
     def agree(self, error: str | None) -> None:
         """Hear from all ranks whether they have an error.
@@ -180,7 +191,10 @@ class WeightUpdates:
         return True, message
 
     def note(self, request: Any) -> None:
-        """Keep what a call of the open session asks for beside its weights."""
+        """Keep what a call of the open session asks for beside its weights, with what calls before it asked for."""
+        if self._last is not None:
+            request.flush_cache = request.flush_cache or self._last.flush_cache
+            request.weight_version = request.weight_version or self._last.weight_version
         self._last = request
 
     def close(self) -> Any:

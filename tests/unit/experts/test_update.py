@@ -106,9 +106,12 @@ def test_a_rank_reads_the_experts_that_it_stores() -> None:
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> bool:
         forward(runtime, layers, 1000)
-        return equal(runtime.read_experts(), shard_of(full, layers, runtime.rank))
+        own = shard_of(full, layers, runtime.rank)
+        return equal(runtime.read_experts(), own) and equal(runtime.view_experts(), own)
 
     assert run_ranks(3, full, step) == [True] * 3
+    unmapped: Callable[[int], Memory] = lambda _rank: UnmappedMemory()  # noqa: E731
+    assert run_ranks(3, full, step, DwdpConfig(view="staged", timeout_s=20), memory=unmapped) == [True] * 3
 
 
 def test_ranks_that_forward_all_the_time_see_no_mix() -> None:

@@ -149,3 +149,14 @@ def test_marks(model: Model, staged: StagedModel) -> None:
         model.load(1.0)
         assert not has_marks(model.linear.weight)
     assert not has_marks(model.linear.weight)
+
+
+def test_experts_alone(model: Model) -> None:
+    """A rank shows what it stores, and all else as it is."""
+    before, shard = state(model), model.experts.w.detach()[2:]
+    shown = StagedModel(model, {model.experts: {"w": shard}}, as_loaded, experts_only=True)
+    weight = model.linear.weight.data_ptr()
+    with shown.loading():
+        assert model.experts.w.data_ptr() == shard.data_ptr()
+        assert model.linear.weight.data_ptr() == weight
+    assert state(model) == before

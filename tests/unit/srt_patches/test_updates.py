@@ -131,8 +131,10 @@ def test_calls_of_a_session_are_one_update(run: Callable[[Step], list[Any]]) -> 
             assert own.in_session(lambda value=value: model.load(value)) == (True, "loaded")
             assert seen() == before
         assert "another update was begun" in own.at_once(lambda _staged: model.load(9.0))[1]
-        own.note("the last request")
-        assert own.close() == "the last request"
+        for flush, version in ((True, None), (False, "7"), (False, None)):
+            own.note(SimpleNamespace(flush_cache=flush, weight_version=version))
+        last = own.close()
+        assert (last.flush_cache, last.weight_version) == (True, "7")
         return seen()
 
     assert run(step) == [(4.0, 4.0)] * RANKS
