@@ -60,7 +60,14 @@ class Request:
     new_tokens: int
 
 
-REPORT = "report"  # the other request: what the ranks say of themselves in /server_info
+class Call(NamedTuple):
+    """Another request: a method of `sglang.Engine`, whose result is the answer."""
+
+    method: str
+    arguments: Mapping[str, Any]
+
+
+REPORT = "report"  # the third request: what the ranks say of themselves in /server_info
 
 
 def serve(spec: Mapping[str, Any], parent: Connection) -> None:
@@ -77,6 +84,8 @@ def serve(spec: Mapping[str, Any], parent: Connection) -> None:
     while (request := parent.recv()) is not None:
         if request == REPORT:
             parent.send(engine.get_server_info()["internal_states"])
+        elif isinstance(request, Call):
+            parent.send(getattr(engine, request.method)(**request.arguments))
         else:
             parent.send(engine.loop.run_until_complete(_generate(engine, request, spec["routed"])))
     engine.shutdown()
@@ -161,8 +170,8 @@ class EngineProcess:
         """
         self._receive(timeout_s, "was not ready")
 
-    def ask(self, request: Request | str, timeout_s: float = ANSWER_S) -> Any:
-        """The answer to a `Request`, or the ranks' internal states for `REPORT`.
+    def ask(self, request: Request | Call | str, timeout_s: float = ANSWER_S) -> Any:
+        """The answer to a `Request` or a `Call`, or the ranks' internal states for `REPORT`.
 
         Raises:
             RunError: The engine ended, or did not answer in time.

@@ -33,6 +33,15 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="say whether this machine can serve with DWDP, and what to do if not")
     doctor.add_argument("--json", action="store_true", help="findings, and the facts behind them, as JSON")
     doctor.set_defaults(run=_doctor)
+    timeline = commands.add_parser("timeline", help="draw compute and copy streams of a profile, and exposed copies")
+    timeline.add_argument("profile", help="a trace of torch's profiler, as SGLang's /start_profile writes it")
+    timeline.add_argument("-o", "--output", required=True, metavar="PICTURE", help="a .png, .pdf or .svg to write")
+    timeline.add_argument("--gpu", type=int, metavar="N", help="one GPU of the profile (default: all)")
+    timeline.add_argument(
+        "--start-ms", type=float, default=0.0, metavar="MS", help="since the first kernel (default 0)"
+    )
+    timeline.add_argument("--end-ms", type=float, metavar="MS", help="since the first kernel (default: the end)")
+    timeline.set_defaults(run=_timeline)
     add_commands(commands)
     return result
 
@@ -47,6 +56,12 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     from sglang_dwdp.doctor.command import run  # imports torch, through the memory's modules
+
+    return run(args)
+
+
+def _timeline(args: argparse.Namespace) -> int:
+    from sglang_dwdp.timeline.command import run
 
     return run(args)
 

@@ -15,3 +15,7 @@ class DwdpSetupError(DwdpError):
 
 class DwdpRuntimeError(DwdpError):
     """The runtime found itself bypassed, or its copies stopped."""
+
+
+class DwdpUpdateError(DwdpError):
+    """New weights were not taken, on any rank: the old ones serve on."""

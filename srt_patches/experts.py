@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from sglang_dwdp.support.gpu import gpu_generation
 logger = logging.getLogger(__name__)
 _WEIGHTS = ("w13_weight", "w2_weight")
 _COUNT = "_num_local_routed"
+_CLAMPS = "_cutlass_swiglu_params"
 
 
 def rank_in_group() -> int:
@@ -137,12 +139,27 @@ class SglangLayer:
 
 def rebuild_state(layer: Any) -> None:
     """Make what SGLang keeps for each expert outside of the layer's tensors again, now for all experts."""
-    if getattr(layer, "_cutlass_swiglu_params", None) is not None:
+    if getattr(layer, _CLAMPS, None) is not None:
         from sglang.srt.layers.moe.moe_runner.flashinfer_cutlass import materialize_swiglu_params_for_cutlass
 
         layer._cutlass_swiglu_params = materialize_swiglu_params_for_cutlass(
             layer.moe_runner_config, int(layer.num_local_experts), layer.w13_weight.device
         )
+
+
+@contextmanager
+def as_loaded(layer: Any) -> Iterator[None]:
+    """While a layer has this rank's shard for its tensors, as when it was loaded, its counts are the shard's too."""
+    config, count = layer.moe_runner_config, len(placement_of(layer).shard(rank_in_group()))
+    before = layer._num_local_routed, layer.num_local_experts, config.num_local_experts
+    made = vars(layer).get(_CLAMPS)  # made anew by post-processing; graphs hold the address of the old ones
+    layer._num_local_routed = layer.num_local_experts = config.num_local_experts = count
+    try:
+        yield
+    finally:
+        layer._num_local_routed, layer.num_local_experts, config.num_local_experts = before
+        if made is not None:
+            setattr(layer, _CLAMPS, made)
 
 
 def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:

@@ -123,6 +123,11 @@ def reorder(_result: None, method: Any, layer: Any) -> None:
         swap_halves(layer.w13_weight_scale_inv.data)
 
 
+def restore_order(_result: None, method: Any, layer: Any) -> None:
+    """After `Fp8MoEMethod.restore_weights_before_loading`, before new weights are loaded, of all experts or of some."""
+    reorder(None, method, layer)
+
+
 def apply(original: Callable[..., Any], method: Any, layer: Any, dispatch_output: Any) -> Any:
     """Around `Fp8MoEMethod.apply`."""
     if not runs_here(method):
@@ -172,5 +177,6 @@ _METHOD = "sglang.srt.layers.quantization.fp8.Fp8MoEMethod"
 HOOKS = (
     Hook(f"{_METHOD}.create_moe_runner", HookType.AROUND, create_runner),
     Hook(f"{_METHOD}.process_weights_after_loading", HookType.AFTER, reorder),
+    Hook(f"{_METHOD}.restore_weights_before_loading", HookType.AFTER, restore_order),
     Hook(f"{_METHOD}.apply", HookType.AROUND, apply),
 )

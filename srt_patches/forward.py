@@ -20,12 +20,12 @@ from sglang.srt.runtime_context import (
 
 from sglang_dwdp.memory import memory_for
 from sglang_dwdp.runtime import DwdpRuntime
-from sglang_dwdp.srt_patches import flashinfer_fp8
+from sglang_dwdp.srt_patches import flashinfer_fp8, updates
 from sglang_dwdp.srt_patches.attached import config_of
 from sglang_dwdp.srt_patches.experts import collect, rank_in_group
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.loading import check_loaded
-from sglang_dwdp.srt_patches.weights import declare_fixed
+from sglang_dwdp.srt_patches.weights import declare_unexportable
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +63,16 @@ def set_up(runner: Any) -> None:
     memory = memory_for(runner.device, index, config.transport)
     runtime = DwdpRuntime(config, memory, rank_in_group(), parallel.dwdp_size)
     group = parallel.tp_rank // parallel.dwdp_size
-    name = f"{_common_name(parallel.tp_group)}.{group}"
+    server = _common_name(parallel.tp_group)
+    name = f"{server}.{group}"
     runtime.setup(layers, name)
     set_global_dwdp_manager(Manager(runtime))
     if config.exchange != "off":
         from sglang_dwdp.srt_patches import exchange
 
         exchange.set_up(runtime, runner, name)
-    declare_fixed(runner.model)
+    updates.set_up(runtime, runner.model, server)
+    declare_unexportable(runner.model)
     views = config.views(maps=memory.maps)
     if views.direct and views.staged:
         logger.info("DWDP reads experts in place in forwards of up to %d tokens.", views.max_tokens)

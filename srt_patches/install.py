@@ -74,11 +74,12 @@ def _hooks(role: str, config: DwdpConfig, device: str | None) -> tuple[Hook, ...
             reports,
             sessions,
             steps,
+            update_hooks,
             weights,
         )
 
         hooks = [*linear.HOOKS, *steps.HOOKS, *experts.HOOKS, *loading.HOOKS, *forward.HOOKS, *first_forward.HOOKS]
-        hooks += (*reports.SCHEDULER_HOOKS, *weights.SCHEDULER_HOOKS)
+        hooks += (*reports.SCHEDULER_HOOKS, *weights.SCHEDULER_HOOKS, *update_hooks.HOOKS)
         hooks += (*sessions.SCHEDULER_HOOKS, *recorder.SCHEDULER_HOOKS, *metrics.HOOKS, *load_lock.HOOKS)
         if config.outlives_ranks:
             hooks += lost_rank.OUTLIVED_HOOKS

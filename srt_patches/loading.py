@@ -168,6 +168,12 @@ def experts_amiss(model: torch.nn.Module) -> Iterator[str]:
                     yield f"{where}: {shard} of experts {', '.join(map(str, missing))} did not arrive"
 
 
+def forget_arrivals(model: torch.nn.Module) -> None:
+    """Forget what arrived: an update may bring any part of the weights."""
+    for module in model.modules():
+        vars(module).pop(_ARRIVALS, None)
+
+
 def _by_parameter(layer: Any) -> dict[str, Counter[tuple[int, str, str]]]:
     """The layer's arrivals, which are forgotten with this."""
     arrivals: Counter[Arrival] = vars(layer).pop(_ARRIVALS, Counter())

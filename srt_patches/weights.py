@@ -1,42 +1,45 @@
-"""Weights are fixed while a server runs: peers read them in place, and layers are bound to slots.
+"""Requests that read a running server's weights, save them, or release their memory; `updates.py` has those that
+change them.
 
-SGLang's models can declare that theirs cannot be updated or exported, which every front end's requests meet in the
-ranks. Hooks are for what SGLang does without asking, and for answers that would have no reason in them.
+A rank's tensors of all experts are other ranks' memory for the most part, or slots. So what reads them has to choose,
+what saves them is answered with an error, and all ranks release them together.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
 from sglang.srt.managers import io_struct
 from sglang.srt.plugins.hook_registry import HookType
 
+from sglang_dwdp.errors import DwdpRuntimeError
+from sglang_dwdp.runtime import DwdpRuntime
 from sglang_dwdp.srt_patches.attached import config_of
 from sglang_dwdp.srt_patches.hooks import Hook
+from sglang_dwdp.srt_patches.updates import current_updates
 
 logger = logging.getLogger(__name__)
 
-_REASON = (
-    "not supported with --enable-dwdp: other ranks read these weights in place. "
-    "Restart the server with the new weights, or serve without --enable-dwdp."
+_DEVICE_MODULE = "get_device_module"
+_UNSUPPORTED = "unsupported with --enable-dwdp"
+_EXPORT = (
+    f"Saving or sending a running server's weights is {_UNSUPPORTED}: a rank stores a part of them and reads the rest "
+    "from its peers. Take them from where they were trained, or serve without --enable-dwdp."
 )
-_UPDATE = f"Updating weights is {_REASON}"
-_EXPORT = f"Reading a running server's weights is {_REASON}"
-_MEMORY = f"Releasing and resuming memory is {_REASON}"
+_MEMORY = (
+    f"Releasing and resuming the memory of weights is {_UNSUPPORTED} and --dwdp-transport cuda-ipc, whose addresses "
+    'cannot be had again. Release the rest with tags ["kv_cache", "cuda_graph"].'
+)
 
 
-def declare_fixed(model: torch.nn.Module) -> None:
-    """Let SGLang answer requests that would update or export this model's weights with an error."""
-    vars(model)["_derived_weight_cache_error"] = _UPDATE
+def declare_unexportable(model: torch.nn.Module) -> None:
+    """Let SGLang answer requests that would save or send this model's weights with an error."""
     vars(model)["_weight_export_error"] = _EXPORT
-
-
-def reject_group(_updater: Any, *_args: Any, **_kwargs: Any) -> tuple[bool, str]:
-    """In place of `WeightUpdater.init_weights_update_group`, before a rank waits for its trainer."""
-    return False, _UPDATE
 
 
 def reject_rpc(_scheduler: Any, request: Any) -> Any:
@@ -44,59 +47,113 @@ def reject_rpc(_scheduler: Any, request: Any) -> Any:
 
     It ends with a barrier of all ranks, and only one of them gets the request.
     """
-    return io_struct.RpcReqOutput(success=False, message=f"{request.method} is {_REASON}")
+    return io_struct.RpcReqOutput(success=False, message=f"{request.method}: {_EXPORT}")
 
 
-def _rejecting(output: Callable[..., Any], reason: str, *, in_answer: bool = True) -> Callable[[Any, Any], Any]:
-    """In place of a method of `SchedulerWeightUpdaterManager`: the reason in its answer, or in the log without room."""
+def read_by_name(exporter: Any, name: str, truncate_size: int = 100) -> Any:
+    """In place of `WeightExporter.get_weights_by_name`, which few models with experts answer.
 
-    def reject(_manager: Any, _request: Any) -> Any:
-        if in_answer:
-            return output(success=False, message=reason)
-        logger.error(reason)
-        return output()
+    Args:
+        exporter: SGLang's.
+        name: A parameter's, as SGLang's model has it: of all experts together, for instance.
+        truncate_size: How much of its first dimension is read.
 
-    return reject
-
-
-reject_begin = _rejecting(io_struct.BeginWeightUpdateReqOutput, _UPDATE)  # which other updates want first
-reject_check = _rejecting(io_struct.CheckWeightsReqOutput, _EXPORT)  # what it would read or reset may be a slot
-reject_release = _rejecting(io_struct.ReleaseMemoryOccupationReqOutput, _MEMORY, in_answer=False)
-reject_resume = _rejecting(io_struct.ResumeMemoryOccupationReqOutput, _MEMORY, in_answer=False)
-
-
-def _explaining(reason: str, *, in_answer: bool = False) -> Callable[..., Any]:
-    """Around a request to the tokenizer manager that ranks would answer with no reason, or not at all."""
-
-    async def explain(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
-        # The hook stays in the launcher's process, which may start another engine without DWDP later.
-        if config_of(manager.server_args) is None:
-            return await original(manager, *args, **kwargs)
-        if in_answer:
-            return False, reason
-        raise ValueError(reason)
-
-    return explain
+    Returns:
+        Its values, as nested lists; None where there is no such parameter.
+    """
+    try:
+        with current_updates().runtime.reading():
+            parameter = dict(exporter.get_model().named_parameters())[name]
+            # By a kernel: a copy engine's copy must not touch the memory of two GPUs.
+            return parameter.detach()[:truncate_size].to(torch.float64).cpu().tolist()
+    except KeyError:
+        why = "there is no such parameter; names are those of SGLang's model, such as model.norm.weight"
+    except DwdpRuntimeError as error:
+        why = str(error)
+    logger.error("%s cannot be read: %s", name, why)
+    return None
 
 
-explain_memory, explain_weights = _explaining(_MEMORY), _explaining(_EXPORT)
-explain_sending = _explaining(_EXPORT, in_answer=True)  # which asserts that there is one rank
+def concerns_weights(request: Any) -> bool:
+    """Whether a request to release or resume memory names that of weights, as one without tags does."""
+    return not request.tags or GPU_MEMORY_TYPE_WEIGHTS in request.tags
 
-_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+
+def release_memory(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    """Around `SchedulerWeightUpdaterManager.release_memory_occupation`, which checks that nothing runs, and waits for
+    all ranks. SGLang's memory saver does not know of the memory that ranks share."""
+    runtime = current_updates().runtime
+    with _device_module(runtime):
+        answer = original(manager, request)
+    if concerns_weights(request) and not runtime.is_released:
+        runtime.release_experts()
+    return answer
+
+
+@contextmanager
+def _device_module(runtime: DwdpRuntime) -> Iterator[None]:
+    """On the CPU engine SGLang waits for the GPU, which a build of torch for GPUs looks for in vain."""
+    if runtime.on_gpu:
+        yield
+        return
+    kept: Any = torch.get_device_module
+    setattr(torch, _DEVICE_MODULE, lambda _device=None: torch.cpu)
+    try:
+        yield
+    finally:
+        setattr(torch, _DEVICE_MODULE, kept)
+
+
+def resume_memory(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    """Around `SchedulerWeightUpdaterManager.resume_memory_occupation`. As in SGLang, weights have to be updated then.
+
+    Raises:
+        DwdpError: This rank or a peer cannot have its memory again: the server ends.
+    """
+    runtime = current_updates().runtime
+    if concerns_weights(request) and runtime.is_released:
+        with current_updates().meeting(of_group=True) as exchange:
+            runtime.restore_experts(exchange)
+    return original(manager, request)
+
+
+async def explain_memory(original: Callable[..., Any], manager: Any, request: Any, *args: Any) -> Any:
+    """Around a request to the tokenizer manager that ranks would answer with no reason."""
+    # The hook stays in the launcher's process, which may start another engine without DWDP later.
+    config = config_of(manager.server_args)
+    if config is not None and config.transport == "cuda-ipc" and concerns_weights(request):
+        raise ValueError(_MEMORY)
+    return await original(manager, request, *args)
+
+
+async def explain_reading(original: Callable[..., Any], manager: Any, request: Any, *args: Any) -> Any:
+    """Around a request to the tokenizer manager, whose answer has nothing of each rank where all failed."""
+    found = await original(manager, request, *args)
+    if config_of(manager.server_args) is not None and not any(found):
+        raise ValueError(f"{request.name} cannot be read; the log says why.")
+    return found
+
+
+async def explain_sending(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around a request to the tokenizer manager that asserts that there is one rank."""
+    if config_of(manager.server_args) is not None:
+        return False, _EXPORT
+    return await original(manager, *args, **kwargs)
+
+
+_EXPORTER = "sglang.srt.model_executor.model_runner_components.weight_exporter.WeightExporter"
 _SCHEDULERS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 SCHEDULER_HOOKS = (
-    Hook(f"{_UPDATER}.init_weights_update_group", HookType.REPLACE, reject_group),
-    Hook(f"{_SCHEDULERS}.begin_weight_update", HookType.REPLACE, reject_begin),
-    Hook(f"{_SCHEDULERS}.check_weights", HookType.REPLACE, reject_check),
-    Hook(f"{_SCHEDULERS}.release_memory_occupation", HookType.REPLACE, reject_release),
-    Hook(f"{_SCHEDULERS}.resume_memory_occupation", HookType.REPLACE, reject_resume),
+    Hook(f"{_EXPORTER}.get_weights_by_name", HookType.REPLACE, read_by_name),
+    Hook(f"{_SCHEDULERS}.release_memory_occupation", HookType.AROUND, release_memory),
+    Hook(f"{_SCHEDULERS}.resume_memory_occupation", HookType.AROUND, resume_memory),
     Hook("sglang.srt.managers.scheduler.Scheduler.handle_rpc_request", HookType.REPLACE, reject_rpc),
 )
 TOKENIZER_HOOKS = (
     Hook(f"{_MANAGER}.release_memory_occupation", HookType.AROUND, explain_memory),
     Hook(f"{_MANAGER}.resume_memory_occupation", HookType.AROUND, explain_memory),
-    Hook(f"{_MANAGER}.get_weights_by_name", HookType.AROUND, explain_weights),
+    Hook(f"{_MANAGER}.get_weights_by_name", HookType.AROUND, explain_reading),
     Hook(f"{_MANAGER}.init_weights_send_group_for_remote_instance", HookType.AROUND, explain_sending),
     Hook(f"{_MANAGER}.send_weights_to_remote_instance", HookType.AROUND, explain_sending),
 )

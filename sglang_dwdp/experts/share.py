@@ -22,7 +22,8 @@ from sglang_dwdp.errors import DwdpConfigError, DwdpSetupError
 from sglang_dwdp.experts.budget import choose_local_experts
 from sglang_dwdp.experts.layer import ExpertLayer, ExpertTensor, describe, tensors_of
 from sglang_dwdp.experts.layout import Span, copy_order, remote_bytes_of_experts, slot_of, tensor_layout
-from sglang_dwdp.experts.stores import MappedStore, Parts, SharedTensor, UnmappedStore
+from sglang_dwdp.experts.mapped_store import MappedStore
+from sglang_dwdp.experts.stores import OwnExperts, Parts, SharedTensor, UnmappedStore
 from sglang_dwdp.experts.views import SlotMemory, TensorSpec
 from sglang_dwdp.memory.base import Block, CopyList, Memory
 from sglang_dwdp.memory.handles import swap_blocks
@@ -37,6 +38,7 @@ class SharedLayer:
         layer: the engine's layer.
         direct: the tensors that direct forwards bind, by name; the staged ones where memory cannot be mapped.
         staged: those that staged forwards bind: only the shared ones, and none where no forward is staged.
+        own: what this rank stores of the shared ones.
         copies: what fills the layer's slot.
         copied_from: bytes of that, by the rank that stores them.
         remote_bytes: `[num_experts]`, bytes of each expert that lie in peers' memory.
@@ -45,6 +47,7 @@ class SharedLayer:
     layer: ExpertLayer
     direct: dict[str, torch.Tensor]
     staged: dict[str, torch.Tensor]
+    own: dict[str, OwnExperts]
     copies: CopyList
     remote_bytes: list[int]
     copied_from: dict[int, int] = field(default_factory=dict)
@@ -74,6 +77,7 @@ class SharedExperts:
         slot_bytes: what the slots take.
         replicated_bytes: what tensors take that every rank has a copy of.
         peak_bytes: the most that set-up held for experts at a time, with what the engine had loaded.
+        store: where experts of peers and of this rank lie; None before set-up.
         stack: what is to be unmapped and closed.
     """
 
@@ -83,12 +87,14 @@ class SharedExperts:
     slot_bytes: int = 0
     replicated_bytes: int = 0
     peak_bytes: int = 0
+    store: MappedStore | UnmappedStore | None = field(default=None, repr=False)
     stack: ExitStack = field(default_factory=ExitStack, repr=False)
 
     def close(self) -> None:
         """Unbind and unmap. Idempotent. The model cannot run afterwards."""
         _unbind(self.layers)
         self.layers = []
+        self.store = None
         self.stack.close()
 
 
@@ -139,6 +145,7 @@ class _Sharing:
         self.exchange.barrier()  # no rank serves while another may still fail
         self.result.local_experts = kept or max(len(layer.placement.shard(self.rank)) for layer in layers)
         self.result.slot_bytes = self.slots.nbytes
+        self.result.store = self.store
         self.result.stack = self.owned.pop_all()
         return self.result
 
@@ -161,7 +168,7 @@ class _Sharing:
             for tensor in tensors
             if not tensor.replicated
         ]
-        shared = SharedLayer(layer, {}, {}, (), [0] * layer.placement.num_experts)
+        shared = SharedLayer(layer, {}, {}, {}, (), [0] * layer.placement.num_experts)
         results: dict[str, SharedTensor] = {}
         first = layer.placement.shard(self.rank).start
         staged = self.config.views(maps=self.memory.maps).staged
@@ -173,7 +180,7 @@ class _Sharing:
                 shared.direct[tensor.name] = self._replicate(shards[tensor.name])
         with ExitStack() as mapped:
             # Mappings hold memory by themselves; what cannot be mapped is held by its blocks.
-            parts = self._blocks(specs, mapped if self.memory.maps else self.owned)
+            parts = blocks_of_all(self.memory, self.exchange, specs, mapped if self.memory.maps else self.owned)
             for spec in specs:
                 self.at = f"layer {layer.layer_id}, {spec.name}"
                 self.result.stored_bytes += spec.layout.stored_bytes(self.rank)
@@ -181,7 +188,7 @@ class _Sharing:
                     shared.remote_bytes[expert] += nbytes
                 results[spec.name] = self.store.share(spec, parts[spec.name], shards[spec.name], first, slot)
         for name, result in results.items():
-            shared.direct[name] = result.direct
+            shared.direct[name], shared.own[name] = result.direct, result.own
             if result.staged is not None:
                 shared.staged[name] = result.staged
         if slot is not None:
@@ -205,17 +212,30 @@ class _Sharing:
         self.result.replicated_bytes += full.nbytes
         return full
 
-    def _blocks(self, specs: Sequence[TensorSpec], stack: ExitStack) -> dict[str, Parts]:
-        """The blocks of all ranks for these tensors, by name; `stack` closes them."""
-        ranks = range(self.exchange.size)
-        spans = [[(spec.name, span) for spec in specs for span in spec.layout.blocks[rank]] for rank in ranks]
-        sizes = [[span.nbytes for _, span in of_rank] for of_rank in spans]
-        blocks = swap_blocks(self.memory, self.exchange, sizes, stack)
-        parts: dict[str, list[tuple[int, Span, Block]]] = {spec.name: [] for spec in specs}
-        for rank in ranks:
-            for (name, span), block in zip(spans[rank], blocks[rank], strict=True):
-                parts[name].append((rank, span, block))
-        return dict(parts)
+
+def blocks_of_all(
+    memory: Memory, exchange: Exchange, specs: Sequence[TensorSpec], stack: ExitStack
+) -> dict[str, Parts]:
+    """Make this rank's blocks for these tensors, and get those of the peers.
+
+    Args:
+        memory: of this rank.
+        exchange: with the group, whose ranks all call this.
+        specs: the tensors.
+        stack: closes the blocks.
+
+    Returns:
+        The blocks of all ranks, by tensor name.
+    """
+    ranks = range(exchange.size)
+    spans = [[(spec.name, span) for spec in specs for span in spec.layout.blocks[rank]] for rank in ranks]
+    sizes = [[span.nbytes for _, span in of_rank] for of_rank in spans]
+    blocks = swap_blocks(memory, exchange, sizes, stack)
+    parts: dict[str, list[tuple[int, Span, Block]]] = {spec.name: [] for spec in specs}
+    for rank in ranks:
+        for (name, span), block in zip(spans[rank], blocks[rank], strict=True):
+            parts[name].append((rank, span, block))
+    return dict(parts)
 
 
 def share_experts(

@@ -107,6 +107,19 @@ class Prefetcher:
         except DwdpRuntimeError as error:
             raise DwdpRuntimeError(f"{self._describe(slot.holds)}: {error}") from error
 
+    def forget(self) -> None:
+        """Wait for what is being fetched, and hold nothing: what was fetched is about to change.
+
+        Between forwards only.
+
+        Raises:
+            DwdpRuntimeError: copies failed or did not end in time.
+        """
+        for slot in self._slots:
+            if slot.holds >= 0:
+                self._wait(slot)
+            slot.holds = -1
+
     def _fill(self, slot: _Slot, layer: int) -> None:
         slot.holds = -1  # nothing that can be used, should the engine raise
         self._engine.fill(self._plans[layer], slot.released, slot.filled)

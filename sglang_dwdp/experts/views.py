@@ -8,8 +8,8 @@ staged   [ slot           | rank 1's block | slot           ]   remote pages are
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,7 @@ class TensorSpec:
 
 
 class View:
-    """One expert tensor over a range of its own, writable until `protect`; unmapped by `close`.
+    """One expert tensor over a range of its own, writable until `protect` and in `writable`; unmapped by `close`.
 
     Args:
         memory: that the blocks are of.
@@ -69,6 +69,26 @@ class View:
         """Make what blocks hold of the view read-only in this process: those of `span`, or all."""
         span = span or Span(0, self._pages.nbytes)
         self._pages.protect(span.offset, span.nbytes)
+
+    def vacate(self) -> None:
+        """Unmap all blocks, and keep the addresses. The tensors must not be used before `map_again`."""
+        self._pages.vacate()
+
+    def map_again(self, placed: Iterable[tuple[int, Block]]) -> None:
+        """Map blocks as at first, after `vacate`; writable until `protect`. What they hold is what the tensors have."""
+        for offset, block in placed:
+            self._pages.map(offset, block)
+
+    @contextmanager
+    def writable(self, spans: Sequence[Span]) -> Iterator[None]:
+        """What whole blocks hold at `spans` can be written meanwhile, and is read-only afterwards."""
+        try:
+            for span in spans:
+                self._pages.allow_writes(span.offset, span.nbytes)
+            yield
+        finally:
+            for span in spans:
+                self._pages.protect(span.offset, span.nbytes)
 
     def close(self) -> None:
         """Unmap. The tensors must not be used any more. Idempotent."""
@@ -108,6 +128,10 @@ class SlotMemory:
     def nbytes(self) -> int:
         """Bytes of all slots together."""
         return sum(nbytes for _, _, _, nbytes in self._blocks)
+
+    def forget(self) -> None:
+        """Make blocks anew when they are asked for; those that there were have been closed."""
+        self._blocks.clear()
 
     def close(self) -> None:
         """Give the blocks up; views that map them keep the memory. Idempotent."""

@@ -38,8 +38,14 @@ class Range(Protocol):
     def protect(self, offset: int, nbytes: int) -> None:
         """Make what is mapped there read-only in this process; whole blocks."""
 
+    def allow_writes(self, offset: int, nbytes: int) -> None:
+        """Make what is mapped there writable again; whole blocks."""
+
     def tensor(self, nbytes: int) -> torch.Tensor:
         """`[nbytes]` uint8 over the beginning of the range. Must not be used after `close`."""
+
+    def vacate(self) -> None:
+        """Unmap everything and keep the address space, so that other blocks can be mapped there."""
 
     def close(self) -> None:
         """Unmap everything and give the address space back. Idempotent."""

@@ -76,10 +76,16 @@ class CudaRange:
         self._allow(address, block.nbytes, _ACCESS.CU_MEM_ACCESS_FLAGS_PROT_READWRITE)
 
     def protect(self, offset: int, nbytes: int) -> None:
+        self._allow_all(offset, nbytes, _ACCESS.CU_MEM_ACCESS_FLAGS_PROT_READ)
+
+    def allow_writes(self, offset: int, nbytes: int) -> None:
+        self._allow_all(offset, nbytes, _ACCESS.CU_MEM_ACCESS_FLAGS_PROT_READWRITE)
+
+    def _allow_all(self, offset: int, nbytes: int, what: Any) -> None:
         first = self._at(offset, nbytes)
         for address, size in self._mapped:  # block by block: each may lie on another GPU
             if first <= address < first + nbytes:
-                self._allow(address, size, _ACCESS.CU_MEM_ACCESS_FLAGS_PROT_READ)
+                self._allow(address, size, what)
 
     def _allow(self, address: int, nbytes: int, what: Any) -> None:
         access = driver.CUmemAccessDesc()
@@ -94,12 +100,17 @@ class CudaRange:
     def close(self) -> None:
         if self._address is None:
             return
-        torch.cuda.synchronize(self._device)  # nothing may read what is unmapped
         address, self._address = self._address, None
-        with ExitStack() as closing:  # goes on after one that fails
+        with ExitStack() as closing:
             closing.callback(call, driver.cuMemAddressFree, address, self.nbytes)
-            for mapped, nbytes in self._mapped:
-                closing.callback(call, driver.cuMemUnmap, mapped, nbytes)
+            self.vacate()
+
+    def vacate(self) -> None:
+        torch.cuda.synchronize(self._device)  # nothing may read what is unmapped
+        mapped, self._mapped = self._mapped, []
+        with ExitStack() as unmapping:  # goes on after one that fails
+            for address, nbytes in mapped:
+                unmapping.callback(call, driver.cuMemUnmap, address, nbytes)
 
 
 class CudaMemory(GpuMemory):

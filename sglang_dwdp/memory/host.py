@@ -83,6 +83,13 @@ class HostRange:
     def protect(self, offset: int, nbytes: int) -> None:
         _check(_libc.mprotect(self._at(offset, nbytes), nbytes, mmap.PROT_READ), "mprotect")
 
+    def allow_writes(self, offset: int, nbytes: int) -> None:
+        _check(_libc.mprotect(self._at(offset, nbytes), nbytes, mmap.PROT_READ | mmap.PROT_WRITE), "mprotect")
+
+    def vacate(self) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
+        _mmap(self._at(0, self.nbytes), self.nbytes, _PROT_NONE, flags, -1)
+
     def tensor(self, nbytes: int) -> torch.Tensor:
         address = self._at(0, nbytes)
         return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=torch.uint8)

@@ -153,10 +153,10 @@ CONFLICTS: tuple[Conflict, ...] = (
         "Merge the adapter into the checkpoint, or drop --enable-lora and --lora-paths.",
     ),
     Conflict(
-        ("enable_memory_saver", "enable_weights_cpu_backup", "enable_draft_weights_cpu_backup"),
+        ("enable_weights_cpu_backup", "enable_draft_weights_cpu_backup"),
         _is_set,
-        "the memory saver cannot take back weights that peers have mapped",
-        "Drop --enable-memory-saver and --enable-weights-cpu-backup.",
+        "the memory saver does not know of the experts that ranks share, so they would be missing in its backup",
+        "Drop --enable-weights-cpu-backup, and update the weights after memory was released.",
     ),
     Conflict(
         ("cpu_offload_gb", "offload_group_size", "enable_paged_experts", "kt_weight_path"),
@@ -180,7 +180,7 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         ("tokenizer_worker_num",),
         _above_one,
-        "--tokenizer-worker-num {args.tokenizer_worker_num}: the workers load no plugins, so requests that change "
+        "--tokenizer-worker-num {args.tokenizer_worker_num}: the workers load no plugins, so requests that send "
         "weights would not be answered with an error",
         "Drop --tokenizer-worker-num.",
     ),
@@ -226,7 +226,7 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         ("checkpoint_engine_wait_weights_before_ready",),
         _is_set,
-        "--checkpoint-engine-wait-weights-before-ready waits for weights, which cannot change under DWDP",
+        "--checkpoint-engine-wait-weights-before-ready waits for weights in a way that is unsupported",
         "Drop it, and give --model-path the weights.",
     ),
     Conflict(

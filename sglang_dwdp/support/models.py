@@ -21,6 +21,19 @@ EXPERTS_PER_TOKEN_KEYS = (
     "moe_k",
     "top_k_experts",
 )
+# What a model of other values has other tensors for, or reads its tensors differently by.
+SIZE_KEYS = (
+    *EXPERT_COUNT_KEYS,
+    *EXPERTS_PER_TOKEN_KEYS,
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 
 # docs/support.md has the tests, and what they were run on.
 VALIDATED = frozenset(
@@ -58,6 +71,18 @@ def expert_count(text_config: Any) -> int | None:
 def experts_per_token(text_config: Any) -> int | None:
     """Experts that a token chooses, by a model's (text) config; None if it does not say."""
     return _first_number(text_config, EXPERTS_PER_TOKEN_KEYS, least=1)
+
+
+def changed_sizes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The sizes that two checkpoints' config.json do not have in common, with both values.
+
+    Args:
+        old: of the one that is served.
+        new: of the one that is to take its place; empty where it has none, which changes nothing.
+    """
+    before, after = ({**config, **config.get("text_config", {})} for config in (old, new))
+    common = [key for key in SIZE_KEYS if key in before and key in after]
+    return [f"{key} {before[key]} and {after[key]}" for key in common if before[key] != after[key]]
 
 
 def _first_number(config: Any, keys: Sequence[str], least: int) -> int | None:

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from sglang_dwdp.demo.server import Server, ServerFailed, fewer_models, free_port
 from tests.e2e.conftest import Footprint, Plugin, Reference
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.environment import plain_environment
-from tests.fixtures.families import Family
+from tests.fixtures.families import Family, make_checkpoint
+from tests.fixtures.reference import greedy_tokens
 
 Models = Callable[[Family, int], Path]
 
@@ -61,8 +63,17 @@ if __name__ == "__main__":
         engine.save_sharded_model(path="nowhere")
     except AssertionError as error:
         message = str(error)
+    from pathlib import Path
+    from safetensors.torch import load_file
+
+    engine.begin_weight_update()
+    for file in Path(sys.argv[4]).glob("*.safetensors"):
+        assert engine.update_weights_from_tensor(list(load_file(file).items()))[0]
+    updated = engine.end_weight_update()
+    others = engine.generate(prompts, {"temperature": 0, "max_new_tokens": int(sys.argv[3])})
     engine.shutdown()
-    print("RESULT " + json.dumps([[answer["output_ids"] for answer in answers], reports, message]))
+    tokens = [[answer["output_ids"] for answer in each] for each in (answers, others)]
+    print("RESULT " + json.dumps([*tokens, reports, message, updated]))
 """
 
 
@@ -102,11 +113,12 @@ def test_sglang_serve_with_a_config_file(models: Models, reference: Reference, t
 
 
 def test_engine_keywords(models: Models, reference: Reference, tmp_path: Path) -> None:
-    program, prompts = tmp_path / "program.py", tmp_path / "prompts.json"
+    program, prompts, new = tmp_path / "program.py", tmp_path / "prompts.json", tmp_path / "new"
     program.write_text(ENGINE)
     prompts.write_text(json.dumps(PROMPTS[:6]))
+    make_checkpoint(new, seed=1, dtype=torch.float32, num_experts=8)
     result = subprocess.run(
-        [sys.executable, str(program), str(models("qwen3_moe", 8)), str(prompts), str(MAX_NEW_TOKENS)],
+        [sys.executable, str(program), str(models("qwen3_moe", 8)), str(prompts), str(MAX_NEW_TOKENS), str(new)],
         env=shell(),
         capture_output=True,
         text=True,
@@ -115,10 +127,12 @@ def test_engine_keywords(models: Models, reference: Reference, tmp_path: Path) -
     )
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, result.stderr[-3000:]
-    tokens, reports, message = json.loads(lines[0].removeprefix("RESULT "))
+    tokens, others, reports, message, updated = json.loads(lines[0].removeprefix("RESULT "))
     assert tokens == reference("qwen3_moe", 8)[:6]
+    assert updated[0], updated
+    assert others == greedy_tokens(new, PROMPTS[:6], MAX_NEW_TOKENS)
     assert all(report["view"] == "staged" and report["bytes_copied"] > 0 for report in reports)
-    assert message.startswith("save_sharded_model is not supported with --enable-dwdp")
+    assert message.startswith("save_sharded_model: Saving or sending a running server's weights is unsupported")
 
 
 def test_a_hook_that_does_not_take_stops_the_server(models: Models, plugin: Plugin, tmp_path: Path) -> None:

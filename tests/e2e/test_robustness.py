@@ -20,7 +20,6 @@ from tests.fixtures.families import Family
 
 BUSY_S = 30.0
 LIMIT = 64  # tokens of a forward that reads in place
-_FIXED = "not supported with --enable-dwdp"
 
 
 @pytest.fixture(scope="module")
@@ -122,46 +121,26 @@ def test_with_exit_a_rank_that_is_killed_ends_its_server_at_once(
     ask_all(server, expected, [(4, rank) for rank in range(3)], 3)
 
 
-_BEGIN_FIRST = "begin_weight_update() and end_weight_update()"  # and beginning is answered with the reason
-
-
 @pytest.mark.parametrize(
-    ("path", "body", "reason"),
+    ("path", "body"),
     [
-        ("/update_weights_from_disk", {"model_path": "elsewhere"}, _FIXED),
-        ("/update_weights_from_tensor", {"serialized_named_tensors": []}, _BEGIN_FIRST),
-        ("/update_weights_from_distributed", {"names": [], "dtypes": [], "shapes": []}, _BEGIN_FIRST),
-        ("/update_weights_from_ipc", {"zmq_handles": {}}, _FIXED),
-        (
-            "/init_weights_update_group",
-            {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 4},
-            _FIXED,
-        ),
-        ("/begin_weight_update", {}, _FIXED),
-        ("/end_weight_update", {}, "call begin_weight_update() first"),
-        ("/weights_checker", {"action": "reset_tensors"}, _FIXED),
-        ("/weights_checker", {"action": "checksum"}, _FIXED),
-        ("/get_weights_by_name", {"name": "model.norm.weight"}, _FIXED),
         (
             "/init_weights_send_group_for_remote_instance",
             {"master_address": "127.0.0.1", "ports": "1,2,3", "group_rank": 0, "world_size": 2, "group_name": "g"},
-            _FIXED,
         ),
         (
             "/send_weights_to_remote_instance",
             {"master_address": "127.0.0.1", "ports": "1,2,3", "group_name": "g"},
-            _FIXED,
         ),
-        ("/release_memory_occupation", {}, _FIXED),
-        ("/resume_memory_occupation", {}, _FIXED),
     ],
 )
 def test_requests_for_weights_are_answered_with_an_error(
-    server: Server, expected: Answers, path: str, body: dict[str, object], reason: str
+    server: Server, expected: Answers, path: str, body: dict[str, object]
 ) -> None:
+    """Updates: `test_updates.py`."""
     answer = requests.post(server.url + path, json=body, timeout=60)
     assert answer.status_code == 400, answer.text
-    assert reason in answer.text
+    assert "unsupported with --enable-dwdp" in answer.text
     ask_all(server, expected, [(4, rank) for rank in range(3)], 3)
 
 

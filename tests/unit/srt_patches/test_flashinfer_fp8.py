@@ -118,6 +118,9 @@ def test_weights_and_scales_are_put_in_flashinfers_order() -> None:
     assert moe.w13_weight[:, :128].float().unique().tolist() == [2]
     assert moe.w13_weight_scale_inv[:, 0].unique().tolist() == [2]
     assert moe.w13_weight_scale_inv[:, 1].unique().tolist() == [1]
+    flashinfer_fp8.restore_order(None, fp8, moe)  # before an update
+    assert moe.w13_weight[:, :128].float().unique().tolist() == [1]
+    assert moe.w13_weight_scale_inv[:, 0].unique().tolist() == [1]
 
 
 def test_a_layer_runs_on_the_tensors_that_are_bound_now(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from sglang_dwdp.srt_patches import (
     reports,
     sessions,
     steps,
+    update_hooks,
     weights,
 )
 from sglang_dwdp.support.ledger import Entry, entries, source_hash
@@ -60,6 +61,7 @@ HOOKS = (
     *exchange.GPU_HOOKS,
     *reports.SCHEDULER_HOOKS,
     *reports.CONTROLLER_HOOKS,
+    *update_hooks.HOOKS,
     *weights.SCHEDULER_HOOKS,
     *weights.TOKENIZER_HOOKS,
     *sessions.CONTROLLER_HOOKS,

@@ -60,7 +60,6 @@ CASES = [
     ({"enable_single_batch_overlap": True}, "overlap"),
     ({"enable_lora": True}, "LoRA"),
     ({"lora_paths": ["a"]}, "LoRA"),
-    ({"enable_memory_saver": True}, "memory saver"),
     ({"enable_weights_cpu_backup": True}, "memory saver"),
     ({"cpu_offload_gb": 1}, "offloaded"),
     ({"offload_group_size": 2}, "offloaded"),

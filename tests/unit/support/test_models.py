@@ -14,6 +14,7 @@ from sglang_dwdp.support.models import (
     EXPERTS_PER_TOKEN_KEYS,
     UNSUPPORTED,
     VALIDATED,
+    changed_sizes,
     check,
     expert_count,
     experts_per_token,
@@ -62,3 +63,12 @@ def test_every_validated_model_says_how_many_experts_a_token_chooses() -> None:
         text = SimpleNamespace(**described.get("text_config", described))
         assert expert_count(text) is not None, case.family
         assert experts_per_token(text) is not None, case.family
+
+
+def test_checkpoints_of_other_sizes_are_told_apart() -> None:
+    old = {"hidden_size": 8, "num_experts": 4, "bos_token_id": 1, "text_config": {"head_dim": 2}}
+    assert changed_sizes(old, old) == []
+    assert changed_sizes(old, {}) == []
+    assert changed_sizes(old, old | {"bos_token_id": 2}) == []
+    new = old | {"num_experts": 5, "text_config": {"head_dim": 3}}
+    assert changed_sizes(old, new) == ["num_experts 4 and 5", "head_dim 2 and 3"]
