@@ -113,7 +113,7 @@ def _copies(memory: Memory, nbytes: int, exchange: Exchange) -> list[Copy]:
     copies = []
     with ExitStack() as stack:
         data = []
-        for (block,) in swap_blocks(memory, exchange, [[nbytes]] * exchange.size, stack):
+        for (block,) in swap_blocks(memory, exchange, [[nbytes]] * exchange.size, stack)[0]:
             if not memory.maps:
                 data.append(block.tensor())
                 continue

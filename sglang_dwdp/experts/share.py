@@ -1,10 +1,10 @@
 """Sharing the experts of a model among the ranks of a group: once, before serving.
 
 The ranks decide how many experts each keeps, agree on what they have loaded, and lay the tensors out. Then, layer by
-layer, every rank makes blocks for its segment of each tensor, swaps handles with its peers, stores its experts
+layer, every rank makes blocks for its segment of each tensor, swaps their handles with its peers, stores its experts
 (`stores`), and lets the engine free its own copy. So set-up never holds much more than the experts that the rank
-keeps, the slots and one layer. Small tensors go to all ranks as they are; copies of peers' experts that a rank keeps
-(--dwdp-local-experts) are fetched from their owners when all have written.
+keeps, the slots and one layer. Small tensors go to all ranks as they are, with the handles; copies of peers' experts
+that a rank keeps (--dwdp-local-experts) are fetched from their owners when all have written.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sglang_dwdp.experts.stores import MappedStore, Parts, SharedTensor, Unmappe
 from sglang_dwdp.experts.views import SlotMemory, TensorSpec
 from sglang_dwdp.memory.base import Block, CopyList, Memory
 from sglang_dwdp.memory.handles import swap_blocks
-from sglang_dwdp.memory.handshake import Exchange
+from sglang_dwdp.memory.handshake import Exchange, pack, unpack
 
 
 @dataclass(slots=True)
@@ -104,6 +104,7 @@ class _Sharing:
             MappedStore(memory, self.rank, self.slots, owned) if memory.maps else UnmappedStore(self.rank, self.slots)
         )
         self.result = SharedExperts()
+        self.held = ExitStack()  # the blocks of the last layer
         self.held_at_start = 0
         self.at = "start"
 
@@ -124,7 +125,8 @@ class _Sharing:
             self._share(position, layer, tensors[position], kept)
         self.at = "last steps"
         self.memory.finish_writes()
-        self.exchange.barrier()  # every rank has written its experts
+        self.exchange.barrier()  # every rank has written its experts, and so imported the last layer's blocks
+        self.held.close()
         self.store.finish()
         self.memory.finish_writes()
         if self.ready is not None:
@@ -160,19 +162,20 @@ class _Sharing:
         staged = self.config.views(maps=self.memory.maps).staged
         slot = slot_of(position, self.config.depth) if staged else None
         shards = layer.shards()
-        for tensor in tensors:
-            if tensor.replicated:
-                self.at = f"layer {layer.layer_id}, {tensor.name}"
-                shared.direct[tensor.name] = self._replicate(shards[tensor.name])
-        with ExitStack() as mapped:
-            # Mappings hold memory by themselves; what cannot be mapped is held by its blocks.
-            parts = self._blocks(specs, mapped if self.memory.maps else self.owned)
-            for spec in specs:
-                self.at = f"layer {layer.layer_id}, {spec.name}"
-                self.result.stored_bytes += spec.layout.stored_bytes(self.rank)
-                for expert, nbytes in enumerate(remote_bytes_of_experts(spec.layout, self.rank)):
-                    shared.remote_bytes[expert] += nbytes
-                results[spec.name] = self.store.share(spec, parts[spec.name], shards[spec.name], first, slot)
+        small = [tensor.name for tensor in tensors if tensor.replicated]
+        # Mappings hold memory by themselves; what cannot be mapped is held by its blocks.
+        held = ExitStack()
+        self.owned.callback(held.close)
+        parts, full = self._swap(specs, [shards[name] for name in small], held if self.memory.maps else self.owned)
+        self.held.close()  # peers have sent this layer's handles, so they have imported the last layer's blocks
+        self.held = held
+        shared.direct.update(zip(small, full, strict=True))
+        for spec in specs:
+            self.at = f"layer {layer.layer_id}, {spec.name}"
+            self.result.stored_bytes += spec.layout.stored_bytes(self.rank)
+            for expert, nbytes in enumerate(remote_bytes_of_experts(spec.layout, self.rank)):
+                shared.remote_bytes[expert] += nbytes
+            results[spec.name] = self.store.share(spec, parts[spec.name], shards[spec.name], first, slot)
         for name, result in results.items():
             shared.direct[name] = result.direct
             if result.staged is not None:
@@ -187,26 +190,44 @@ class _Sharing:
         layer.bind(shared.direct)
         self.memory.trim()  # what the layer held, before the next one takes its blocks
 
-    def _replicate(self, shard: torch.Tensor) -> torch.Tensor:
-        """A tensor of all experts, `[num_experts, …]`; small, so it goes through the host."""
-        raw = shard.detach().cpu().reshape(-1).view(torch.uint8)
-        experts = bytearray().join(self.exchange.all_gather(raw.numpy().tobytes()))
-        full = torch.frombuffer(experts, dtype=torch.uint8).to(shard.device, copy=True)
-        full = full.view(shard.dtype).view(-1, *shard.shape[1:])
-        self.result.replicated_bytes += full.nbytes
-        return full
+    def _swap(
+        self, specs: Sequence[TensorSpec], small: Sequence[torch.Tensor], stack: ExitStack
+    ) -> tuple[dict[str, Parts], list[torch.Tensor]]:
+        """Swap a layer's tensors with the peers.
 
-    def _blocks(self, specs: Sequence[TensorSpec], stack: ExitStack) -> dict[str, Parts]:
-        """The blocks of all ranks for these tensors, by name; `stack` closes them."""
+        Args:
+            specs: The tensors that are shared.
+            small: `[experts of this rank, …]`, those that every rank gets all of; through the host.
+            stack: Closes the blocks.
+
+        Returns:
+            The blocks of all ranks, by tensor; the small tensors of all experts, `[num_experts, …]`.
+        """
         ranks = range(self.exchange.size)
         spans = [[(spec.name, span) for spec in specs for span in spec.layout.blocks[rank]] for rank in ranks]
         sizes = [[span.nbytes for _, span in of_rank] for of_rank in spans]
-        blocks = swap_blocks(self.memory, self.exchange, sizes, stack)
+        raw = [shard.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for shard in small]
+        blocks, payloads = swap_blocks(self.memory, self.exchange, sizes, stack, pack(raw))
         parts: dict[str, list[tuple[int, Span, Block]]] = {spec.name: [] for spec in specs}
         for rank in ranks:
             for (name, span), block in zip(spans[rank], blocks[rank], strict=True):
                 parts[name].append((rank, span, block))
-        return dict(parts)
+        full = (
+            [
+                self._joined(shard, pieces)
+                for shard, pieces in zip(small, zip(*map(unpack, payloads), strict=True), strict=True)
+            ]
+            if small
+            else []
+        )
+        return dict(parts), full
+
+    def _joined(self, shard: torch.Tensor, pieces: Sequence[bytes]) -> torch.Tensor:
+        """A tensor of all experts, like `shard`, of the bytes of each rank's experts."""
+        full = torch.frombuffer(bytearray().join(pieces), dtype=torch.uint8).to(shard.device, copy=True)
+        full = full.view(shard.dtype).view(-1, *shard.shape[1:])
+        self.result.replicated_bytes += full.nbytes
+        return full
 
 
 def share_experts(
