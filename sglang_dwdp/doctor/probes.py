@@ -20,6 +20,7 @@ from sglang_dwdp.config import MIB, TRANSPORTS
 from sglang_dwdp.doctor.facts import Copy, Gpu, Kernels
 from sglang_dwdp.errors import DwdpSetupError
 from sglang_dwdp.memory.base import Memory
+from sglang_dwdp.memory.crossing import check_crossing
 from sglang_dwdp.memory.handshake import Exchange
 
 MARK = "sglang-dwdp probe: "
@@ -97,7 +98,12 @@ def share(transport: str, rank: str, size: str, gpu_count: str, group: str) -> d
         exchange.connect()
         try:
             device = TRANSPORTS[transport].device
-            memory = memory_for(device, int(rank) % max(int(gpu_count), 1), transport)
+            index = int(rank) % max(int(gpu_count), 1)
+            memory = memory_for(device, index, transport)
+            if transport == "cuda-fabric":
+                from sglang_dwdp.memory.cuda_fabric import fabric_state
+
+                check_crossing(memory, exchange, lambda: fabric_state(index))
             return {"copies": [asdict(copy) for copy in _copies(memory, _BLOCK_BYTES[device], exchange)]}
         except Exception as error:
             exchange.fail(str(error))

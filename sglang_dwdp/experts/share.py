@@ -9,11 +9,9 @@ that a rank keeps (--dwdp-local-experts) are fetched from their owners when all 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import zip_longest
 
 import torch
 
@@ -24,6 +22,7 @@ from sglang_dwdp.experts.layer import ExpertLayer, ExpertTensor, describe, tenso
 from sglang_dwdp.experts.layout import Span, copy_order, remote_bytes_of_experts, slot_of, tensor_layout
 from sglang_dwdp.experts.stores import MappedStore, Parts, SharedTensor, UnmappedStore
 from sglang_dwdp.experts.views import SlotMemory, TensorSpec
+from sglang_dwdp.memory.agreement import check_same
 from sglang_dwdp.memory.base import Block, CopyList, Memory
 from sglang_dwdp.memory.handles import swap_blocks
 from sglang_dwdp.memory.handshake import Exchange, pack, unpack
@@ -141,14 +140,7 @@ class _Sharing:
         self, layers: Sequence[ExpertLayer], tensors: Sequence[Sequence[ExpertTensor]], kept: int | None
     ) -> None:
         lines = [describe(*pair, kept, self.memory.page_bytes) for pair in zip(layers, tensors, strict=True)]
-        text = "\n".join(lines).encode()
-        if len(set(self.exchange.all_gather(hashlib.sha256(text).digest()))) == 1:
-            return
-        texts = self.exchange.all_gather(text)
-        peer = next(peer for peer, other in enumerate(texts) if other != text)
-        pairs = zip_longest(lines, texts[peer].decode().split("\n"), fillvalue="no such layer")
-        here, there = next(pair for pair in pairs if pair[0] != pair[1])
-        raise DwdpSetupError(f"rank {peer} loaded other experts: here {here}, there {there}")
+        check_same(self.exchange, lines, "loaded other experts")
 
     def _share(self, position: int, layer: ExpertLayer, tensors: Sequence[ExpertTensor], kept: int | None) -> None:
         specs = [

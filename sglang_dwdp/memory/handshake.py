@@ -164,6 +164,11 @@ class Exchange:
         """Tell the peers that this rank cannot go on. They raise at their next step. Never raises."""
         self._tell(self._failed(reason))
 
+    def take_connections(self) -> dict[int, socket.socket]:
+        """The connections by rank, which are the caller's from now on."""
+        connections, self._peers = self._peers, {}
+        return connections
+
     def close(self) -> None:
         """Close all connections. Idempotent."""
         for connection in self._peers.values():

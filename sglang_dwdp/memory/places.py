@@ -107,11 +107,10 @@ class TcpPlace:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def listen(self) -> socket.socket:
-        """As `Place.listen`, once."""
+        """As `Place.listen`. Whoever comes between two calls waits."""
         if self._listener is None:
             raise OSError(f"{self} is another rank's to listen at")
-        listener, self._listener = self._listener, None
-        return listener
+        return self._listener.dup()
 
     def visit(self, timeout_s: float) -> socket.socket:
         """As `Place.visit`."""
@@ -126,7 +125,7 @@ class TcpPlace:
         return True
 
     def close(self) -> None:
-        """Stop listening, if nobody has taken the listener yet. Idempotent."""
+        """Stop listening. Idempotent."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None

@@ -109,8 +109,10 @@ def test_which_views_there_are() -> None:
 
 def test_transports() -> None:
     assert set(options.TRANSPORTS) == set(get_args(options.Transport)) - {"auto"}
-    assert options.transports_of("cuda") == ["cuda-vmm", "cuda-ipc"]
-    assert options.transports_of("cpu") == ["host-shm"]
+    assert options.transports_of("cuda") == ["cuda-vmm", "cuda-fabric", "cuda-ipc"]
+    assert options.transports_of("cpu") == ["host-shm", "host-path"]
+    assert options.transports_of("cpu", across_hosts=True) == ["host-path"]
+    assert options.transports_of("cuda", across_hosts=True) == ["cuda-fabric"]
     assert options.transports_of("npu") == []
 
 

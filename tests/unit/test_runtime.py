@@ -332,7 +332,7 @@ class FailingMemory:
         self.page_bytes, self.transport = memory.page_bytes, memory.transport
         self.create, self.export = self._failing(memory.create), self._failing(memory.export)
         self.finish_writes, self.trim = self._failing(memory.finish_writes), self._failing(memory.trim)
-        self.maps, self.has_fds = memory.maps, memory.has_fds
+        self.maps = memory.maps
 
     @property
     def held_bytes(self) -> int:
