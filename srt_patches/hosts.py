@@ -14,6 +14,7 @@ import logging
 import signal
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -26,7 +27,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils.network import NetworkAddress
 
 from sglang_dwdp import __version__
-from sglang_dwdp.config import DwdpConfig, flag_of
+from sglang_dwdp.config import DwdpConfig, flag_of, transports_of
 from sglang_dwdp.memory import memory_for
 from sglang_dwdp.memory.agreement import check_same
 from sglang_dwdp.memory.crossing import check_crossing
@@ -151,8 +152,11 @@ def _try_memory(runner: Any, config: DwdpConfig, secret: str) -> None:
     exchange = Exchange(secret, rank % size, size, config.timeout_s, place_of_group())
     try:
         exchange.connect()
-        memory = memory_for(runner.device, index, config.transport, across_hosts=True)
-        check_crossing(memory, exchange, state if on_gpu else None)
+        transport: str = config.transport
+        if transport == "auto":
+            transport = transports_of(runner.device, across_hosts=True)[0]
+        make = partial(memory_for, runner.device, index, transport)
+        check_crossing(transport, make, exchange, state if on_gpu else None)
     except BaseException as error:
         exchange.fail(str(error))
         raise

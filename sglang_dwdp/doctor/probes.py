@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -99,11 +100,12 @@ def share(transport: str, rank: str, size: str, gpu_count: str, group: str) -> d
         try:
             device = TRANSPORTS[transport].device
             index = int(rank) % max(int(gpu_count), 1)
-            memory = memory_for(device, index, transport)
             if transport == "cuda-fabric":
                 from sglang_dwdp.memory.cuda_fabric import fabric_state
 
-                check_crossing(memory, exchange, lambda: fabric_state(index))
+                make = partial(memory_for, device, index, transport)
+                check_crossing(transport, make, exchange, lambda: fabric_state(index))
+            memory = memory_for(device, index, transport)
             return {"copies": [asdict(copy) for copy in _copies(memory, _BLOCK_BYTES[device], exchange)]}
         except Exception as error:
             exchange.fail(str(error))

@@ -21,11 +21,14 @@ NEEDS = {
 }
 
 
-def check_crossing(memory: Memory, exchange: Exchange, state: Callable[[], str] | None = None) -> None:
+def check_crossing(
+    transport: str, make: Callable[[], Memory], exchange: Exchange, state: Callable[[], str] | None = None
+) -> None:
     """Share a page with all peers, for real.
 
     Args:
-        memory: Of this rank; its handles are bytes.
+        transport: A name of `config.TRANSPORTS` whose handles are bytes.
+        make: Makes this rank's memory of that kind.
         exchange: With the peers, connected.
         state: What is to be said of the device if it cannot be done.
 
@@ -34,19 +37,22 @@ def check_crossing(memory: Memory, exchange: Exchange, state: Callable[[], str] 
         DwdpSetupError: A peer ended.
     """
     with ExitStack() as stack:
-        blocks: list[Block] = []
+        made: list[tuple[Memory, Block]] = []
 
         def offer() -> Handle:
-            blocks.append(memory.create(memory.page_bytes))
-            stack.callback(blocks[0].close)
-            return memory.export(blocks[0])
+            memory = make()
+            block = memory.create(memory.page_bytes)
+            stack.callback(block.close)
+            made.append((memory, block))
+            return memory.export(block)
 
-        handles = _all_ranks(memory, exchange, "makes no memory that others can map", offer, state)
+        handles = _all_ranks(transport, exchange, "makes no memory that others can map", offer, state)
+        [(memory, own)] = made
         data = []
 
         def take() -> None:
             for rank, handle in enumerate(handles):
-                block = blocks[0] if rank == exchange.rank else memory.import_handle(handle, memory.page_bytes)
+                block = own if rank == exchange.rank else memory.import_handle(handle, memory.page_bytes)
                 stack.callback(block.close)
                 pages = memory.reserve(memory.page_bytes)
                 stack.callback(pages.close)
@@ -55,19 +61,19 @@ def check_crossing(memory: Memory, exchange: Exchange, state: Callable[[], str] 
             data[exchange.rank].fill_(exchange.rank + 1)
             memory.finish_writes()
 
-        _all_ranks(memory, exchange, "cannot map its peers' memory", take, state)
+        _all_ranks(transport, exchange, "cannot map its peers' memory", take, state)
 
         def read() -> None:
             found = [int(tensor[-1]) for tensor in data]
             if found != [(rank + 1) % 256 for rank in range(exchange.size)]:
                 raise OSError(f"it read {found}")
 
-        _all_ranks(memory, exchange, "reads other bytes than its peers wrote", read, state)
+        _all_ranks(transport, exchange, "reads other bytes than its peers wrote", read, state)
         data.clear()
 
 
 def _all_ranks(
-    memory: Memory, exchange: Exchange, what: str, step: Callable[[], Handle | None], state: Callable[[], str] | None
+    transport: str, exchange: Exchange, what: str, step: Callable[[], Handle | None], state: Callable[[], str] | None
 ) -> list[bytes]:
     """What `step` returns on each rank; the errors of all in one text."""
     result, error = b"", ""
@@ -84,8 +90,8 @@ def _all_ranks(
     if ranks:
         found = "; ".join(f"rank {', '.join(of_error)}: {text}" for text, of_error in ranks.items())
         raise DwdpConfigError(
-            f"the ranks of a group are on several hosts, and {memory.transport} {what} ({found}). "
-            f"{NEEDS.get(memory.transport, '')} Or let groups stay within a host: set --dwdp-group-size to a divisor "
+            f"the ranks of a group are on several hosts, and {transport} {what} ({found}). "
+            f"{NEEDS.get(transport, '')} Or let groups stay within a host: set --dwdp-group-size to a divisor "
             "of the ranks of one."
         )
     return [handle for handle, _ in answers]

@@ -33,7 +33,7 @@ def on_ranks(memories: list[HostPathMemory], state: Callable[[], str] | None = N
         exchange = Exchange(name, rank, len(memories), 10.0, place)
         try:
             exchange.connect()
-            return check_crossing(memories[rank], exchange, state)
+            return check_crossing("host-path", lambda: memories[rank], exchange, state)
         except Exception as error:  # noqa: BLE001  (it is the result)
             return error
         finally:
