@@ -28,7 +28,7 @@ def swap_blocks(
         `[group_size]`, the blocks of each rank; `[group_size]`, the payload of each.
 
     Raises:
-        DwdpSetupError: A peer failed.
+        DwdpSetupError: A peer failed; an import that fails for that is no cause of its own.
         OSError: There is not enough memory, or a block cannot be exported or imported.
     """
 
@@ -55,5 +55,9 @@ def swap_blocks(
         for nbytes, handle in zip(sizes[peer], sent, strict=True):
             if isinstance(handle, int):
                 unclaimed.remove(handle)  # the import takes it over, also where it fails
-            blocks[peer].append(kept(memory.import_handle(handle, nbytes)))
+            try:
+                blocks[peer].append(kept(memory.import_handle(handle, nbytes)))
+            except OSError:
+                exchange.check_failed()
+                raise
     return blocks, payloads

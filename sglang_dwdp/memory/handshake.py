@@ -160,6 +160,30 @@ class Exchange:
         """Return when all ranks have called this."""
         self.all_gather(b"")
 
+    def check_failed(self) -> None:
+        """Look whether a peer has said that it failed. Does not wait.
+
+        A rank says so before it gives its memory back, so what it said explains why that cannot be imported.
+
+        Raises:
+            DwdpSetupError: One has.
+        """
+        texts = self._last_words()
+        if texts:
+            raise _ToldError("; ".join(texts))
+
+    def _last_words(self) -> list[str]:
+        texts = []
+        for peer, connection in self._peers.items():
+            with contextlib.suppress(OSError):
+                connection.settimeout(0.001)
+                if connection.recv(1, socket.MSG_PEEK) == bytes([_FAILED]):
+                    try:
+                        close_fds(self._receive(peer, self._timeout_s)[1])
+                    except _ToldError as error:
+                        texts.append(str(error))
+        return texts
+
     def fail(self, reason: str) -> None:
         """Tell the peers that this rank cannot go on. They raise at their next step. Never raises."""
         self._tell(self._failed(reason))
@@ -188,7 +212,10 @@ class Exchange:
         answers.append((payload, []))
         for peer in sorted(self._peers):
             self._peers[peer].settimeout(max(deadline - time.monotonic(), 0.001))
-            answers.append(self._receive(peer, self._timeout_s))
+            try:
+                answers.append(self._receive(peer, self._timeout_s))
+            except _ToldError as error:  # another's failure may be the cause
+                raise _ToldError("; ".join([str(error), *self._last_words()])) from error
         bundle = pack([part for own, of_rank in answers for part in (own, _LENGTH.pack(len(of_rank)))])
         for peer in sorted(self._peers):
             others = [fd for rank, (_, of_rank) in enumerate(answers) if rank != peer for fd in of_rank]

@@ -134,6 +134,42 @@ def test_a_failure_reaches_all_peers_with_its_reason() -> None:
         assert "rank 1 failed: layer 3, w2_weight: no space" in str(result)
 
 
+def test_the_failure_of_two_ranks_reaches_all_with_both_reasons() -> None:
+    """The first of them may only be the consequence of the other one."""
+    has_failed = threading.Event()
+
+    def step(x: Exchange) -> None:
+        if x.rank == 2:
+            x.fail("no space")
+            has_failed.set()
+        else:
+            has_failed.wait(10)
+        if x.rank == 1:
+            x.fail("no such file")
+        if x.rank in (0, 3):
+            x.barrier()
+
+    for result in run_ranks(4, step)[::3]:
+        assert "rank 1 failed: no such file; rank 2 failed: no space" in str(result)
+
+
+def test_what_a_peer_said_is_heard_at_any_time() -> None:
+    said = threading.Event()
+
+    def step(x: Exchange) -> None:
+        x.check_failed()  # nobody has
+        x.barrier()
+        if x.rank == 1:
+            x.fail("no space")
+            said.set()
+        else:
+            said.wait(10)
+            x.check_failed()
+
+    first, _ = run_ranks(2, step)
+    assert str(first) == "rank 1 failed: no space"
+
+
 def test_a_rank_that_ends_without_a_word_is_noticed() -> None:
     first, _ = run_ranks(2, lambda x: x.barrier() if x.rank == 0 else None)
     assert "rank 0: lost rank 1: its process ended or gave up" in str(first)

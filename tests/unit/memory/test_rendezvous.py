@@ -35,7 +35,7 @@ class Group:
     def __init__(self, pool: ThreadPoolExecutor, size: int, host: str | None) -> None:
         self.secret = uuid.uuid4().hex
         self.met: list[dict[int, socket.socket]] = [{} for _ in range(size)]
-        self.place = self._place(host)
+        self.place: Any = self._place(host)
         self._pool, self._size, self._host = pool, size, host
 
     def _place(self, host: str | None) -> Place:
@@ -171,8 +171,9 @@ def test_a_second_claimant_does_not_replace_a_peer(host: str | None) -> None:
             time.sleep(0.01)
         met = group.met[0][1]
         twin: dict[int, socket.socket] = {}
+        place = group.place if host is None else TcpPlace(host, group.place.port)
         with pytest.raises(DwdpSetupError, match="rank 0: cannot listen for its peers"):
-            meet(group.secret, 0, 3, 0.2, twin, group.place)
+            meet(group.secret, 0, 3, 0.2, twin, place)
         with pytest.raises(DwdpSetupError, match=r"rank 1: rank 0 did not come within 0.2 s"):
             meet(group.secret, 1, 3, 0.2, twin, group.place)
         third = group.come(2)
