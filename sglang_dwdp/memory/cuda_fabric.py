@@ -6,10 +6,11 @@ making, exporting and importing one tells (`crossing.check_crossing`).
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import suppress
 from glob import glob
-from typing import Any
 
+import torch
 from cuda.bindings import driver
 
 from sglang_dwdp.memory.base import Block, Handle
@@ -18,7 +19,8 @@ from sglang_dwdp.memory.cuda_driver import call
 
 _FABRIC = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_FABRIC
 _SUPPORTED = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED
-_STATES = ("not supported", "not started", "in progress", "completed")  # NVML_GPU_FABRIC_STATE_…
+# NVML_GPU_FABRIC_STATE_…, and the one that follows them
+_STATES, _COMPLETED = ("not supported", "not started", "in progress"), 3
 
 
 class CudaFabricMemory(CudaMemory):
@@ -43,22 +45,20 @@ def fabric_state(device: int) -> str:
     with_handles = bool(call(driver.cuDeviceGetAttribute, _SUPPORTED, call(driver.cuDeviceGet, device)))
     channels = len(glob("/dev/nvidia-caps-imex-channels/channel*"))
     return (
-        f"the driver {'has' if with_handles else 'has no'} fabric handles, NVML's fabric state is "
-        f"{_nvml_state(call(driver.cuDeviceGetUuid, call(driver.cuDeviceGet, device)))}, IMEX channels: {channels}"
+        f"the driver {'has' if with_handles else 'has no'} fabric handles for this GPU; fabric state by NVML: "
+        f"{_nvml_state(device)}; IMEX channels: {channels}"
     )
 
 
-def _nvml_state(uuid: Any) -> str:
-    state = "unknown"
+def _nvml_state(device: int) -> str:
     with suppress(Exception):  # no NVML, or one that knows no fabrics
         import pynvml
 
         pynvml.nvmlInit()
-        info = pynvml.c_nvmlGpuFabricInfo_v2_t(version=pynvml.nvmlGpuFabricInfo_v2)
-        text = bytes(uuid.bytes).hex()
-        name = "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
-        pynvml.nvmlDeviceGetGpuFabricInfoV(pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{name}"), info)
-        state = _STATES[info.state]
-        if info.state == len(_STATES) - 1:
-            state += f" (status {info.status}, clique {info.cliqueId} of cluster {bytes(info.clusterUuid).hex()})"
-    return state
+        info = pynvml.c_nvmlGpuFabricInfo_v2_t()
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        pynvml.nvmlDeviceGetGpuFabricInfoV(gpu, ctypes.byref(info))
+        if info.state < _COMPLETED:
+            return _STATES[info.state]
+        return f"completed (status {info.status}, clique {info.cliqueId} of cluster {bytes(info.clusterUuid).hex()})"
+    return "unknown"

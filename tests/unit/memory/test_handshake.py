@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_dwdp.errors import DwdpSetupError
@@ -91,6 +91,30 @@ def test_more_descriptors_than_the_kernel_takes_in_a_message(count: int) -> None
         return counts
 
     assert run_ranks(3, step) == [[0, 1, count], [0, 0, count], [0, 1, 0]]
+    assert open_fds() == before
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(st.binary(max_size=20), st.integers(0, 3)), min_size=1, max_size=5))
+def test_everybody_gets_what_everybody_gave(given: list[tuple[bytes, int]]) -> None:
+    before = open_fds()
+
+    def step(x: Exchange) -> list[tuple[bytes, list[bytes]]]:
+        payload, count = given[x.rank]
+        fds = []
+        for index in range(count):
+            fds.append(os.memfd_create("t"))
+            os.write(fds[-1], f"{x.rank}.{index}".encode())
+        answers = x.swap(payload, fds)
+        found = [(answer, [os.pread(fd, 9, 0) for fd in received]) for answer, received in answers]
+        close_fds([*fds, *(fd for _, received in answers for fd in received)])
+        return found
+
+    for rank, found in enumerate(run_ranks(len(given), step)):
+        assert found == [
+            (payload, [f"{peer}.{index}".encode() for index in range(count if peer != rank else 0)])
+            for peer, (payload, count) in enumerate(given)
+        ]
     assert open_fds() == before
 
 
