@@ -204,15 +204,8 @@ class _Sharing:
         for rank in ranks:
             for (name, span), block in zip(spans[rank], blocks[rank], strict=True):
                 parts[name].append((rank, span, block))
-        full = (
-            [
-                self._joined(shard, pieces)
-                for shard, pieces in zip(small, zip(*map(unpack, payloads), strict=True), strict=True)
-            ]
-            if small
-            else []
-        )
-        return dict(parts), full
+        pieces = zip(*map(unpack, payloads), strict=True)  # of each small tensor, those of all ranks
+        return dict(parts), [self._joined(shard, of_all) for shard, of_all in zip(small, pieces, strict=True)]
 
     def _joined(self, shard: torch.Tensor, pieces: Sequence[bytes]) -> torch.Tensor:
         """A tensor of all experts, like `shard`, of the bytes of each rank's experts."""
