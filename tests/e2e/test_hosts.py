@@ -26,8 +26,7 @@ def two_hosts(model: Path, directory: Path, *dwdp: Sequence[str]) -> Iterator[li
     environment = {"TMPDIR": str(directory), "OMP_NUM_THREADS": "1"}
     hosts: dict[int, Server] = {}
     try:
-        # The first host binds ports that the other one, on the same machine, checks before it starts.
-        for host in (1, 0):
+        for host in (0, 1):
             where = ("--nnodes", "2", "--node-rank", str(host), "--dist-init-addr", f"127.0.0.1:{port}")
             hosts[host] = Server(
                 model,
