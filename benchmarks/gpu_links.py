@@ -35,8 +35,8 @@ SMALL = Shape(experts=8, hidden=64, intermediate=48, top_k=2)
 
 def work(device: Device, exchange: Exchange, shape: Shape, out: Path) -> dict[str, Any]:
     """One rank's part; rank 0 writes what there is, time and again."""
-    result: dict[str, Any] = {"devices": gathered(exchange, device.name)}
     layer = SharedLayer(device, exchange, shape)
+    result: dict[str, Any] = {"devices": gathered(exchange, device.name)}
     result["direct_is_right"] = all(gathered(exchange, layer.direct_is_right()))
 
     def save(part: str, found: Any) -> None:

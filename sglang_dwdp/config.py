@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from sglang_dwdp.errors import DwdpConfigError
 
 ViewMode = Literal["auto", "direct", "staged"]
-Transport = Literal["auto", "host-shm", "cuda-vmm", "cuda-ipc"]
+Transport = Literal["auto", "host-shm", "host-path", "cuda-vmm", "cuda-fabric", "cuda-ipc"]
 ExchangeMode = Literal["off", "decode", "auto"]
 OnRankLoss = Literal["continue", "exit"]
 
@@ -32,22 +32,32 @@ class TransportKind:
     Attributes:
         device: the `--device` that has it.
         maps: whether a peer's memory can be mapped, so that kernels can read experts in place.
+        crosses_hosts: whether the ranks of a group may be on several hosts.
     """
 
     device: str
     maps: bool
+    crosses_hosts: bool = False
 
 
 TRANSPORTS: Mapping[str, TransportKind] = {  # of each device the default comes first
     "host-shm": TransportKind("cpu", maps=True),
+    "host-path": TransportKind("cpu", maps=True, crosses_hosts=True),
     "cuda-vmm": TransportKind("cuda", maps=True),
+    "cuda-fabric": TransportKind("cuda", maps=True, crosses_hosts=True),
     "cuda-ipc": TransportKind("cuda", maps=False),
 }
 
 
-def transports_of(device: str) -> list[str]:
-    """The transports of a device, the default first; none for a device whose memory ranks cannot share."""
-    return [name for name, kind in TRANSPORTS.items() if kind.device == device]
+def transports_of(device: str, *, across_hosts: bool = False) -> list[str]:
+    """The transports of a device, the default first; none for a device whose memory ranks cannot share.
+
+    Args:
+        device: A value of `--device`.
+        across_hosts: Whether the ranks of the group are on several hosts.
+    """
+    kinds = TRANSPORTS.items()
+    return [name for name, kind in kinds if kind.device == device and (kind.crosses_hosts or not across_hosts)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,8 +126,10 @@ class DwdpConfig:
     transport: Transport = _option(
         "auto",
         "How ranks share memory. host-shm: memory files (the CPU engine). cuda-vmm: driver allocations that every "
-        "rank maps (GPUs of one host). cuda-ipc: for drivers or containers that do not let cuda-vmm's allocations be "
-        "exported; all experts are staged, the rank's own too. auto: host-shm or cuda-vmm, as fits the device.",
+        "rank maps (GPUs of one host). cuda-fabric: the same for GPUs of several hosts in one NVLink domain. cuda-ipc: "
+        "for drivers or containers that do not let cuda-vmm's allocations be exported; all experts are staged, the "
+        "rank's own too. host-path: for tests of groups over hosts, which have to be one machine. auto: as fits the "
+        "device and the group.",
     )
     group_size: int | None = _option(
         None,

@@ -20,6 +20,7 @@ from sglang_dwdp.experts.stalls import LIMIT_S, CopyWatch
 from sglang_dwdp.experts.update import Experts, check_alike, read_own, replace_experts
 from sglang_dwdp.memory.base import Memory
 from sglang_dwdp.memory.handshake import Exchange
+from sglang_dwdp.memory.places import Place
 
 logger = logging.getLogger(__name__)
 # Since the start; the last with --dwdp-audit only.
@@ -96,14 +97,20 @@ class DwdpRuntime:
         self.is_released = False  # the experts' memory was given back for a while
         self.in_exchange_step = False  # said by what runs them, before the forward begins
 
-    def setup(self, layers: Sequence[ExpertLayer], name: str) -> None:
-        """Share the experts; all ranks call this together, with the same `name`, unique on the host.
+    def setup(self, layers: Sequence[ExpertLayer], name: str, place: Place | None = None) -> None:
+        """Share the experts; all ranks call this together, with the same `name`, a secret of the group.
+
+        Args:
+            layers: The MoE layers, in the order in which the model runs them.
+            name: Unique on the host.
+            place: Where the ranks meet; None: within the host.
 
         Raises:
-            DwdpConfigError, DwdpSetupError: see `share_experts`. Nothing is left mapped.
+            DwdpConfigError: See `share_experts`. Nothing is left mapped.
+            DwdpSetupError: The same.
         """
         start = time.perf_counter()
-        exchange = Exchange(name, self.rank, self.size, self.config.timeout_s)
+        exchange = Exchange(name, self.rank, self.size, self.config.timeout_s, place)
         try:
             shared = share_experts(self.config, self._memory, exchange, layers, self._prepare)
         except BaseException:
@@ -381,7 +388,7 @@ class DwdpRuntime:
         """
         assert self._shared.store is not None
         try:
-            self._shared.store.restore(lambda specs, stack: blocks_of_all(self._memory, exchange, specs, stack))
+            self._shared.store.restore(lambda specs, stack: blocks_of_all(self._memory, exchange, specs, stack)[0])
             exchange.barrier()
         except BaseException as error:
             exchange.fail(str(error))

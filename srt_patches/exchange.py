@@ -29,6 +29,7 @@ from sglang_dwdp.exchange.policy import StepTimes
 from sglang_dwdp.exchange.round import MAX_DECODE_ROWS
 from sglang_dwdp.memory.handshake import Exchange
 from sglang_dwdp.runtime import DwdpRuntime
+from sglang_dwdp.srt_patches import hosts
 from sglang_dwdp.srt_patches.exchange_steps import ExchangeSteps
 from sglang_dwdp.srt_patches.forward import current_runtime
 from sglang_dwdp.srt_patches.hooks import Hook
@@ -64,7 +65,8 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     # On the CPU engine computing takes longer than reading, so that only very short prefills gain.
     buckets = _PREFILL_BUCKETS[: None if runner.device == "cuda" else 1] if runtime.config.exchange == "auto" else ()
     shape = RowShape(max(MAX_DECODE_ROWS, *buckets), layers[0].fused.hidden_size, layers[0].fused.top_k, config.dtype)
-    why = why_alone(layers, size, shape, runner.device)
+    why = "a group over several hosts has no memory for it" if hosts.is_group_across() else None
+    why = why or why_alone(layers, size, shape, runner.device)
     if why is not None:
         logger.warning("DWDP: ranks decode alone, whatever --dwdp-exchange says: %s.", why)
         return

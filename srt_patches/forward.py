@@ -20,7 +20,7 @@ from sglang.srt.runtime_context import (
 
 from sglang_dwdp.memory import memory_for
 from sglang_dwdp.runtime import DwdpRuntime
-from sglang_dwdp.srt_patches import flashinfer_fp8, updates
+from sglang_dwdp.srt_patches import flashinfer_fp8, hosts, updates
 from sglang_dwdp.srt_patches.attached import config_of
 from sglang_dwdp.srt_patches.experts import collect, rank_in_group
 from sglang_dwdp.srt_patches.hooks import Hook
@@ -60,12 +60,14 @@ def set_up(runner: Any) -> None:
     layers = collect(runner.model, runner.device)
     parallel = get_parallel()
     index = torch.cuda.current_device() if runner.device == "cuda" else 0
-    memory = memory_for(runner.device, index, config.transport)
+    memory = memory_for(runner.device, index, config.transport, across_hosts=hosts.is_group_across())
     runtime = DwdpRuntime(config, memory, rank_in_group(), parallel.dwdp_size)
     group = parallel.tp_rank // parallel.dwdp_size
     server = _common_name(parallel.tp_group)
     name = f"{server}.{group}"
-    runtime.setup(layers, name)
+    hosts.check_weights(runner.model)
+    runtime.setup(layers, name, hosts.place_of_group())
+    hosts.watch()
     set_global_dwdp_manager(Manager(runtime))
     if config.exchange != "off":
         from sglang_dwdp.srt_patches import exchange

@@ -65,6 +65,7 @@ def _hooks(role: str, config: DwdpConfig, device: str | None) -> tuple[Hook, ...
             experts,
             first_forward,
             forward,
+            hosts,
             linear,
             load_lock,
             loading,
@@ -79,6 +80,7 @@ def _hooks(role: str, config: DwdpConfig, device: str | None) -> tuple[Hook, ...
         )
 
         hooks = [*linear.HOOKS, *steps.HOOKS, *experts.HOOKS, *loading.HOOKS, *forward.HOOKS, *first_forward.HOOKS]
+        hooks += hosts.HOOKS
         hooks += (*reports.SCHEDULER_HOOKS, *weights.SCHEDULER_HOOKS, *update_hooks.HOOKS)
         hooks += (*sessions.SCHEDULER_HOOKS, *recorder.SCHEDULER_HOOKS, *metrics.HOOKS, *load_lock.HOOKS)
         if config.outlives_ranks:

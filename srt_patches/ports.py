@@ -1,12 +1,14 @@
 """A server's inner ports are free ones, so that servers on neighbouring ports of a host do not collide.
 
-SGLang derives a block of them from --port: two servers with ports less than seven apart want some of the same.
+SGLang derives a block of them from --port: two servers with ports less than seven apart want some of the same. With
+several hosts --dist-init-addr says where the block is on the first one; SGLang wants it to be free on all of them.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sglang.srt import server_args as sglang_server_args
@@ -25,16 +27,27 @@ _TRIES = 200
 
 def use_free_ports(original: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any) -> Any:
     """Around `PortArgs.init_new`, which adds a constant to --port for the first port of the block."""
-    if config_of(server_args) is None or server_args.dist_init_addr is not None:  # which says where the block is
+    if config_of(server_args) is None:
+        return original(server_args, *args, **kwargs)
+    if server_args.node_rank:
+        with _replaced("wait_port_available", lambda *_: True):  # for the first host's ports: they are not this one's
+            return original(server_args, *args, **kwargs)
+    if server_args.dist_init_addr is not None:
         return original(server_args, *args, **kwargs)
     if not hasattr(server_args, _BLOCK):
         setattr(server_args, _BLOCK, free_block())
-    before = sglang_server_args.ZMQ_TCP_PORT_DELTA
-    sglang_server_args.ZMQ_TCP_PORT_DELTA = getattr(server_args, _BLOCK) - server_args.port
-    try:
+    with _replaced("ZMQ_TCP_PORT_DELTA", getattr(server_args, _BLOCK) - server_args.port):
         return original(server_args, *args, **kwargs)
+
+
+@contextmanager
+def _replaced(name: str, value: Any) -> Iterator[None]:
+    before = getattr(sglang_server_args, name)
+    setattr(sglang_server_args, name, value)
+    try:
+        yield
     finally:
-        sglang_server_args.ZMQ_TCP_PORT_DELTA = before
+        setattr(sglang_server_args, name, before)
 
 
 def free_block(is_free: Callable[[int], bool] = is_port_available) -> int:

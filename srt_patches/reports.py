@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.srt_patches.forward import current_runtime
@@ -29,7 +30,8 @@ def check_ready(_controller: Any, infos: list[dict[str, Any]]) -> None:
     Raises:
         DwdpRuntimeError: a rank came up without the runtime.
     """
-    without = [rank for rank, info in enumerate(infos) if "dwdp" not in info]
+    first = int(get_parallel().node_rank) * len(infos)
+    without = [rank for rank, info in enumerate(infos, first) if "dwdp" not in info]
     if without:
         raise DwdpRuntimeError(
             f"ranks {without} came up without the DWDP plugin that --enable-dwdp asks for. The log of those ranks "

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from sglang.srt.arg_groups.model_override_base import model_config_of
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+from sglang.srt.utils.network import NetworkAddress
 
 from sglang_dwdp.config import TRANSPORTS, DwdpConfig, transports_of
 from sglang_dwdp.cpu import engine as cpu_engine
@@ -31,6 +34,7 @@ from sglang_dwdp.support.release import check_release
 logger = logging.getLogger(__name__)
 
 _SOURCE = "sglang_dwdp"
+_CONNECT_S = 2.0
 
 
 def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -54,6 +58,7 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         model = model_config_of(server_args)
         num_experts = _check_model(config, model, view.model_path, group_size)
         _check_device(config, view.device)
+        _check_hosts(config, view, group_size)
         check_graph_backends(view)
         if config.exchange != "off" and view.disaggregation_mode == "prefill":
             raise DwdpConfigError(
@@ -130,6 +135,38 @@ def _check_device(config: DwdpConfig, device: str) -> None:
         raise DwdpConfigError(
             f"--enable-dwdp cannot be used here: --dwdp-transport {config.transport} on --device {device}. "
             f"Use {' or '.join(transports)}, or leave the option out."
+        )
+
+
+def _check_hosts(config: DwdpConfig, view: Any, group_size: int) -> None:
+    if view.nnodes == 1:
+        return
+    if view.dist_init_addr is None or view.tp_size % view.nnodes:
+        raise DwdpConfigError(
+            f"--enable-dwdp cannot be used here: --nnodes {view.nnodes} needs --dist-init-addr, an address of the "
+            f"first host, and a --tp-size that is a multiple of the hosts (got {view.tp_size})."
+        )
+    own = view.tp_size // view.nnodes
+    starts = range(0, view.tp_size, group_size)
+    if any(first // own != (first + group_size - 1) // own for first in starts):
+        transports = transports_of(view.device, across_hosts=True)
+        way_out = f"Use a --dwdp-group-size that divides {own}, the ranks of a host"
+        if config.transport not in ("auto", *transports):
+            raise DwdpConfigError(
+                f"--enable-dwdp cannot be used here: --dwdp-transport {config.transport} does not cross hosts. "
+                f"{way_out}, or {' or '.join(transports)}."
+            )
+        if config.exchange == "auto":
+            raise DwdpConfigError(
+                "--enable-dwdp cannot be used here: with --dwdp-exchange auto the ranks of a group have to be on one "
+                f"host. {way_out}, or drop --dwdp-exchange."
+            )
+    there = NetworkAddress.parse(view.dist_init_addr)
+    with suppress(OSError), socket.create_connection((there.host, there.port), _CONNECT_S):
+        # The ranks listen there once all hosts have come, so this host would be one too many.
+        raise DwdpConfigError(
+            f"--enable-dwdp cannot be used here: a server is running at --dist-init-addr {view.dist_init_addr} "
+            "already. Choose another port, the same on all hosts."
         )
 
 

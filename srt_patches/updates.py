@@ -60,9 +60,13 @@ class WeightUpdates:
         """All ranks of the server, or those of this rank's group, between two forwards of each.
 
         Raises:
-            DwdpUpdateError: One did not come in time.
+            DwdpUpdateError: One did not come in time, or the server is on several hosts.
         """
         parallel = get_parallel()
+        if parallel.nnodes > 1:
+            raise DwdpUpdateError(
+                "ranks on several hosts cannot take new weights or release memory. Restart the server."
+            )
         secret, rank, size = self._secret, int(parallel.tp_rank), int(parallel.tp_size)
         if of_group:
             group, rank, size = rank // self.runtime.size, self.runtime.rank, self.runtime.size

@@ -47,7 +47,7 @@ def examine() -> Facts:
         torch_cuda=found.get("torch_cuda"),
         gpus=[Gpu(**gpu) for gpu in found["gpus"]] if "gpus" in found else None,
         no_peer_access=found.get("no_peer_access", ()),
-        shares=[try_transport(transport, count) for transport in transports_of("cuda" if count else "cpu")],
+        shares=[try_transport(one, count) for one in (transports_of("cuda") if count else transports_of("cpu")[:1])],
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE),
         shm_bytes=_shm_bytes(),
         seccomp=_seccomp(),

@@ -145,8 +145,14 @@ def _transports(facts: Facts) -> Iterator[Finding]:
             meaning, advice = "It could not be checked beside what uses the GPUs now.", "Run this when they are free."
             yield Finding(share.transport, _UNCHECKED, share.error, meaning, advice)
             continue
+        if TRANSPORTS[share.transport].crosses_hosts:  # which one host needs not
+            yield Finding(share.transport, _OK, share.error, "The ranks of a group have to be on one host.")
+            continue
         found = share.error + (f" (this process is{hint})" if hint else "")
-        other = next((one.transport for one in facts.shares if not one.error), None)
+        other = next(
+            (one.transport for one in facts.shares if not one.error and not TRANSPORTS[one.transport].crosses_hosts),
+            None,
+        )
         if other is not None:
             meaning = f"--dwdp-transport {share.transport} does not work here, and {other} does."
             if not TRANSPORTS[other].maps:

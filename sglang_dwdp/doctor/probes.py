@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -20,6 +21,7 @@ from sglang_dwdp.config import MIB, TRANSPORTS
 from sglang_dwdp.doctor.facts import Copy, Gpu, Kernels
 from sglang_dwdp.errors import DwdpSetupError
 from sglang_dwdp.memory.base import Memory
+from sglang_dwdp.memory.crossing import check_crossing
 from sglang_dwdp.memory.handshake import Exchange
 
 MARK = "sglang-dwdp probe: "
@@ -97,7 +99,13 @@ def share(transport: str, rank: str, size: str, gpu_count: str, group: str) -> d
         exchange.connect()
         try:
             device = TRANSPORTS[transport].device
-            memory = memory_for(device, int(rank) % max(int(gpu_count), 1), transport)
+            index = int(rank) % max(int(gpu_count), 1)
+            if transport == "cuda-fabric":
+                from sglang_dwdp.memory.cuda_fabric import fabric_state
+
+                make = partial(memory_for, device, index, transport)
+                check_crossing(transport, make, exchange, lambda: fabric_state(index))
+            memory = memory_for(device, index, transport)
             return {"copies": [asdict(copy) for copy in _copies(memory, _BLOCK_BYTES[device], exchange)]}
         except Exception as error:
             exchange.fail(str(error))
@@ -113,7 +121,7 @@ def _copies(memory: Memory, nbytes: int, exchange: Exchange) -> list[Copy]:
     copies = []
     with ExitStack() as stack:
         data = []
-        for (block,) in swap_blocks(memory, exchange, [[nbytes]] * exchange.size, stack):
+        for (block,) in swap_blocks(memory, exchange, [[nbytes]] * exchange.size, stack)[0]:
             if not memory.maps:
                 data.append(block.tensor())
                 continue

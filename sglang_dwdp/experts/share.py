@@ -1,19 +1,17 @@
 """Sharing the experts of a model among the ranks of a group: once, before serving.
 
 The ranks decide how many experts each keeps, agree on what they have loaded, and lay the tensors out. Then, layer by
-layer, every rank makes blocks for its segment of each tensor, swaps handles with its peers, stores its experts
+layer, every rank makes blocks for its segment of each tensor, swaps their handles with its peers, stores its experts
 (`stores`), and lets the engine free its own copy. So set-up never holds much more than the experts that the rank
-keeps, the slots and one layer. Small tensors go to all ranks as they are; copies of peers' experts that a rank keeps
-(--dwdp-local-experts) are fetched from their owners when all have written.
+keeps, the slots and one layer. Small tensors go to all ranks as they are, with the handles; copies of peers' experts
+that a rank keeps (--dwdp-local-experts) are fetched from their owners when all have written.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import zip_longest
 
 import torch
 
@@ -25,9 +23,10 @@ from sglang_dwdp.experts.layout import Span, copy_order, remote_bytes_of_experts
 from sglang_dwdp.experts.mapped_store import MappedStore
 from sglang_dwdp.experts.stores import OwnExperts, Parts, SharedTensor, UnmappedStore
 from sglang_dwdp.experts.views import SlotMemory, TensorSpec
+from sglang_dwdp.memory.agreement import check_same
 from sglang_dwdp.memory.base import Block, CopyList, Memory
 from sglang_dwdp.memory.handles import swap_blocks
-from sglang_dwdp.memory.handshake import Exchange
+from sglang_dwdp.memory.handshake import Exchange, pack, unpack
 
 
 @dataclass(slots=True)
@@ -117,6 +116,7 @@ class _Sharing:
             MappedStore(memory, self.rank, self.slots, owned) if memory.maps else UnmappedStore(self.rank, self.slots)
         )
         self.result = SharedExperts()
+        self.held = ExitStack()  # the blocks of the last layer
         self.held_at_start = 0
         self.at = "start"
 
@@ -137,7 +137,8 @@ class _Sharing:
             self._share(position, layer, tensors[position], kept)
         self.at = "last steps"
         self.memory.finish_writes()
-        self.exchange.barrier()  # every rank has written its experts
+        self.exchange.barrier()  # every rank has written its experts, and so imported the last layer's blocks
+        self.held.close()
         self.store.finish()
         self.memory.finish_writes()
         if self.ready is not None:
@@ -153,14 +154,7 @@ class _Sharing:
         self, layers: Sequence[ExpertLayer], tensors: Sequence[Sequence[ExpertTensor]], kept: int | None
     ) -> None:
         lines = [describe(*pair, kept, self.memory.page_bytes) for pair in zip(layers, tensors, strict=True)]
-        text = "\n".join(lines).encode()
-        if len(set(self.exchange.all_gather(hashlib.sha256(text).digest()))) == 1:
-            return
-        texts = self.exchange.all_gather(text)
-        peer = next(peer for peer, other in enumerate(texts) if other != text)
-        pairs = zip_longest(lines, texts[peer].decode().split("\n"), fillvalue="no such layer")
-        here, there = next(pair for pair in pairs if pair[0] != pair[1])
-        raise DwdpSetupError(f"rank {peer} loaded other experts: here {here}, there {there}")
+        check_same(self.exchange, lines, "loaded other experts")
 
     def _share(self, position: int, layer: ExpertLayer, tensors: Sequence[ExpertTensor], kept: int | None) -> None:
         specs = [
@@ -174,19 +168,20 @@ class _Sharing:
         staged = self.config.views(maps=self.memory.maps).staged
         slot = slot_of(position, self.config.depth) if staged else None
         shards = layer.shards()
-        for tensor in tensors:
-            if tensor.replicated:
-                self.at = f"layer {layer.layer_id}, {tensor.name}"
-                shared.direct[tensor.name] = self._replicate(shards[tensor.name])
-        with ExitStack() as mapped:
-            # Mappings hold memory by themselves; what cannot be mapped is held by its blocks.
-            parts = blocks_of_all(self.memory, self.exchange, specs, mapped if self.memory.maps else self.owned)
-            for spec in specs:
-                self.at = f"layer {layer.layer_id}, {spec.name}"
-                self.result.stored_bytes += spec.layout.stored_bytes(self.rank)
-                for expert, nbytes in enumerate(remote_bytes_of_experts(spec.layout, self.rank)):
-                    shared.remote_bytes[expert] += nbytes
-                results[spec.name] = self.store.share(spec, parts[spec.name], shards[spec.name], first, slot)
+        small = [tensor.name for tensor in tensors if tensor.replicated]
+        # Mappings hold memory by themselves; what cannot be mapped is held by its blocks.
+        held = ExitStack()
+        self.owned.callback(held.close)
+        parts, full = self._swap(specs, [shards[name] for name in small], held if self.memory.maps else self.owned)
+        self.held.close()  # peers have sent this layer's handles, so they have imported the last layer's blocks
+        self.held = held
+        shared.direct.update(zip(small, full, strict=True))
+        for spec in specs:
+            self.at = f"layer {layer.layer_id}, {spec.name}"
+            self.result.stored_bytes += spec.layout.stored_bytes(self.rank)
+            for expert, nbytes in enumerate(remote_bytes_of_experts(spec.layout, self.rank)):
+                shared.remote_bytes[expert] += nbytes
+            results[spec.name] = self.store.share(spec, parts[spec.name], shards[spec.name], first, slot)
         for name, result in results.items():
             shared.direct[name], shared.own[name] = result.direct, result.own
             if result.staged is not None:
@@ -203,19 +198,35 @@ class _Sharing:
         layer.bind(shared.direct)
         self.memory.trim()  # what the layer held, before the next one takes its blocks
 
-    def _replicate(self, shard: torch.Tensor) -> torch.Tensor:
-        """A tensor of all experts, `[num_experts, …]`; small, so it goes through the host."""
-        raw = shard.detach().cpu().reshape(-1).view(torch.uint8)
-        experts = bytearray().join(self.exchange.all_gather(raw.numpy().tobytes()))
-        full = torch.frombuffer(experts, dtype=torch.uint8).to(shard.device, copy=True)
+    def _swap(
+        self, specs: Sequence[TensorSpec], small: Sequence[torch.Tensor], stack: ExitStack
+    ) -> tuple[dict[str, Parts], list[torch.Tensor]]:
+        """Swap a layer's tensors with the peers.
+
+        Args:
+            specs: The tensors that are shared.
+            small: `[experts of this rank, …]`, those that every rank gets all of; through the host.
+            stack: Closes the blocks.
+
+        Returns:
+            The blocks of all ranks, by tensor; the small tensors of all experts, `[num_experts, …]`.
+        """
+        raw = [shard.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for shard in small]
+        parts, payloads = blocks_of_all(self.memory, self.exchange, specs, stack, pack(raw))
+        pieces = zip(*map(unpack, payloads), strict=True)  # of each small tensor, those of all ranks
+        return parts, [self._joined(shard, of_all) for shard, of_all in zip(small, pieces, strict=True)]
+
+    def _joined(self, shard: torch.Tensor, pieces: Sequence[bytes]) -> torch.Tensor:
+        """A tensor of all experts, like `shard`, of the bytes of each rank's experts."""
+        full = torch.frombuffer(bytearray().join(pieces), dtype=torch.uint8).to(shard.device, copy=True)
         full = full.view(shard.dtype).view(-1, *shard.shape[1:])
         self.result.replicated_bytes += full.nbytes
         return full
 
 
 def blocks_of_all(
-    memory: Memory, exchange: Exchange, specs: Sequence[TensorSpec], stack: ExitStack
-) -> dict[str, Parts]:
+    memory: Memory, exchange: Exchange, specs: Sequence[TensorSpec], stack: ExitStack, payload: bytes = b""
+) -> tuple[dict[str, Parts], list[bytes]]:
     """Make this rank's blocks for these tensors, and get those of the peers.
 
     Args:
@@ -223,19 +234,20 @@ def blocks_of_all(
         exchange: with the group, whose ranks all call this.
         specs: the tensors.
         stack: closes the blocks.
+        payload: what else this rank has for all.
 
     Returns:
-        The blocks of all ranks, by tensor name.
+        The blocks of all ranks, by tensor name; the payload of each rank.
     """
     ranks = range(exchange.size)
     spans = [[(spec.name, span) for spec in specs for span in spec.layout.blocks[rank]] for rank in ranks]
     sizes = [[span.nbytes for _, span in of_rank] for of_rank in spans]
-    blocks = swap_blocks(memory, exchange, sizes, stack)
+    blocks, payloads = swap_blocks(memory, exchange, sizes, stack, payload)
     parts: dict[str, list[tuple[int, Span, Block]]] = {spec.name: [] for spec in specs}
     for rank in ranks:
         for (name, span), block in zip(spans[rank], blocks[rank], strict=True):
             parts[name].append((rank, span, block))
-    return dict(parts)
+    return dict(parts), payloads
 
 
 def share_experts(

@@ -121,10 +121,6 @@ class Memory(Protocol):
         It is asked during set-up only, before whose end no block is freed: closed ones are still mapped.
         """
 
-    @property
-    def has_fds(self) -> bool:
-        """Whether what stands for its blocks are file descriptors."""
-
     def create(self, nbytes: int) -> Block:
         """A new block.
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from sglang_dwdp.config import TRANSPORTS
 from sglang_dwdp.memory.base import Block, Handle, Range
 from sglang_dwdp.memory.cuda_copy import CudaCopyEngine
 from sglang_dwdp.memory.cuda_driver import GpuMemory, call, tensor_at
@@ -117,8 +116,8 @@ class CudaMemory(GpuMemory):
     """One GPU's `Memory`."""
 
     transport = "cuda-vmm"
-    has_fds = True
-    maps = TRANSPORTS[transport].maps
+    _handle_type = _FD
+    maps = True
 
     def __init__(self, device: int) -> None:
         super().__init__(device)
@@ -126,7 +125,7 @@ class CudaMemory(GpuMemory):
         self._properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._properties.location.type = _DEVICE
         self._properties.location.id = device
-        self._properties.requestedHandleTypes = _FD
+        self._properties.requestedHandleTypes = self._handle_type
         least = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         self.page_bytes = int(call(driver.cuMemGetAllocationGranularity, self._properties, least))
 
@@ -137,7 +136,7 @@ class CudaMemory(GpuMemory):
         self._created_bytes += nbytes
         return block
 
-    def export(self, block: Block) -> int:
+    def export(self, block: Block) -> Handle:
         assert isinstance(block, CudaBlock)
         return block.export()
 

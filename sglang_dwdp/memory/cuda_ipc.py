@@ -58,7 +58,6 @@ class CudaIpcMemory(GpuMemory):
 
     transport = "cuda-ipc"
     page_bytes = 1  # nothing is mapped, so segments end where experts end
-    has_fds = False
     maps = TRANSPORTS[transport].maps
 
     def create(self, nbytes: int) -> IpcBlock:

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from contextlib import ExitStack
 
 from sglang_dwdp.memory.base import Block, Handle, Memory
-from sglang_dwdp.memory.handshake import Exchange, close_fds
+from sglang_dwdp.memory.handshake import Exchange, close_fds, pack, unpack
 
 
 def swap_blocks(
-    memory: Memory, exchange: Exchange, sizes: Sequence[Sequence[int]], stack: ExitStack
-) -> list[list[Block]]:
+    memory: Memory, exchange: Exchange, sizes: Sequence[Sequence[int]], stack: ExitStack, payload: bytes = b""
+) -> tuple[list[list[Block]], list[bytes]]:
     """Make this rank's blocks and import its peers'; `stack` closes all of them.
 
-    One message for each call, so few descriptors are open at a time.
+    One message for each call, so few descriptors are open at a time. A peer may not have imported this rank's blocks
+    yet when this returns, so they have to stay open until the peers' next message.
 
     Args:
-        memory: of this rank.
-        exchange: with the peers.
+        memory: Of this rank.
+        exchange: With the peers.
         sizes: `[group_size]`, the bytes of each of a rank's blocks; the same on all ranks.
-        stack: gets a callback for each block.
+        stack: Gets a callback for each block.
+        payload: What else this rank has for all.
 
     Returns:
-        `[group_size]`, the blocks of each rank.
+        `[group_size]`, the blocks of each rank; `[group_size]`, the payload of each.
 
     Raises:
-        DwdpSetupError: a peer failed.
-        OSError: there is not enough memory, or a block cannot be exported or imported.
+        DwdpSetupError: A peer failed; an import that fails for that is no cause of its own.
+        OSError: There is not enough memory, or a block cannot be exported or imported.
     """
 
     def kept(block: Block) -> Block:
@@ -37,21 +38,26 @@ def swap_blocks(
 
     own = [kept(memory.create(nbytes)) for nbytes in sizes[exchange.rank]]
     handles = [memory.export(block) for block in own]
-    received: Sequence[Sequence[Handle]]
-    if memory.has_fds:
-        received = exchange.all_gather_fds([handle for handle in handles if isinstance(handle, int)])
-    else:
-        received = [pickle.loads(answer) for answer in exchange.all_gather(pickle.dumps(handles))]
-    unclaimed = [handle for sent in received for handle in sent if isinstance(handle, int)]
+    fds = [handle for handle in handles if isinstance(handle, int)]
+    answers = exchange.swap(pack([payload, *(one for one in handles if isinstance(one, bytes))]), fds)
+    unclaimed = [fd for _, received in answers for fd in received]
     stack.callback(lambda: close_fds(unclaimed))
     blocks: list[list[Block]] = []
-    for peer, sent in enumerate(received):
+    payloads: list[bytes] = []
+    for peer, (answer, received) in enumerate(answers):
+        other, *named = unpack(answer)
+        payloads.append(other)
         if peer == exchange.rank:
             blocks.append(own)
             continue
         blocks.append([])
+        sent: list[Handle] = [*received, *named]
         for nbytes, handle in zip(sizes[peer], sent, strict=True):
             if isinstance(handle, int):
                 unclaimed.remove(handle)  # the import takes it over, also where it fails
-            blocks[peer].append(kept(memory.import_handle(handle, nbytes)))
-    return blocks
+            try:
+                blocks[peer].append(kept(memory.import_handle(handle, nbytes)))
+            except OSError:
+                exchange.check_failed()
+                raise
+    return blocks, payloads

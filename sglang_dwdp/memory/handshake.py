@@ -1,7 +1,8 @@
-"""The control plane of a group: a mesh of Unix sockets that carries short messages and file descriptors.
+"""The control plane of a group: a star of sockets around rank 0, for short messages and file descriptors.
 
-The ranks meet as `rendezvous` says, and every step has a deadline. A rank that fails says so, or its sockets close:
-either way every peer raises within the deadline and can name it.
+What ranks swap goes to rank 0, which hands all of it to each of the others: `2 (n - 1)` messages, where everybody's
+messages to everybody are `n (n - 1)`. The ranks meet as `rendezvous` says, and every step has a deadline. A rank that
+fails says so, or its sockets close: either way every peer raises within the deadline and can name it.
 """
 
 from __future__ import annotations
@@ -11,16 +12,21 @@ import contextlib
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterable, Sequence
 
 from sglang_dwdp.errors import DwdpSetupError
+from sglang_dwdp.memory.places import Place, UnixPlace
 from sglang_dwdp.memory.rendezvous import meet, receive
 
 MAX_FDS = 253  # SCM_MAX_FD: the kernel's limit for one message
 
-_HEADER = struct.Struct("!BIH")  # kind, payload bytes, descriptors
+_HEADER = struct.Struct("!BII")  # kind, payload bytes, descriptors
+_LENGTH = struct.Struct("!I")
 _DATA, _FAILED = range(2)
 _CMSG_CLOEXEC = 0x40000000  # MSG_CMSG_CLOEXEC: a received descriptor is not inherited by child processes
+
+Answer = tuple[bytes, list[int]]  # what a rank sent: payload, descriptors
 
 
 def close_fds(fds: Iterable[int]) -> None:
@@ -29,7 +35,29 @@ def close_fds(fds: Iterable[int]) -> None:
         os.close(fd)
 
 
-def _receive_with_fds(connection: socket.socket, nbytes: int) -> tuple[bytes, list[int]]:
+def pack(parts: Sequence[bytes]) -> bytes:
+    """Byte strings as one; `unpack` takes them apart."""
+    return b"".join(_LENGTH.pack(len(part)) + part for part in parts)
+
+
+def unpack(data: bytes) -> list[bytes]:
+    """The byte strings that `pack` joined.
+
+    Raises:
+        DwdpSetupError: `data` ends within one.
+    """
+    parts, at = [], 0
+    while at < len(data):
+        start = at + _LENGTH.size
+        length = _LENGTH.unpack(data[at:start])[0] if start <= len(data) else len(data)
+        at = start + length
+        if at > len(data):
+            raise DwdpSetupError("a peer sent a message that ends too early: is its sglang-dwdp another version?")
+        parts.append(data[start:at])
+    return parts
+
+
+def _receive_with_fds(connection: socket.socket, nbytes: int) -> Answer:
     # Not socket.recv_fds: it leaves the flags out in some releases of Python.
     fds = array.array("i")
     data, ancillary, _, _ = connection.recvmsg(nbytes, socket.CMSG_SPACE(MAX_FDS * fds.itemsize), _CMSG_CLOEXEC)
@@ -39,10 +67,20 @@ def _receive_with_fds(connection: socket.socket, nbytes: int) -> tuple[bytes, li
     return data, fds.tolist()
 
 
-class Exchange:
-    """One rank's connections with all of its peers."""
+class _ToldError(DwdpSetupError):
+    """A peer said why the group cannot go on."""
 
-    def __init__(self, secret: str, rank: int, size: int, timeout_s: float) -> None:
+
+class Exchange:
+    """One rank's part in the group: rank 0 has a connection with each of the others, and those have one with it.
+
+    Attributes:
+        rank: This process's rank.
+        size: Ranks of the group.
+        sent: Messages that this rank has sent.
+    """
+
+    def __init__(self, secret: str, rank: int, size: int, timeout_s: float, place: Place | None = None) -> None:
         """Connect nothing yet.
 
         Args:
@@ -50,15 +88,18 @@ class Exchange:
             rank: This process's rank.
             size: Ranks of the group.
             timeout_s: Longest wait in seconds, for all peers to come and for each answer of one.
+            place: Where the ranks meet; None: within this host.
         """
         self.rank = rank
         self.size = size
+        self.sent = 0
         self._secret = secret
         self._timeout_s = timeout_s
+        self._place = place or UnixPlace(secret)
         self._peers: dict[int, socket.socket] = {}
 
     def connect(self) -> None:
-        """Meet all peers.
+        """Meet the peers.
 
         After a failure in here `fail` reaches the peers that were met already. A rank that comes later finds nobody,
         and gives up after its time-out.
@@ -66,40 +107,91 @@ class Exchange:
         Raises:
             DwdpSetupError: A peer did not come in time.
         """
-        meet(self._secret, self.rank, self.size, self._timeout_s, self._peers)
+        meet(self._secret, self.rank, self.size, self._timeout_s, self._peers, self._place)
+
+    def swap(self, payload: bytes, fds: Sequence[int] = ()) -> list[Answer]:
+        """Give all ranks a payload and descriptors, and take theirs.
+
+        Args:
+            payload: For all.
+            fds: For all others; they stay the caller's. Only within a host.
+
+        Returns:
+            Every rank's, in rank order. Received descriptors belong to the caller; this rank's own entry has none.
+
+        Raises:
+            DwdpSetupError: A peer failed, ended, or did not answer in time; received descriptors are closed.
+        """
+        answers: list[Answer] = []
+        try:
+            if self.rank:
+                answers += self._swap_with_first(payload, fds)
+            else:
+                self._swap_with_all(payload, fds, answers)
+        except BaseException as error:
+            close_fds([fd for _, received in answers for fd in received])
+            self._tell(
+                str(error) if isinstance(error, _ToldError) else self._failed(str(error) or type(error).__name__)
+            )
+            raise
+        return answers
 
     def all_gather(self, payload: bytes) -> list[bytes]:
         """Every rank's payload, in rank order.
 
         Raises:
-            DwdpSetupError: A peer failed, ended, or did not answer in time.
+            DwdpSetupError: As `swap`.
         """
-        answers = self._swap(payload, ())
+        answers = self.swap(payload)
         close_fds([fd for _, fds in answers for fd in fds])  # nobody asked for any
         return [answer for answer, _ in answers]
 
     def all_gather_fds(self, fds: Sequence[int]) -> list[list[int]]:
         """Every peer's descriptors, in rank order; this rank's own entry is empty.
 
-        At most MAX_FDS in a call, so that few are open at a time. The received ones belong to the caller;
-        those of a failed call are closed.
+        The received ones belong to the caller; those of a failed call are closed.
 
         Raises:
-            DwdpSetupError: As in `all_gather`.
+            DwdpSetupError: As `swap`.
         """
-        if len(fds) > MAX_FDS:
-            raise ValueError(f"{len(fds)} descriptors in one message; the kernel takes {MAX_FDS}")
-        return [received for _, received in self._swap(b"", fds)]
+        return [received for _, received in self.swap(b"", fds)]
 
     def barrier(self) -> None:
         """Return when all ranks have called this."""
         self.all_gather(b"")
 
+    def check_failed(self) -> None:
+        """Look whether a peer has said that it failed. Does not wait.
+
+        A rank says so before it gives its memory back, so what it said explains why that cannot be imported.
+
+        Raises:
+            DwdpSetupError: One has.
+        """
+        texts = self._last_words()
+        if texts:
+            raise _ToldError("; ".join(texts))
+
+    def _last_words(self) -> list[str]:
+        texts = []
+        for peer, connection in self._peers.items():
+            with contextlib.suppress(OSError):
+                connection.settimeout(0.001)
+                if connection.recv(1, socket.MSG_PEEK) == bytes([_FAILED]):
+                    try:
+                        close_fds(self._receive(peer, self._timeout_s)[1])
+                    except _ToldError as error:
+                        texts.append(str(error))
+        return texts
+
     def fail(self, reason: str) -> None:
         """Tell the peers that this rank cannot go on. They raise at their next step. Never raises."""
-        for peer in self._peers:
-            with contextlib.suppress(OSError, DwdpSetupError):
-                self._send(peer, _FAILED, reason.encode())
+        self._tell(self._failed(reason))
+
+    def take_connections(self) -> dict[int, socket.socket]:
+        """The connections by rank, which are the caller's from now on."""
+        connections, self._peers = self._peers, {}
+        return connections
 
     def close(self) -> None:
         """Close all connections. Idempotent."""
@@ -107,39 +199,65 @@ class Exchange:
             connection.close()
         self._peers.clear()
 
-    def _swap(self, payload: bytes, fds: Sequence[int]) -> list[tuple[bytes, list[int]]]:
-        # Pairs meet in one order on all ranks, and in each pair the lower rank speaks first, so that no two
-        # ranks can wait for each other with full socket buffers.
-        answers: list[tuple[bytes, list[int]]] = [(payload, [])] * self.size
+    def _failed(self, reason: str) -> str:
+        return f"rank {self.rank} failed: {reason}"
+
+    def _tell(self, what: str) -> None:
+        for peer in self._peers:
+            with contextlib.suppress(OSError, DwdpSetupError):
+                self._send(peer, _FAILED, what.encode())
+
+    def _swap_with_all(self, payload: bytes, fds: Sequence[int], answers: list[Answer]) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        answers.append((payload, []))
+        for peer in sorted(self._peers):
+            self._peers[peer].settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                answers.append(self._receive(peer, self._timeout_s))
+            except _ToldError as error:  # another's failure may be the cause
+                raise _ToldError("; ".join([str(error), *self._last_words()])) from error
+        bundle = pack([part for own, of_rank in answers for part in (own, _LENGTH.pack(len(of_rank)))])
+        for peer in sorted(self._peers):
+            others = [fd for rank, (_, of_rank) in enumerate(answers) if rank != peer for fd in of_rank]
+            self._peers[peer].settimeout(self._timeout_s)
+            self._send(peer, _DATA, bundle, [*fds, *others])
+
+    def _swap_with_first(self, payload: bytes, fds: Sequence[int]) -> list[Answer]:
+        # Rank 0 may come as late as the deadline allows, and then wait as long for another rank: it can name that one.
+        wait_s = 2 * self._timeout_s + 1
+        self._peers[0].settimeout(wait_s)
+        self._send(0, _DATA, payload, fds)
+        bundle, received = self._receive(0, wait_s)
         try:
-            for peer in sorted(self._peers):
-                if self.rank < peer:
-                    self._send(peer, _DATA, payload, fds)
-                    answers[peer] = self._receive(peer)
-                else:
-                    answers[peer] = self._receive(peer)
-                    self._send(peer, _DATA, payload, fds)
-        except BaseException as error:
-            close_fds([fd for _, received in answers for fd in received])
-            # Peers that have yet to speak with this rank hear the cause, not of its end.
-            self.fail(str(error) or type(error).__name__)
+            parts = unpack(bundle)
+            counts = [_LENGTH.unpack(count)[0] for count in parts[1::2]]
+            counts[0], counts[self.rank] = len(received) - sum(counts[1:]) + counts[self.rank], 0
+            if len(counts) != self.size or counts[0] < 0:
+                raise DwdpSetupError(f"rank 0 sent something else than what {self.size} ranks swapped")
+        except BaseException:
+            close_fds(received)
             raise
-        return answers
+        left = iter(received)
+        return [(part, [next(left) for _ in range(count)]) for part, count in zip(parts[::2], counts, strict=True)]
 
     def _send(self, peer: int, kind: int, payload: bytes, fds: Sequence[int] = ()) -> None:
         connection = self._peers[peer]
         message = _HEADER.pack(kind, len(payload), len(fds)) + payload
+        self.sent += 1
         try:
-            if fds:
-                message = message[socket.send_fds(connection, [message], fds) :]
+            for first in range(0, len(fds), MAX_FDS):
+                if first:
+                    connection.sendall(message)
+                    message = b"\0"
+                message = message[socket.send_fds(connection, [message], fds[first : first + MAX_FDS]) :]
             if message:  # a peer may have read all of it and closed, which makes even an empty send an error
                 connection.sendall(message)
         except OSError as error:
             if kind == _DATA:
-                close_fds(self._receive(peer)[1])  # raises what the peer left as its last word, if it left one
-            raise self._lost(peer, error) from error
+                close_fds(self._receive(peer, self._timeout_s)[1])  # raises what the peer left as its last word
+            raise self._lost(peer, error, self._timeout_s) from error
 
-    def _receive(self, peer: int) -> tuple[bytes, list[int]]:
+    def _receive(self, peer: int, wait_s: float) -> Answer:
         connection = self._peers[peer]
         fds: list[int] = []
         try:
@@ -150,20 +268,22 @@ class Exchange:
             kind, nbytes, nfds = _HEADER.unpack(header)
             payload = receive(connection, nbytes)
             if kind == _FAILED:
-                raise DwdpSetupError(f"rank {peer} failed: {payload.decode(errors='replace')}")
+                raise _ToldError(payload.decode(errors="replace"))
+            for _ in range(MAX_FDS, nfds, MAX_FDS):
+                fds += _receive_with_fds(connection, 1)[1]
             if len(fds) != nfds:
                 raise OSError(f"{len(fds)} of {nfds} descriptors arrived (limit on open files: ulimit -n)")
         except BaseException as error:
             close_fds(fds)
             if isinstance(error, OSError):
-                raise self._lost(peer, error) from error
+                raise self._lost(peer, error, wait_s) from error
             raise
         else:
             return payload, fds
 
-    def _lost(self, peer: int, error: OSError) -> DwdpSetupError:
+    def _lost(self, peer: int, error: OSError, wait_s: float) -> DwdpSetupError:
         if isinstance(error, TimeoutError):
-            why = f"no answer within {self._timeout_s:g} s"
+            why = f"no answer within {wait_s:g} s"
         elif isinstance(error, ConnectionError):
             why = "its process ended or gave up"
         else:

@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from sglang_dwdp.config import TRANSPORTS
 from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.memory.base import TIMED_WAITS, Block, CopyList, Event, Handle, Range
 
@@ -179,8 +178,7 @@ class HostMemory:
 
     transport = "host-shm"
     page_bytes = mmap.PAGESIZE
-    has_fds = True
-    maps = TRANSPORTS[transport].maps
+    maps = True
 
     def __init__(self) -> None:
         self._created_bytes = 0
@@ -205,7 +203,7 @@ class HostMemory:
         self._created_bytes += nbytes
         return HostBlock(fd, nbytes)
 
-    def export(self, block: Block) -> int:
+    def export(self, block: Block) -> Handle:
         assert isinstance(block, HostBlock)
         return block.fd
 

@@ -67,12 +67,6 @@ CONFLICTS: tuple[Conflict, ...] = (
         "Drop --dwdp-size: --enable-dwdp takes all --tp-size ranks as the group, or --dwdp-group-size of them.",
     ),
     Conflict(
-        ("nnodes",),
-        _above_one,
-        "--nnodes {args.nnodes}: ranks share memory through file descriptors, which do not cross hosts",
-        "Run one server per host.",
-    ),
-    Conflict(
         ("pp_size",),
         _above_one,
         "--pp-size {args.pp_size}: with pipeline parallelism the ranks of a group would hold different layers",

@@ -46,12 +46,6 @@ def check(running: Running, model: Path, ranks: int, expected: Answers, dwdp: tu
             assert min(report[k] for k in ("bytes_copied", "direct_forwards", "staged_forwards")) > 0
 
 
-def test_two_groups_with_redundant_experts(running: Running, models: Models, reference: Reference) -> None:
-    """4 ranks: two share one set of 8 experts, and two another; each keeps 6 of them."""
-    dwdp = ("--dwdp-group-size", "2", "--dwdp-local-experts", "6", "--dwdp-direct-max-tokens", "64")
-    check(running, models("qwen3_moe", 8), 4, reference("qwen3_moe", 8), dwdp)
-
-
 def test_qwen2_moe_with_its_gated_shared_expert(running: Running, models: Models, reference: Reference) -> None:
     # SGLang's gate of the shared expert is a Triton kernel, which the CPU can only interpret.
     how: Mapping[str, Any] = {"environment": {"TRITON_INTERPRET": "1"}}

@@ -25,3 +25,13 @@ def test_one_gpu_is_found_and_shared_by_two_processes() -> None:
     assert facts["gpus"][0]["name"] == torch.cuda.get_device_name(0)
     for transport in ("cuda-vmm", "cuda-ipc"):
         assert examine.try_transport(transport, 1).error == ""
+
+
+@pytest.mark.gpu(2)
+def test_fabric_handles_work_or_the_doctor_says_why_not() -> None:
+    share = examine.try_transport("cuda-fabric", 1)
+    if share.error:
+        for part in ("cuMem", "fabric handles for this GPU; fabric state by NVML: ", "IMEX", "nodes_config.cfg"):
+            assert part in share.error
+    else:
+        assert len(share.copies) == 2

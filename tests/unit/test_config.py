@@ -115,8 +115,10 @@ def test_a_server_outlives_ranks_whose_memory_can_be_mapped() -> None:
 
 def test_transports() -> None:
     assert set(options.TRANSPORTS) == set(get_args(options.Transport)) - {"auto"}
-    assert options.transports_of("cuda") == ["cuda-vmm", "cuda-ipc"]
-    assert options.transports_of("cpu") == ["host-shm"]
+    assert options.transports_of("cuda") == ["cuda-vmm", "cuda-fabric", "cuda-ipc"]
+    assert options.transports_of("cpu") == ["host-shm", "host-path"]
+    assert options.transports_of("cpu", across_hosts=True) == ["host-path"]
+    assert options.transports_of("cuda", across_hosts=True) == ["cuda-fabric"]
     assert options.transports_of("npu") == []
 
 

@@ -25,6 +25,7 @@ from sglang_dwdp.runtime import DwdpRuntime
 from tests.fixtures.ranks import (
     GPU_TABLES,
     KINDS,
+    PATHS,
     UNMAPPED,
     Kind,
     PlainLayer,
@@ -169,6 +170,20 @@ def test_a_failure_at_every_call_with_memory_that_cannot_be_mapped() -> None:
     before = open_resources()
     runs = list(failing_runs(UNMAPPED, full, DwdpConfig(view="staged", timeout_s=20)))
     assert len(runs) > 20
+    assert runs[-1] == ["ran", "ran"]
+    for healthy, failed in runs[:-1]:
+        assert "injected" in str(failed)
+        assert "injected" in str(healthy)
+    assert open_resources() == before
+
+
+def test_handles_that_are_bytes_and_a_failure_at_every_call_with_them() -> None:
+    """As in a group over hosts."""
+    full = checkpoint(3, 5, TAILS)
+    before = open_resources()
+    step = lambda r, layers: [equal(forward(r, layers, n), full) for n in (1, 999)]  # noqa: E731
+    assert run_ranks(3, full, step, memory=lambda _: PATHS.memory()) == [[True, True]] * 3
+    runs = list(failing_runs(PATHS, full[:2], DwdpConfig(view="staged", timeout_s=20)))
     assert runs[-1] == ["ran", "ran"]
     for healthy, failed in runs[:-1]:
         assert "injected" in str(failed)
@@ -332,7 +347,7 @@ class FailingMemory:
         self.page_bytes, self.transport = memory.page_bytes, memory.transport
         self.create, self.export = self._failing(memory.create), self._failing(memory.export)
         self.finish_writes, self.trim = self._failing(memory.finish_writes), self._failing(memory.trim)
-        self.maps, self.has_fds = memory.maps, memory.has_fds
+        self.maps = memory.maps
 
     @property
     def held_bytes(self) -> int:

@@ -94,6 +94,17 @@ def test_the_verdict_says_if_something_could_not_be_checked() -> None:
     assert verdict(facts, findings(facts)).endswith("on 2 GPUs, as far as it could be checked.")
 
 
+def test_a_host_needs_no_fabric() -> None:
+    """And one that has it is not told to use it in place of what does not work."""
+    fabric = share("cuda-fabric", error="DwdpConfigError: CUDA_ERROR_NOT_PERMITTED")
+    facts = dataclasses.replace(GOOD, shares=[*GOOD.shares, fabric])
+    [finding] = [one for one in findings(facts) if one.check == "cuda-fabric"]
+    assert (finding.status, finding.found) == (Status.OK, fabric.error)
+    assert "on one host" in finding.meaning
+    found = said(shares=[CANNOT_SHARE, share("cuda-fabric"), GOOD.shares[1]])
+    assert found["cuda-vmm"].advice == "Use --dwdp-transport cuda-ipc."
+
+
 def test_a_compiler_is_as_good_as_a_built_all_to_all() -> None:
     assert said(kernels=Kernels("0.7.2", list(FORMATS), False, "/usr/bin/nvcc")) == {}
 

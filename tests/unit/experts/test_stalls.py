@@ -114,5 +114,5 @@ def test_a_forward_that_waits_ends_with_layer_peer_and_bytes(source: Source) -> 
 
 def test_a_fill_in_words() -> None:
     layer: Any = SimpleNamespace(layer_id=7)
-    shared = SharedLayer(layer, {}, {}, (), [], copied_from={2: 30, 0: 10})
+    shared = SharedLayer(layer, {}, {}, {}, (), [], copied_from={2: 30, 0: 10})
     assert shared.describe_copies() == "layer 7, 10 bytes from rank 0 and 30 bytes from rank 2"

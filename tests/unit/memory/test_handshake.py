@@ -9,9 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sglang_dwdp.errors import DwdpSetupError
-from sglang_dwdp.memory.handshake import _DATA, _FAILED, _HEADER, MAX_FDS, Exchange, close_fds
+from sglang_dwdp.memory.handshake import _DATA, _FAILED, _HEADER, MAX_FDS, Exchange, close_fds, pack, unpack
 
 
 def run_ranks(size: int, step: Callable[[Exchange], Any], timeout_s: float = 10.0) -> list[Any]:
@@ -75,24 +77,71 @@ def test_descriptors_reach_every_peer_and_none_is_left_open() -> None:
     assert open_fds() == before
 
 
-def test_as_many_descriptors_as_the_kernel_takes() -> None:
-    def step(x: Exchange) -> int:
-        fd = os.memfd_create("t")
-        received = x.all_gather_fds([fd] * MAX_FDS)
-        count = len(received[1 - x.rank])
-        close_fds([fd, *received[1 - x.rank]])
-        return count
+@pytest.mark.parametrize("count", [MAX_FDS, MAX_FDS + 1, 2 * MAX_FDS + 3])
+def test_more_descriptors_than_the_kernel_takes_in_a_message(count: int) -> None:
+    before = open_fds()
 
-    assert run_ranks(2, step) == [MAX_FDS, MAX_FDS]
-    with pytest.raises(ValueError, match="254 descriptors"):
-        Exchange("x", 0, 1, 1.0).all_gather_fds([0] * (MAX_FDS + 1))
+    def step(x: Exchange) -> list[int]:
+        fd = os.memfd_create("t")
+        fds = [fd] * (count if x.rank == 2 else x.rank)
+        answers = x.swap(bytes([x.rank]) * 10_000, fds)
+        assert [answer for answer, _ in answers] == [bytes([rank]) * 10_000 for rank in range(3)]
+        counts = [len(received) for _, received in answers]
+        close_fds([fd, *(fd for _, received in answers for fd in received)])
+        return counts
+
+    assert run_ranks(3, step) == [[0, 1, count], [0, 0, count], [0, 1, 0]]
+    assert open_fds() == before
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(st.binary(max_size=20), st.integers(0, 3)), min_size=1, max_size=5))
+def test_everybody_gets_what_everybody_gave(given: list[tuple[bytes, int]]) -> None:
+    before = open_fds()
+
+    def step(x: Exchange) -> list[tuple[bytes, list[bytes]]]:
+        payload, count = given[x.rank]
+        fds = []
+        for index in range(count):
+            fds.append(os.memfd_create("t"))
+            os.write(fds[-1], f"{x.rank}.{index}".encode())
+        answers = x.swap(payload, fds)
+        found = [(answer, [os.pread(fd, 9, 0) for fd in received]) for answer, received in answers]
+        close_fds([*fds, *(fd for _, received in answers for fd in received)])
+        return found
+
+    for rank, found in enumerate(run_ranks(len(given), step)):
+        assert found == [
+            (payload, [f"{peer}.{index}".encode() for index in range(count if peer != rank else 0)])
+            for peer, (payload, count) in enumerate(given)
+        ]
+    assert open_fds() == before
+
+
+@given(st.lists(st.binary(max_size=5)), st.integers(0, 40))
+def test_parts_are_packed_as_one_and_a_piece_of_it_is_not_taken_for_it(parts: list[bytes], end: int) -> None:
+    data = pack(parts)
+    assert unpack(data) == parts
+    try:
+        assert pack(unpack(data[:end])) == data[:end]
+    except DwdpSetupError:
+        assert end < len(data)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_messages_of_a_step(size: int) -> None:
+    def step(x: Exchange) -> int:
+        x.barrier()
+        return x.sent
+
+    assert sum(run_ranks(size, step)) == 2 * (size - 1)
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
     name = uuid.uuid4().hex
     with pytest.raises(DwdpSetupError, match=r"rank 0: ranks \[1, 2\] did not come within 0.2 s"):
         Exchange(name, 0, 3, 0.2).connect()
-    with pytest.raises(DwdpSetupError, match=r"rank 1: rank 0 did not come within 0.2 s"):
+    with pytest.raises(DwdpSetupError, match=r"rank 1: rank 0 did not come within 0.2 s, or had given up"):
         Exchange(name, 1, 3, 0.2).connect()
 
 
@@ -107,6 +156,42 @@ def test_a_failure_reaches_all_peers_with_its_reason() -> None:
     for result in (first, last):
         assert isinstance(result, DwdpSetupError)
         assert "rank 1 failed: layer 3, w2_weight: no space" in str(result)
+
+
+def test_the_failure_of_two_ranks_reaches_all_with_both_reasons() -> None:
+    """The first of them may only be the consequence of the other one."""
+    has_failed = threading.Event()
+
+    def step(x: Exchange) -> None:
+        if x.rank == 2:
+            x.fail("no space")
+            has_failed.set()
+        else:
+            has_failed.wait(10)
+        if x.rank == 1:
+            x.fail("no such file")
+        if x.rank in (0, 3):
+            x.barrier()
+
+    for result in run_ranks(4, step)[::3]:
+        assert "rank 1 failed: no such file; rank 2 failed: no space" in str(result)
+
+
+def test_what_a_peer_said_is_heard_at_any_time() -> None:
+    said = threading.Event()
+
+    def step(x: Exchange) -> None:
+        x.check_failed()  # nobody has
+        x.barrier()
+        if x.rank == 1:
+            x.fail("no space")
+            said.set()
+        else:
+            said.wait(10)
+            x.check_failed()
+
+    first, _ = run_ranks(2, step)
+    assert str(first) == "rank 1 failed: no space"
 
 
 def test_a_rank_that_ends_without_a_word_is_noticed() -> None:
@@ -142,10 +227,10 @@ def test_descriptors_that_come_with_a_failure_or_unasked_are_closed() -> None:
     def step(x: Exchange, kind: int) -> None:
         if x.rank == 1:
             fd = os.memfd_create("t")
-            x._send(0, kind, b"", [fd])
+            x._send(0, kind, b"rank 1 failed", [fd])
             close_fds([fd])
             if kind == _DATA:
-                x._receive(0)
+                x._receive(0, 1.0)
         else:
             x.all_gather(b"")
 

@@ -1,6 +1,7 @@
 """How ranks meet: strangers, impostors and second claimants are hung up on, and the real peers still come.
 
-An attacker here knows the names of bound sockets, which every user of the host can read, but not the secret.
+An attacker here knows where rank 0 listens, which every user of the host or the network can find out, but not the
+secret.
 """
 
 from __future__ import annotations
@@ -18,41 +19,56 @@ import pytest
 
 from sglang_dwdp.errors import DwdpSetupError
 from sglang_dwdp.memory import rendezvous
-from sglang_dwdp.memory.rendezvous import _ANSWER, _CLAIM, address, meet
+from sglang_dwdp.memory.places import Place, TcpPlace, UnixPlace, own_address
+from sglang_dwdp.memory.rendezvous import _ANSWER, _CLAIM, meet
 
 CHALLENGE = bytes(32)
+
+
+# Hosts of TCP places; None: a Unix socket.
+HOSTS = [None, "127.0.0.1", "::1"]
 
 
 class Group:
     """Ranks as threads that meet under one secret."""
 
-    def __init__(self, pool: ThreadPoolExecutor, size: int) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, size: int, host: str | None) -> None:
         self.secret = uuid.uuid4().hex
         self.met: list[dict[int, socket.socket]] = [{} for _ in range(size)]
-        self._pool, self._size = pool, size
+        self.place: Any = self._place(host)
+        self._pool, self._size, self._host = pool, size, host
+
+    def _place(self, host: str | None) -> Place:
+        return UnixPlace(self.secret) if host is None else TcpPlace.open(host)
 
     def come(self, rank: int, timeout_s: float = 10.0) -> Future[None]:
-        return self._pool.submit(meet, self.secret, rank, self._size, timeout_s, self.met[rank])
+        return self._pool.submit(meet, self.secret, rank, self._size, timeout_s, self.met[rank], self.place)
 
-    def visit(self, rank: int) -> socket.socket:
-        """A connection to a rank's socket, of somebody who knows its name alone."""
-        connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(10)
+    def visit(self) -> socket.socket:
+        """A connection with rank 0, of somebody who knows nothing but where it listens."""
         deadline = time.monotonic() + 10
-        while connection.connect_ex(address(self.secret, rank)) != 0:
-            assert time.monotonic() < deadline
-        return connection
+        while True:
+            try:
+                return self.place.visit(10)
+            except ConnectionRefusedError:
+                assert time.monotonic() < deadline
+
+    def start_anew(self) -> None:
+        self.close()
+        self.place = self._place(self._host)
 
     def close(self) -> None:
         for peers in self.met:
             for connection in peers.values():
                 connection.close()
+        if isinstance(self.place, TcpPlace):
+            self.place.close()
 
 
-@pytest.fixture
-def group() -> Iterator[Group]:
+@pytest.fixture(params=HOSTS)
+def group(request: pytest.FixtureRequest) -> Iterator[Group]:
     with ThreadPoolExecutor(3) as pool:
-        made = Group(pool, 2)
+        made = Group(pool, 2, request.param)
         yield made
         made.close()
 
@@ -72,10 +88,9 @@ def is_hung_up(connection: socket.socket) -> bool:
 
 
 def test_the_secret_is_neither_in_the_name_nor_on_the_wire(group: Group) -> None:
-    assert group.secret.encode() not in address(group.secret, 0)
-    assert address(group.secret, 0) != address(group.secret, 1)
+    assert group.secret.encode() not in UnixPlace(group.secret).address
     first = group.come(0)
-    with group.visit(0) as stranger:
+    with group.visit() as stranger:
         stranger.sendall(_CLAIM.pack(1, CHALLENGE))
         answer = stranger.recv(1000)
     assert len(answer) == _ANSWER.size
@@ -86,7 +101,7 @@ def test_the_secret_is_neither_in_the_name_nor_on_the_wire(group: Group) -> None
 
 def test_strangers_that_say_nothing_or_nonsense_keep_nobody_from_meeting(group: Group) -> None:
     first = group.come(0)
-    mute, gone, nonsense = group.visit(0), group.visit(0), group.visit(0)
+    mute, gone, nonsense = group.visit(), group.visit(), group.visit()
     gone.close()
     nonsense.sendall(b"1" * 200)
     start = time.monotonic()
@@ -100,7 +115,7 @@ def test_strangers_that_say_nothing_or_nonsense_keep_nobody_from_meeting(group: 
 
 def test_an_impostor_that_claims_to_be_a_peer_gets_nothing(group: Group) -> None:
     first = group.come(0)
-    impostor = group.visit(0)
+    impostor = group.visit()
     impostor.sendall(_CLAIM.pack(1, CHALLENGE))
     _, proof = _ANSWER.unpack(impostor.recv(1000))
     impostor.sendall(proof)  # the listener's own proof, sent back
@@ -123,9 +138,9 @@ def test_what_a_peer_said_once_cannot_be_said_again(group: Group) -> None:
         patch.setattr(rendezvous, "_proofs", overheard)
         first, second = group.come(0), group.come(1)
         first.result(), second.result()
-    group.close()
+    group.start_anew()
     first = group.come(0)
-    with group.visit(0) as replayer:
+    with group.visit() as replayer:
         replayer.sendall(_CLAIM.pack(1, CHALLENGE))
         replayer.recv(1000)
         replayer.sendall(heard[0])
@@ -137,29 +152,33 @@ def test_what_a_peer_said_once_cannot_be_said_again(group: Group) -> None:
 @pytest.mark.parametrize("rank", [0, 2, 7, 4_000_000_000])
 def test_ranks_that_are_not_awaited_are_hung_up_on(group: Group, rank: int) -> None:
     first = group.come(0)
-    visitor = group.visit(0)
+    visitor = group.visit()
     visitor.sendall(_CLAIM.pack(rank, CHALLENGE))
     assert is_hung_up(visitor)
     second = group.come(1)
     first.result(), second.result()
 
 
-def test_a_second_claimant_does_not_replace_a_peer() -> None:
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_second_claimant_does_not_replace_a_peer(host: str | None) -> None:
     """It knows the secret: a rank that was started twice."""
     with ThreadPoolExecutor(4) as pool:
-        group = Group(pool, 3)
+        group = Group(pool, 3, host)
         first, second = group.come(0, 10), group.come(1, 10)
+        second.result()
         deadline = time.monotonic() + 10
         while 1 not in group.met[0] and time.monotonic() < deadline:
             time.sleep(0.01)
         met = group.met[0][1]
         twin: dict[int, socket.socket] = {}
-        with pytest.raises(DwdpSetupError, match="rank 1: cannot listen for its peers"):
-            meet(group.secret, 1, 3, 0.2, twin)
+        place = group.place if host is None else TcpPlace(host, group.place.port)
+        with pytest.raises(DwdpSetupError, match="rank 0: cannot listen for its peers"):
+            meet(group.secret, 0, 3, 0.2, twin, place)
         with pytest.raises(DwdpSetupError, match=r"rank 1: rank 0 did not come within 0.2 s"):
-            rendezvous._visit(group.secret, 1, 0, 0.2, time.monotonic() + 0.2)
+            meet(group.secret, 1, 3, 0.2, twin, group.place)
         third = group.come(2)
-        first.result(), second.result(), third.result()
+        first.result(), third.result()
+        assert not twin
         assert group.met[0][1] is met
         assert_joined(group)
         group.close()
@@ -169,9 +188,9 @@ def test_another_users_process_is_hung_up_on_and_the_peer_still_comes(
     group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     others = True
-    monkeypatch.setattr(rendezvous, "_is_same_user", lambda _connection: not others)
+    monkeypatch.setattr(type(group.place), "admits", lambda _place, _connection: not others)
     first = group.come(0)
-    assert is_hung_up(group.visit(0))
+    assert is_hung_up(group.visit())
     others = False
     second = group.come(1)
     first.result(), second.result()
@@ -181,41 +200,64 @@ def test_another_users_process_is_hung_up_on_and_the_peer_still_comes(
 def test_users_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = socket.socketpair()
     with one, other:
-        assert rendezvous._is_same_user(one)
+        assert UnixPlace("x").admits(one)
         real = os.getuid()
         monkeypatch.setattr(os, "getuid", lambda: real + 1)
-        assert not rendezvous._is_same_user(one)
+        assert not UnixPlace("x").admits(one)
 
 
+def test_strangers_do_not_pile_up(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_MAX_STRANGERS", 3)
+    first = group.come(0)
+    strangers = [group.visit() for _ in range(5)]
+    assert [is_hung_up(stranger) for stranger in strangers[:2]] == [True, True]
+    second = group.come(1)
+    first.result(), second.result()
+    assert_joined(group)
+    for stranger in strangers:
+        stranger.close()
+
+
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("answers", [True, False])
-def test_an_impostor_that_listens_in_a_peers_place_gets_no_proof(group: Group, *, answers: bool) -> None:
+def test_an_impostor_that_listens_in_a_peers_place_gets_no_proof(host: str | None, *, answers: bool) -> None:
     heard = b""
-    with socket.socket(socket.AF_UNIX) as impostor:
-        impostor.bind(address(group.secret, 0))
-        impostor.listen()
-        second = group.come(1, timeout_s=0.5)
-        connection, _ = impostor.accept()
-        with connection:
-            heard += connection.recv(1000)
-            if answers:
-                connection.sendall(_ANSWER.pack(CHALLENGE, CHALLENGE))
+    with ThreadPoolExecutor(1) as pool:
+        group = Group(pool, 2, host)
+        with group.place.listen() as impostor:
+            second = group.come(1, timeout_s=0.5)
+            connection, _ = impostor.accept()
+            with connection:
                 heard += connection.recv(1000)
-            else:
-                threading.Event().wait(0.6)  # longer than the visitor's deadline
-        with pytest.raises(DwdpSetupError, match=r"rank 1: rank 0 did not come within 0\.5 s") as error:
-            second.result()
+                if answers:
+                    connection.sendall(_ANSWER.pack(CHALLENGE, CHALLENGE))
+                    heard += connection.recv(1000)
+                else:
+                    threading.Event().wait(0.6)  # longer than the visitor's deadline
+            with pytest.raises(DwdpSetupError, match=r"rank 1: rank 0 did not come within 0\.5 s") as error:
+                second.result()
     assert ("Another process listens in its place" in str(error.value)) == answers
+    assert (f"at {group.place}" in str(error.value)) == (host is not None)
     assert len(heard) == _CLAIM.size
 
 
-def test_a_listener_whose_queue_is_full_is_given_up_in_time(group: Group) -> None:
+def test_a_listener_whose_queue_is_full_is_given_up_in_time() -> None:
+    place = UnixPlace(uuid.uuid4().hex)
     with socket.socket(socket.AF_UNIX) as full:
-        full.bind(address(group.secret, 0))
+        full.bind(place.address)
         full.listen(0)
-        waiting = [group.visit(0)]
+        waiting = [place.visit(10)]
         start = time.monotonic()
         with pytest.raises(DwdpSetupError, match="rank 0 did not come within"):
-            group.come(1, timeout_s=0.3).result()
+            meet("secret", 1, 2, 0.3, {}, place)
         assert time.monotonic() - start < 3
         for connection in waiting:
             connection.close()
+
+
+def test_a_place_of_another_host_is_this_hosts_address_on_the_way_there() -> None:
+    assert own_address("127.0.0.1", 1) == "127.0.0.1"
+    assert own_address("::1", 1) == "::1"
+    assert own_address("localhost", 1) in ("127.0.0.1", "::1")
+    with pytest.raises(OSError, match=r"."):
+        own_address("no-such-host.invalid", 1)

@@ -18,7 +18,7 @@ from sglang_dwdp.srt_patches.ports import free_block, use_free_ports
 
 
 def arguments(port: int, *, dwdp: bool = True) -> Any:
-    result = SimpleNamespace(port=port, dist_init_addr=None, device="cuda", tp_size=2)
+    result = SimpleNamespace(port=port, dist_init_addr=None, node_rank=0, device="cuda", tp_size=2)
     attach(result, DwdpConfig() if dwdp else None)
     return result
 
@@ -46,6 +46,21 @@ def test_sglangs_own_choice_is_left_where_it_is_asked_for() -> None:
     addressed = arguments(30000)
     addressed.dist_init_addr = "10.0.0.1:5000"
     assert first_port(addressed) == 30000 + delta
+
+
+def test_another_host_does_not_look_for_the_first_hosts_ports_on_its_own() -> None:
+    wait = sglang_server_args.wait_port_available
+    elsewhere = arguments(30000)
+    elsewhere.dist_init_addr, elsewhere.node_rank = "10.0.0.1:5000", 1
+
+    def looked(_given: Any) -> bool:
+        return sglang_server_args.wait_port_available(-1, "a port that there is not")
+
+    assert use_free_ports(looked, elsewhere)
+    assert sglang_server_args.wait_port_available is wait
+    elsewhere.node_rank = 0
+    with pytest.raises(ValueError, match="a port that there is not"):
+        use_free_ports(looked, elsewhere)
 
 
 def test_a_block_is_free_throughout() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -235,7 +236,17 @@ def test_models_and_devices_that_are_refused(model: str, tmp_path: Path) -> None
         {"model_path": model, **plain, "dwdp_local_experts": 10},
         {"model_path": model, **plain, "dwdp_transport": "cuda-ipc"},
     ]
-    done = run(ERRORS, json.dumps(keywords))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        running = f"127.0.0.1:{server.getsockname()[1]}"
+        hosts = {"model_path": model, **plain, "nnodes": 2, "tp_size": 4, "dist_init_addr": "127.0.0.1:9"}
+        keywords += [
+            hosts | {"dist_init_addr": None},
+            hosts | {"tp_size": 5},
+            hosts | {"dwdp_transport": "host-shm"},
+            hosts | {"dwdp_exchange": "auto"},
+            hosts | {"dwdp_group_size": 2, "dist_init_addr": running},
+        ]
+        done = run(ERRORS, json.dumps(keywords))
     answers = json.loads(done.stdout.splitlines()[-1].removeprefix("RESULT "))
     assert "has no routed experts" in answers[0]
     assert "9 experts cannot be shared among 10 ranks" in answers[1]
@@ -244,4 +255,10 @@ def test_models_and_devices_that_are_refused(model: str, tmp_path: Path) -> None
     assert "--tp-size 4 is not a multiple of --dwdp-group-size 3" in answers[4]
     assert "needs at least 5 on each rank to have all 9 experts" in answers[5]
     assert "--dwdp-local-experts 10" in answers[6]
-    assert "--dwdp-transport cuda-ipc on --device cpu. Use host-shm" in answers[7]
+    assert "--dwdp-transport cuda-ipc on --device cpu. Use host-shm or host-path" in answers[7]
+    assert "--nnodes 2 needs --dist-init-addr" in answers[8]
+    assert "a multiple of the hosts (got 5)" in answers[9]
+    way_out = "Use a --dwdp-group-size that divides 2, the ranks of a host"
+    assert f"--dwdp-transport host-shm does not cross hosts. {way_out}, or host-path." in answers[10]
+    assert f"the ranks of a group have to be on one host. {way_out}, or drop --dwdp-exchange." in answers[11]
+    assert f"a server is running at --dist-init-addr {running} already" in answers[12]

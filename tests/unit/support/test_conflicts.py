@@ -25,7 +25,6 @@ def arguments(**changes: Any) -> SimpleNamespace:
 CASES = [
     ({"tp_size": 1}, "--tp-size 1 leaves no peer"),
     ({"dwdp_size": 4}, "--dwdp-size 4"),
-    ({"nnodes": 2}, "--nnodes 2"),
     ({"moe_dense_tp_size": 2}, "--moe-dense-tp-size 2"),
     ({"load_format": "presharded"}, "--load-format presharded"),
     ({"load_format": "sharded_state"}, "--load-format sharded_state"),
