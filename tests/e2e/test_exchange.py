@@ -117,12 +117,14 @@ def check_survivors(server: Server, expected: Answers) -> None:
 
 def check_metrics(server: Server) -> None:
     """/metrics has every rank's counters, under DWDP's and SGLang's labels, as they were a moment ago."""
+    for number in range(8 * server.ranks):  # too long to be joint
+        server.generate(f"{number} {PROMPTS[14]} {PROMPTS[15]}", 1, number % server.ranks)
     text = requests.get(f"{server.url}/metrics", timeout=30).text
     samples = {
         (sample.name, int(sample.labels["dp_rank"]), sample.labels.get("kind", sample.labels.get("outcome"))): sample
         for family in text_string_to_metric_families(text)
         for sample in family.samples
-        if sample.name.startswith("sglang:dwdp_") and "le" not in sample.labels
+        if sample.name.startswith("sglang:dwdp_") and "dp_rank" in sample.labels and "le" not in sample.labels
     }
     names = {f"sglang:{metric.name}" for metric in METRICS}
     assert names <= {name for name, _, _ in samples}

@@ -96,7 +96,7 @@ def started(*, outlives: bool = True) -> Iterator[Server]:
         server.close()
 
 
-def until(condition: Callable[[], object], within_s: float = 5.0) -> None:
+def until(condition: Callable[[], object], within_s: float = 20.0) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline

@@ -74,7 +74,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Step], list[Any]]:
 
     def run_all(step: Step) -> list[Any]:
         def one(runtime: DwdpRuntime, layers: list[Any]) -> Any:
-            of_thread.parallel = SimpleNamespace(tp_rank=runtime.rank, tp_size=RANKS)
+            of_thread.parallel = SimpleNamespace(tp_rank=runtime.rank, tp_size=RANKS, nnodes=1)
             model = Model(layers[0].fused)
 
             def seen() -> Any:
