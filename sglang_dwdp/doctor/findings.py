@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from sglang_dwdp.config import TRANSPORTS
 from sglang_dwdp.doctor.facts import Facts
-from sglang_dwdp.memory.handshake import MAX_FDS
+from sglang_dwdp.memory.messages import MAX_FDS
 from sglang_dwdp.support.flashinfer_modules import FORMATS
 from sglang_dwdp.support.ledger import ALLOW_PATCHED
 from sglang_dwdp.support.release import SGLANG

@@ -26,7 +26,8 @@ from sglang_dwdp.experts.views import SlotMemory, TensorSpec
 from sglang_dwdp.memory.agreement import check_same
 from sglang_dwdp.memory.base import Block, CopyList, Memory
 from sglang_dwdp.memory.handles import swap_blocks
-from sglang_dwdp.memory.handshake import Exchange, pack, unpack
+from sglang_dwdp.memory.handshake import Exchange
+from sglang_dwdp.memory.messages import pack, unpack
 
 
 @dataclass(slots=True)

@@ -11,7 +11,8 @@ from contextlib import ExitStack
 
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.memory.base import Block, Handle, Memory
-from sglang_dwdp.memory.handshake import Exchange, pack, unpack
+from sglang_dwdp.memory.handshake import Exchange
+from sglang_dwdp.memory.messages import pack, unpack
 
 NEEDS = {
     "cuda-fabric": "Fabric handles need GPUs in one NVLink domain (such as an NVL72), NVIDIA's IMEX service on each of "

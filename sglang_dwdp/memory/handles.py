@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from sglang_dwdp.memory.base import Block, Handle, Memory
-from sglang_dwdp.memory.handshake import Exchange, close_fds, pack, unpack
+from sglang_dwdp.memory.handshake import Exchange
+from sglang_dwdp.memory.messages import close_fds, pack, unpack
 
 
 def swap_blocks(

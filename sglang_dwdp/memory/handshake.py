@@ -7,64 +7,21 @@ fails says so, or its sockets close: either way every peer raises within the dea
 
 from __future__ import annotations
 
-import array
 import contextlib
-import os
 import socket
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from sglang_dwdp.errors import DwdpSetupError
+from sglang_dwdp.memory.messages import close_fds, pack, receive_message, send_message, unpack
 from sglang_dwdp.memory.places import Place, UnixPlace
-from sglang_dwdp.memory.rendezvous import meet, receive
+from sglang_dwdp.memory.rendezvous import meet
 
-MAX_FDS = 253  # SCM_MAX_FD: the kernel's limit for one message
-
-_HEADER = struct.Struct("!BII")  # kind, payload bytes, descriptors
-_LENGTH = struct.Struct("!I")
+_COUNT = struct.Struct("!I")
 _DATA, _FAILED = range(2)
-_CMSG_CLOEXEC = 0x40000000  # MSG_CMSG_CLOEXEC: a received descriptor is not inherited by child processes
 
 Answer = tuple[bytes, list[int]]  # what a rank sent: payload, descriptors
-
-
-def close_fds(fds: Iterable[int]) -> None:
-    """Close descriptors that nothing took over."""
-    for fd in fds:
-        os.close(fd)
-
-
-def pack(parts: Sequence[bytes]) -> bytes:
-    """Byte strings as one; `unpack` takes them apart."""
-    return b"".join(_LENGTH.pack(len(part)) + part for part in parts)
-
-
-def unpack(data: bytes) -> list[bytes]:
-    """The byte strings that `pack` joined.
-
-    Raises:
-        DwdpSetupError: `data` ends within one.
-    """
-    parts, at = [], 0
-    while at < len(data):
-        start = at + _LENGTH.size
-        length = _LENGTH.unpack(data[at:start])[0] if start <= len(data) else len(data)
-        at = start + length
-        if at > len(data):
-            raise DwdpSetupError("a peer sent a message that ends too early: is its sglang-dwdp another version?")
-        parts.append(data[start:at])
-    return parts
-
-
-def _receive_with_fds(connection: socket.socket, nbytes: int) -> Answer:
-    # Not socket.recv_fds: it leaves the flags out in some releases of Python.
-    fds = array.array("i")
-    data, ancillary, _, _ = connection.recvmsg(nbytes, socket.CMSG_SPACE(MAX_FDS * fds.itemsize), _CMSG_CLOEXEC)
-    for level, kind, content in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-    return data, fds.tolist()
 
 
 class _ToldError(DwdpSetupError):
@@ -130,9 +87,8 @@ class Exchange:
                 self._swap_with_all(payload, fds, answers)
         except BaseException as error:
             close_fds([fd for _, received in answers for fd in received])
-            self._tell(
-                str(error) if isinstance(error, _ToldError) else self._failed(str(error) or type(error).__name__)
-            )
+            reason = str(error) or type(error).__name__
+            self._tell(reason if isinstance(error, _ToldError) else self._failed(reason))
             raise
         return answers
 
@@ -216,7 +172,8 @@ class Exchange:
                 answers.append(self._receive(peer, self._timeout_s))
             except _ToldError as error:  # another's failure may be the cause
                 raise _ToldError("; ".join([str(error), *self._last_words()])) from error
-        bundle = pack([part for own, of_rank in answers for part in (own, _LENGTH.pack(len(of_rank)))])
+        counts = [len(fds), *(len(of_rank) for _, of_rank in answers[1:])]
+        bundle = pack([part for (own, _), n in zip(answers, counts, strict=True) for part in (own, _COUNT.pack(n))])
         for peer in sorted(self._peers):
             others = [fd for rank, (_, of_rank) in enumerate(answers) if rank != peer for fd in of_rank]
             self._peers[peer].settimeout(self._timeout_s)
@@ -230,10 +187,10 @@ class Exchange:
         bundle, received = self._receive(0, wait_s)
         try:
             parts = unpack(bundle)
-            counts = [_LENGTH.unpack(count)[0] for count in parts[1::2]]
-            counts[0], counts[self.rank] = len(received) - sum(counts[1:]) + counts[self.rank], 0
-            if len(counts) != self.size or counts[0] < 0:
+            counts = [_COUNT.unpack(count)[0] for count in parts[1::2]]
+            if len(counts) != self.size or sum(counts) - len(fds) != len(received):
                 raise DwdpSetupError(f"rank 0 sent something else than what {self.size} ranks swapped")
+            counts[self.rank] = 0  # it does not get its own back
         except BaseException:
             close_fds(received)
             raise
@@ -241,45 +198,23 @@ class Exchange:
         return [(part, [next(left) for _ in range(count)]) for part, count in zip(parts[::2], counts, strict=True)]
 
     def _send(self, peer: int, kind: int, payload: bytes, fds: Sequence[int] = ()) -> None:
-        connection = self._peers[peer]
-        message = _HEADER.pack(kind, len(payload), len(fds)) + payload
         self.sent += 1
         try:
-            for first in range(0, len(fds), MAX_FDS):
-                if first:
-                    connection.sendall(message)
-                    message = b"\0"
-                message = message[socket.send_fds(connection, [message], fds[first : first + MAX_FDS]) :]
-            if message:  # a peer may have read all of it and closed, which makes even an empty send an error
-                connection.sendall(message)
+            send_message(self._peers[peer], kind, payload, fds)
         except OSError as error:
             if kind == _DATA:
                 close_fds(self._receive(peer, self._timeout_s)[1])  # raises what the peer left as its last word
             raise self._lost(peer, error, self._timeout_s) from error
 
     def _receive(self, peer: int, wait_s: float) -> Answer:
-        connection = self._peers[peer]
-        fds: list[int] = []
         try:
-            header, fds = _receive_with_fds(connection, _HEADER.size)
-            header += receive(connection, _HEADER.size - len(header)) if header else b""
-            if not header:
-                raise ConnectionResetError
-            kind, nbytes, nfds = _HEADER.unpack(header)
-            payload = receive(connection, nbytes)
-            if kind == _FAILED:
-                raise _ToldError(payload.decode(errors="replace"))
-            for _ in range(MAX_FDS, nfds, MAX_FDS):
-                fds += _receive_with_fds(connection, 1)[1]
-            if len(fds) != nfds:
-                raise OSError(f"{len(fds)} of {nfds} descriptors arrived (limit on open files: ulimit -n)")
-        except BaseException as error:
+            kind, payload, fds = receive_message(self._peers[peer])
+        except OSError as error:
+            raise self._lost(peer, error, wait_s) from error
+        if kind == _FAILED:
             close_fds(fds)
-            if isinstance(error, OSError):
-                raise self._lost(peer, error, wait_s) from error
-            raise
-        else:
-            return payload, fds
+            raise _ToldError(payload.decode(errors="replace"))
+        return payload, fds
 
     def _lost(self, peer: int, error: OSError, wait_s: float) -> DwdpSetupError:
         if isinstance(error, TimeoutError):

@@ -25,6 +25,7 @@ import struct
 import time
 
 from sglang_dwdp.errors import DwdpSetupError
+from sglang_dwdp.memory.messages import receive
 from sglang_dwdp.memory.places import Place
 
 _CHALLENGE_BYTES = 32
@@ -42,22 +43,6 @@ def _proofs(secret: str, listener: int, visitor: int, listeners: bytes, visitors
     """The listener's and the visitor's proof for one connection, from both sides' challenges."""
     said = f" {listener} {visitor} ".encode() + listeners + visitors
     return _mac(secret, b"listener" + said), _mac(secret, b"visitor" + said)
-
-
-def receive(connection: socket.socket, nbytes: int) -> bytes:
-    """The next `nbytes` bytes of a connection.
-
-    Raises:
-        OSError: The other side has left, or the connection's time-out is over.
-    """
-    data = bytearray(nbytes)
-    left = memoryview(data)
-    while left:
-        count = connection.recv_into(left)
-        if not count:
-            raise ConnectionResetError
-        left = left[count:]
-    return bytes(data)
 
 
 class _ImpostorError(OSError):

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_dwdp.errors import DwdpSetupError
-from sglang_dwdp.memory.handshake import _DATA, _FAILED, _HEADER, MAX_FDS, Exchange, close_fds, pack, unpack
+from sglang_dwdp.memory.handshake import _DATA, _FAILED, Exchange
+from sglang_dwdp.memory.messages import HEADER, MAX_FDS, close_fds, pack, unpack
 
 
 def run_ranks(size: int, step: Callable[[Exchange], Any], timeout_s: float = 10.0) -> list[Any]:
@@ -245,7 +246,7 @@ def test_descriptors_of_a_garbled_message_are_closed() -> None:
     def step(x: Exchange) -> None:
         if x.rank == 1:
             fd = os.memfd_create("t")
-            socket.send_fds(x._peers[0], [_HEADER.pack(_DATA, 0, 2)], [fd])  # two announced, one sent
+            socket.send_fds(x._peers[0], [HEADER.pack(_DATA, 0, 2)], [fd])  # two announced, one sent
             close_fds([fd])
         else:
             x.barrier()

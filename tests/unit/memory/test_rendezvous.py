@@ -236,6 +236,7 @@ def test_an_impostor_that_listens_in_a_peers_place_gets_no_proof(host: str | Non
                     threading.Event().wait(0.6)  # longer than the visitor's deadline
             with pytest.raises(DwdpSetupError, match=r"rank 1: rank 0 did not come within 0\.5 s") as error:
                 second.result()
+    group.close()
     assert ("Another process listens in its place" in str(error.value)) == answers
     assert (f"at {group.place}" in str(error.value)) == (host is not None)
     assert len(heard) == _CLAIM.size
