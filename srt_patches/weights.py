@@ -121,9 +121,10 @@ async def explain_memory(original: Callable[..., Any], manager: Any, request: An
     """Around a request to the tokenizer manager that ranks would answer with no reason."""
     # The hook stays in the launcher's process, which may start another engine without DWDP later.
     config = config_of(manager.server_args)
-    if config is not None and concerns_weights(request):
-        if config.transport == "cuda-ipc" or manager.server_args.nnodes > 1:
-            raise ValueError(_MEMORY)
+    if config is None or not concerns_weights(request):
+        return await original(manager, request, *args)
+    if config.transport == "cuda-ipc" or manager.server_args.nnodes > 1:
+        raise ValueError(_MEMORY)
     return await original(manager, request, *args)
 
 
