@@ -32,8 +32,8 @@ _EXPORT = (
     "from its peers. Take them from where they were trained, or serve without --enable-dwdp."
 )
 _MEMORY = (
-    f"Releasing and resuming the memory of weights is {_UNSUPPORTED} and --dwdp-transport cuda-ipc, whose addresses "
-    'cannot be had again. Release the rest with tags ["kv_cache", "cuda_graph"].'
+    f"Releasing and resuming the memory of weights is {_UNSUPPORTED} on several hosts, and with --dwdp-transport "
+    'cuda-ipc, whose addresses cannot be had again. Release the rest with tags ["kv_cache", "cuda_graph"].'
 )
 
 
@@ -121,7 +121,9 @@ async def explain_memory(original: Callable[..., Any], manager: Any, request: An
     """Around a request to the tokenizer manager that ranks would answer with no reason."""
     # The hook stays in the launcher's process, which may start another engine without DWDP later.
     config = config_of(manager.server_args)
-    if config is not None and config.transport == "cuda-ipc" and concerns_weights(request):
+    if config is None or not concerns_weights(request):
+        return await original(manager, request, *args)
+    if config.transport == "cuda-ipc" or manager.server_args.nnodes > 1:
         raise ValueError(_MEMORY)
     return await original(manager, request, *args)
 

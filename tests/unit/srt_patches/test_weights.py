@@ -18,8 +18,8 @@ from sglang_dwdp.srt_patches.arguments import attach
 UNSUPPORTED = "unsupported with --enable-dwdp"
 
 
-def manager(config: DwdpConfig | None) -> SimpleNamespace:
-    arguments = SimpleNamespace(device="cuda", tp_size=2)
+def manager(config: DwdpConfig | None, nnodes: int = 1) -> SimpleNamespace:
+    arguments = SimpleNamespace(device="cuda", tp_size=2, nnodes=nnodes)
     attach(arguments, config)
     return SimpleNamespace(server_args=arguments)
 
@@ -45,6 +45,8 @@ def test_memory_whose_addresses_cannot_be_had_again_is_kept(tags: list[str] | No
     request = SimpleNamespace(tags=tags)
     with pytest.raises(ValueError, match=UNSUPPORTED):
         asyncio.run(weights.explain_memory(done, manager(DwdpConfig(transport="cuda-ipc")), request))
+    with pytest.raises(ValueError, match="several hosts"):
+        asyncio.run(weights.explain_memory(done, manager(DwdpConfig(), nnodes=2), request))
     for config in (DwdpConfig(), None):
         assert asyncio.run(weights.explain_memory(done, manager(config), request)) == "done"
 
