@@ -1,9 +1,9 @@
-"""Exchange steps (--dwdp-exchange): SGLang's small forwards that a group of ranks runs together.
+"""Exchange steps (--dwdp-exchange auto): SGLang's small forwards that a group of ranks runs together.
 
-A rank meets its peers before a decode or a short prefill. In a joint one, `FusedMoE.forward_impl` sends rows instead of
-reading experts. On GPUs that is a second CUDA graph of each decode bucket, captured beside the direct one; joint
-prefills are eager. An idle rank looks for peers that wait where SGLang's scheduler would sleep or spin, and computes
-their rows without a batch of its own. What is shared between these hooks is in `exchange_steps.py`.
+A rank meets its peers before a decode forward. In a joint one, `FusedMoE.forward_impl` sends rows instead of reading
+experts; on GPUs that is a second CUDA graph of each decode bucket, captured beside the direct one. An idle rank looks
+for peers that wait where SGLang's scheduler would sleep or spin, and computes their rows without a batch of its own.
+What is shared between these hooks is in `exchange_steps.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from sglang_dwdp.exchange.layer import shard_table
 from sglang_dwdp.exchange.meeting import Meeting
 from sglang_dwdp.exchange.page import share_page
 from sglang_dwdp.exchange.policy import StepTimes
-from sglang_dwdp.exchange.round import MAX_DECODE_ROWS
 from sglang_dwdp.memory.handshake import Exchange
 from sglang_dwdp.runtime import DwdpRuntime
 from sglang_dwdp.srt_patches import hosts
@@ -37,13 +36,12 @@ from sglang_dwdp.srt_patches.shard_run import JointLayer, ShardRun, why_alone
 
 logger = logging.getLogger(__name__)
 _VARIANT = "dwdp_exchange"
-_PREFILL_BUCKETS = (512, 1024, 2048)  # of joint prefills; larger ones are faster by copies
-_COPIED_PER_US = 376_000  # bytes between two H100: only how long a rank waits depends on it
+_MAX_ROWS = 256
 _WAIT_LIMIT_S = 10.0
 _NEXT_STEP_MS = 100  # after which an idle rank that has helped looks after itself again
 # Where forwards are not graphs, which are timed at start. Ranks of the CPU engine share few cores, so a peer may be
 # milliseconds late.
-_UNTIMED = StepTimes(((1, 40_000.0), (2048, 40_000.0)), ((1, 4_000.0), (2048, 4_000.0)))
+_UNTIMED = StepTimes(((1, 40_000.0),), ((1, 4_000.0),))
 
 
 _current: list[ExchangeSteps] = []  # of this process: none, or one
@@ -62,9 +60,7 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     layers: list[Any] = runtime.layers()
     rank, size = rank_in_group(), runtime.size
     config = runner.model_config
-    # On the CPU engine computing takes longer than reading, so that only very short prefills gain.
-    buckets = _PREFILL_BUCKETS[: None if runner.device == "cuda" else 1] if runtime.config.exchange == "auto" else ()
-    shape = RowShape(max(MAX_DECODE_ROWS, *buckets), layers[0].fused.hidden_size, layers[0].fused.top_k, config.dtype)
+    shape = RowShape(_MAX_ROWS, layers[0].fused.hidden_size, layers[0].fused.top_k, config.dtype)
     why = "a group over several hosts has no memory for it" if hosts.is_group_across() else None
     why = why or why_alone(layers, size, shape, runner.device)
     if why is not None:
@@ -85,15 +81,14 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
         )
         for layer in layers
     }
-    meeting = Meeting(page, _UNTIMED, bells, serves=runner.device == "cuda")
-    forwards = JointForwards(meeting, inbox, shape.max_bucket, _WAIT_LIMIT_S)
-    staged_us = runtime.remote_bytes() / _COPIED_PER_US
-    _current[:] = [ExchangeSteps(forwards, bells, joint, shape, runner.device, buckets, staged_us)]
+    forwards = JointForwards(
+        Meeting(page, _UNTIMED, bells, serves=runner.device == "cuda"), inbox, _MAX_ROWS, _WAIT_LIMIT_S
+    )
+    _current[:] = [ExchangeSteps(forwards, bells, joint, shape, runner.device)]
     runtime.add_part(forwards.report, forwards.close)
     logger.info(
-        "DWDP: decodes of up to %d sequences a rank%s may be exchange steps; rows travel by %s",
-        MAX_DECODE_ROWS,
-        f" and prefills of up to {buckets[-1]} tokens" if buckets else "",
+        "DWDP: decode forwards of up to %d sequences a rank may be exchange steps; rows travel by %s",
+        _MAX_ROWS,
         type(inbox).__name__,
     )
 
@@ -112,7 +107,7 @@ def _inbox(
 
 
 def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around `ModelRunner.forward`: meet the peers before a small forward."""
+    """Around `ModelRunner.forward`: meet the peers before a decode forward."""
     if not _current or runner.is_draft_worker:
         return original(runner, forward_batch, *args, **kwargs)
     steps, mode = _current[0], forward_batch.forward_mode
@@ -224,10 +219,8 @@ HOOKS = (
 def capture_shape(original: Callable[..., None], runner: Any, size: int, *args: Any, **kwargs: Any) -> None:
     """Around `DecodeCudaGraphRunner.capture_one_shape`: each bucket is captured once more, as a joint forward."""
     original(runner, size, *args, **kwargs)
-    if not _current or runner.model_runner.is_draft_worker or size > MAX_DECODE_ROWS:
+    if not _current or runner.model_runner.is_draft_worker or size > _MAX_ROWS:
         return
-    with _current[0].weighed():
-        _current[0].capture_prefill_helps()
     forward_fn, stream_idx = args[0], args[1] if len(args) > 1 else None
     with _current[0].weighed(), _current[0].capture(size):
         original(runner, size, forward_fn, stream_idx, _VARIANT)
@@ -246,11 +239,6 @@ def _time(runner: Any, size: int, args: Sequence[Any]) -> None:
     _current[0].time(size, lambda: runner.backend.replay(alone, None), lambda: runner.backend.replay(joint, None))
 
 
-def can_run_graph(original: Callable[..., bool], runner: Any, *args: Any, **kwargs: Any) -> bool:
-    """Around `PrefillCudaGraphRunner.can_run_graph`: a joint prefill is no graph."""
-    return not (_current and _current[0].bucket) and original(runner, *args, **kwargs)
-
-
 def graph_variant(original: Callable[..., Any], runner: Any, forward_batch: Any) -> Any:
     """Around `DecodeCudaGraphRunner._resolve_lora_variant`: which of a bucket's two graphs is replayed."""
     if _current and _current[0].bucket:
@@ -264,9 +252,7 @@ def padded_size(original: Callable[..., int], raw_size: int, buckets: Sequence[i
 
 
 _RUNNER = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
-_PREFILLS = "sglang.srt.model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner"
 GPU_HOOKS = (
-    Hook(f"{_PREFILLS}.can_run_graph", HookType.AROUND, can_run_graph),
     Hook(f"{_RUNNER}.capture_one_shape", HookType.AROUND, capture_shape),
     Hook(f"{_RUNNER}._resolve_lora_variant", HookType.AROUND, graph_variant),
     Hook(

@@ -69,7 +69,7 @@ def set_up(runner: Any) -> None:
     runtime.setup(layers, name, hosts.place_of_group())
     hosts.watch()
     set_global_dwdp_manager(Manager(runtime))
-    if config.exchange != "off":
+    if config.exchange == "auto":
         from sglang_dwdp.srt_patches import exchange
 
         exchange.set_up(runtime, runner, name)

@@ -89,7 +89,7 @@ def _hooks(role: str, config: DwdpConfig, device: str | None) -> tuple[Hook, ...
             from sglang_dwdp.srt_patches import flashinfer_fp8, prefill_graphs
 
             hooks = [*flashinfer_fp8.HOOKS, *prefill_graphs.HOOKS, *hooks]
-        if config.exchange != "off":
+        if config.exchange == "auto":
             from sglang_dwdp.srt_patches import exchange
 
             hooks += (*exchange.HOOKS, *(exchange.GPU_HOOKS if device == "cuda" else ()))

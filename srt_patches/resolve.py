@@ -60,12 +60,11 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         _check_device(config, view.device)
         _check_hosts(config, view, group_size)
         check_graph_backends(view)
-        if config.exchange != "off" and view.disaggregation_mode == "prefill":
+        if config.exchange == "auto" and view.disaggregation_mode == "prefill":
             raise DwdpConfigError(
-                f"--dwdp-exchange {config.exchange} is for servers that decode: drop it with "
-                "--disaggregation-mode prefill."
+                "--dwdp-exchange auto is for servers that decode: drop it with --disaggregation-mode prefill."
             )
-        if config.exchange == "off" and view.disaggregation_mode != "prefill":
+        elif config.exchange == "off" and view.disaggregation_mode != "prefill":
             logger.info(
                 "DWDP: every rank decodes alone. --dwdp-exchange auto lets ranks decode together, 6.5 times as fast "
                 "for 32 sequences a rank between two H200 (docs/performance.md)."
@@ -81,7 +80,7 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         # And custom all-reduce, which is for GPUs, would be tried and warned of.
         declare_resolution(server_args, _SOURCE, sleep_on_idle=True, disable_custom_all_reduce=True)
     declare_resolution(server_args, _SOURCE, **graph_arguments(view, has_direct=config.views().direct))
-    if config.exchange != "off":
+    if config.exchange == "auto":
         # A rank that prefills is missing to its peers' joint steps, so its own decodes ride along. With no load that
         # was measured did this cost anything (docs/performance.md).
         declare_resolution(server_args, _SOURCE, enable_mixed_chunk=True)

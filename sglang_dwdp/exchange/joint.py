@@ -20,7 +20,6 @@ class JointForwards:
     """What the engine calls around its forwards, and in MoE layers of joint ones. Owns the meeting and the inbox.
 
     Attributes:
-        rank: Of this process in its group.
         bucket: Of the joint forward that runs, or is captured; None in one that the rank runs alone.
         until: Waits for the event of a forward that the rank runs alone. It may help peers meanwhile.
     """
@@ -35,7 +34,6 @@ class JointForwards:
             limit_s: Seconds that a joint forward waits for a peer on a GPU.
         """
         self.bucket: int | None = None
-        self.rank = meeting.page.rank
         self.until: Callable[[Any], None] = lambda done: done.synchronize()
         self._meeting = meeting
         self._inbox = inbox
@@ -55,8 +53,7 @@ class JointForwards:
             away_us: How long this rank is expected to take no part in rounds, if the forward is too large to be joint.
 
         Returns:
-            The joint round to run; None: run alone, or go on waiting. If this rank has no rows in the round, though
-            it came with some, it helps peers with a prefill, and begins again.
+            The joint round to run; None: run alone, or go on waiting.
 
         Raises:
             DwdpRuntimeError: A peer is stopped while it holds the page.

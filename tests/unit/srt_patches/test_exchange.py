@@ -77,25 +77,9 @@ class Forwards:
         return wait
 
 
-class Rounds(Forwards):
-    """Rounds as the peers make them: the buckets of each that this rank, of number 0, comes to with rows."""
-
-    rank = 0
-
-    def __init__(self, *rounds: tuple[int, int] | None) -> None:
-        super().__init__(rounds=0, looks=0)
-        self.coming, self.began = list(rounds), list[int]()
-
-    def begin(self, bucket: int, away_us: float = 0) -> Any:
-        self.began.append(bucket)
-        buckets = self.coming.pop(0)
-        self.bucket = max(buckets) if buckets else None
-        return SimpleNamespace(buckets=buckets) if buckets else None
-
-
 def exchange_steps(forwards: Forwards) -> ExchangeSteps:
-    shape = RowShape(max_bucket=1024, hidden_size=4, top_k=2, dtype=torch.float32)
-    return ExchangeSteps(forwards, None, {}, shape, "cpu", (512, 1024))  # type: ignore[arg-type]
+    shape = RowShape(max_bucket=8, hidden_size=4, top_k=2, dtype=torch.float32)
+    return ExchangeSteps(forwards, None, {}, shape, "cpu")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("rounds", "looks", "helped"), [(0, 3, 0), (5, 20, 5), (20, 5, 5), (3, 0, 0)])
@@ -113,23 +97,3 @@ def test_an_idle_rank_waits_for_its_help_once_nobody_wants_more() -> None:
     steps = exchange_steps(forwards)
     assert [steps.help_out() for _ in range(4)] == [True, True, True, False]
     assert forwards.running == 0
-
-
-def test_a_rank_that_decodes_helps_prefills_and_comes_again() -> None:
-    forwards = Rounds((0, 1024), (0, 512), (4, 8))
-    assert exchange_steps(forwards).begin(4, is_decode=True)
-    assert forwards.began == [4, 4, 4]
-    assert forwards.helped == 2
-    forwards = Rounds((0, 1024), None)
-    assert not exchange_steps(forwards).begin(4, is_decode=True)
-    assert forwards.helped == 1
-
-
-def test_a_short_prefill_takes_the_next_bucket() -> None:
-    forwards = Rounds((512, 4), (1024, 0), None)
-    steps = exchange_steps(forwards)
-    assert steps.begin(5, is_decode=False)
-    assert steps.begin(513, is_decode=False)
-    assert not steps.begin(1025, is_decode=False)
-    assert forwards.began[:2] == [512, 1024]
-    assert forwards.began[2] > 1024
