@@ -1,5 +1,7 @@
 """Exchange steps of models between two GPUs: answers of ranks that decode together beside those that decode alone.
 
+Sums are rounded in another order, as in expert parallelism, whose answers say how much that changes.
+
 python -m pytest -m "gpus and models" tests/gpu/test_exchange_models.py
 """
 
@@ -35,7 +37,7 @@ LARGE = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, 
     ],
 )
 def test_answers_are_those_of_decoding_alone(tmp_path: Path, name: str, joint: bool) -> None:
-    """Up to the rounding of sums: tokens part only where the two best are close. Other runners decode alone."""
+    """They are no further from those of decoding alone than expert parallelism's are. Other runners decode alone."""
     case = BY_NAME[name]
     if case.kernels is not None:
         from sglang_dwdp.support import flashinfer_modules
@@ -51,28 +53,31 @@ def test_answers_are_those_of_decoding_alone(tmp_path: Path, name: str, joint: b
         **case.options,
         "model_path": str(model),
         "tp_size": SIZE,
-        "enable_dwdp": True,
         "moe_runner_backend": case.backend,
         "cuda_graph_backend_prefill": "disabled",
-        "mem_fraction_static": 0.4,
+        "mem_fraction_static": 0.25,
     }
     found: dict[str, Any] = {}
+    kinds: dict[str, dict[str, Any]] = {mode: {"enable_dwdp": True, "dwdp_exchange": mode} for mode in ("off", "auto")}
+    if joint:
+        kinds["ep"] = {"dp_size": SIZE, "enable_dp_attention": True, "ep_size": SIZE}
     engines = {
-        mode: EngineProcess(mode, {**shared, "dwdp_exchange": mode}, environment, tmp_path, index=index)
-        for index, mode in enumerate(("off", "auto"))
+        name: EngineProcess(name, {**shared, **options}, environment, tmp_path, index=index)
+        for index, (name, options) in enumerate(kinds.items())
     }
     for mode, engine in engines.items():
         with closing(engine):
             engine.wait_ready(READY_S)
             found[mode] = engine.ask(Request("answers", dict.fromkeys(range(SIZE), prompts()), NEW_TOKENS))
-            reports = [state["dwdp"] for state in engine.ask(REPORT)]
+            if mode == "auto":
+                reports = [state["dwdp"] for state in engine.ask(REPORT)]
     if not joint:
         assert "ranks decode alone" in engines["auto"].log.read_text(errors="replace")
         assert found["auto"] == found["off"]
         return
     assert all(report["joint_rounds"] > 0 and not report["joint_rounds_ended"] for report in reports)
     for rank in range(SIZE):
-        distance = Distance(found["auto"][rank], found["off"][rank])
-        assert distance.tokens > len(prompts()) * NEW_TOKENS / 4, distance
-        assert distance.largest < 0.25, distance
-        assert distance.gap < 0.25, distance
+        distance, usual = (Distance(found[name][rank], found["off"][rank]) for name in ("auto", "ep"))
+        assert distance.tokens > usual.tokens / 1.5, (distance, usual)
+        assert distance.rms < 1.5 * usual.rms, (distance, usual)
+        assert distance.gap < 2 * max(distance.largest, usual.largest), (distance, usual)
