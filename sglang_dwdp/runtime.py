@@ -14,13 +14,13 @@ from sglang_dwdp import nvtx
 from sglang_dwdp.config import MIB, TRANSPORTS, DwdpConfig
 from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.experts.layer import ExpertLayer
-from sglang_dwdp.experts.share import SharedExperts, SharedLayer, blocks_of_all, share_experts
+from sglang_dwdp.experts.share import SharedExperts, SharedLayer, share_experts
 from sglang_dwdp.experts.slots import Prefetcher
 from sglang_dwdp.experts.stalls import LIMIT_S, CopyWatch
-from sglang_dwdp.experts.update import Experts, check_alike, read_own, replace_experts
 from sglang_dwdp.memory.base import Memory
 from sglang_dwdp.memory.handshake import Exchange
 from sglang_dwdp.memory.places import Place
+from sglang_dwdp.served_weights import ServedWeights
 
 logger = logging.getLogger(__name__)
 # Since the start; the last with --dwdp-audit only.
@@ -94,7 +94,7 @@ class DwdpRuntime:
         self._closers: list[Callable[[], None]] = []
         self._setup_s = 0.0
         self.in_forward = False
-        self.is_released = False  # the experts' memory was given back for a while
+        self.weights = ServedWeights(memory, self._shared, rank, size, self._forget_slots)
         self.in_exchange_step = False  # said by what runs them, before the forward begins
 
     def setup(self, layers: Sequence[ExpertLayer], name: str, place: Place | None = None) -> None:
@@ -119,10 +119,15 @@ class DwdpRuntime:
         finally:
             exchange.close()
         self._shared = shared
+        self.weights = ServedWeights(self._memory, shared, self.rank, self.size, self._forget_slots)
         self._position = {layer.layer.layer_id: i for i, layer in enumerate(shared.layers)}
         self._uses_direct = [self._direct] * len(shared.layers)
         self._setup_s = time.perf_counter() - start
         self._log_setup(shared)
+
+    def _forget_slots(self) -> None:
+        if self._prefetcher is not None:
+            self._prefetcher.forget()
 
     def _prepare(self, layers: Sequence[SharedLayer]) -> None:
         if self._views.staged:
@@ -165,7 +170,7 @@ class DwdpRuntime:
         Raises:
             DwdpRuntimeError: the experts' memory was released.
         """
-        self.check_not_released()
+        self.weights.check_not_released()
         self._direct = self._views.is_direct(num_tokens)
         self._visited.clear()
         self._staged_replay = False
@@ -316,89 +321,10 @@ class DwdpRuntime:
             routed = set(expert_ids.reshape(-1).tolist())
             self._counts["bytes_read_in_place"] += sum(remote[e] for e in routed if 0 <= e < len(remote))
 
-    def read_experts(self) -> list[dict[str, torch.Tensor]]:
-        """`[num_layers]`, in the order of `layers`: this rank's experts by tensor name, copied to the host.
-
-        Raises:
-            DwdpRuntimeError: their memory was released.
-        """
-        self.check_not_released()
-        return [read_own(shared, self.rank) for shared in self._shared.layers]
-
-    def view_experts(self) -> list[dict[str, torch.Tensor]]:
-        """As `read_experts`, but where they lie, for kernels to read; copies where memory cannot be mapped."""
-        if not self._memory.maps:
-            return self.read_experts()
-        self.check_not_released()
-        shards = [shared.layer.placement.shard(self.rank) for shared in self._shared.layers]
-        return [
-            {name: tensor[shard.start : shard.stop] for name, tensor in shared.direct.items()}
-            for shared, shard in zip(self._shared.layers, shards, strict=True)
-        ]
-
-    def check_experts(self, new: Sequence[Experts]) -> None:
-        """Check, before peers are met, that new experts of this rank fit. `[num_layers]`, as `read_experts`.
-
-        Raises:
-            DwdpUpdateError: they have other names, shapes or dtypes.
-        """
-        for shared, experts in zip(self._shared.layers, new, strict=True):
-            check_alike(shared, experts, self.rank)
-
-    def update_experts(self, exchange: Exchange, new: Sequence[Experts], write_others: Callable[[], None]) -> None:
-        """Serve new experts from the next forward on; see `replace_experts`."""
-        first = exchange.rank - self.rank
-        forget = self._prefetcher.forget if self._prefetcher is not None else lambda: None
-        peers = range(first, first + self.size)
-        replace_experts(self._memory, exchange, self._shared, new, forget, write_others, peers)
-
     @property
     def on_gpu(self) -> bool:
         """Whether experts lie in a GPU's memory."""
         return TRANSPORTS[self._memory.transport].device == "cuda"
-
-    def release_experts(self) -> None:
-        """Give the memory of experts and slots back, and keep their addresses; all ranks of the group do this.
-
-        Between forwards. Until `restore_experts` there must be none.
-
-        Raises:
-            DwdpRuntimeError: the transport cannot map memory again.
-        """
-        assert self._shared.store is not None
-        if self._prefetcher is not None:
-            self._prefetcher.forget()
-        self._memory.finish_writes()
-        self._shared.store.release()
-        self.is_released = True
-
-    def restore_experts(self, exchange: Exchange) -> None:
-        """Have memory again where there was some; what it holds is not what it held, so experts have to be updated.
-
-        Args:
-            exchange: with the group, whose ranks all call this.
-
-        Raises:
-            OSError: there is too little memory.
-            DwdpSetupError: a peer failed.
-        """
-        assert self._shared.store is not None
-        try:
-            self._shared.store.restore(lambda specs, stack: blocks_of_all(self._memory, exchange, specs, stack)[0])
-            exchange.barrier()
-        except BaseException as error:
-            exchange.fail(str(error))
-            raise
-        self.is_released = False
-
-    def check_not_released(self) -> None:
-        """Check that experts have memory.
-
-        Raises:
-            DwdpRuntimeError: it was released.
-        """
-        if self.is_released:
-            raise DwdpRuntimeError("the memory of weights was released: call /resume_memory_occupation first.")
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -407,7 +333,7 @@ class DwdpRuntime:
         Raises:
             DwdpRuntimeError: the experts' memory was released, or cannot be mapped, so that there are none.
         """
-        self.check_not_released()
+        self.weights.check_not_released()
         if not self._memory.maps:
             raise DwdpRuntimeError(f"with {self._memory.transport} no rank has tensors of all experts.")
         self._direct = True

@@ -85,7 +85,7 @@ class WeightUpdates:
 
     def stage(self) -> StagedModel:
         """A copy of this rank's weights, on the host."""
-        return StagedModel(self._model, self._by_module(self.runtime.read_experts()), as_loaded)
+        return StagedModel(self._model, self._by_module(self.runtime.weights.read()), as_loaded)
 
     def show(self, *, copied: bool) -> StagedModel:
         """What this rank stores, in place of tensors of all experts. Nothing must be written.
@@ -93,7 +93,7 @@ class WeightUpdates:
         Args:
             copied: On the host, and not where it lies: for copies, which must not touch the memory of two GPUs.
         """
-        experts = self.runtime.read_experts() if copied else self.runtime.view_experts()
+        experts = self.runtime.weights.read() if copied else self.runtime.weights.view()
         return StagedModel(self._model, self._by_module(experts), as_loaded, experts_only=True)
 
     def _by_module(self, experts: Sequence[Mapping[str, torch.Tensor]]) -> dict[Any, Mapping[str, torch.Tensor]]:
@@ -122,14 +122,14 @@ class WeightUpdates:
             new = [staged.experts(layer.fused) for layer in layers]
             try:
                 staged.check()
-                self.runtime.check_experts(new)
+                self.runtime.weights.check(new)
             except DwdpUpdateError as failure:
                 error = str(failure)
         with self.meeting() as exchange:
             agree(exchange, error)
             assert staged is not None
             start = time.perf_counter()
-            self.runtime.update_experts(exchange, new, staged.write)
+            self.runtime.weights.update(exchange, new, staged.write)
         self._count += 1
         self._seconds = time.perf_counter() - start
         logger.info(

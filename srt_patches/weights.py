@@ -85,8 +85,8 @@ def release_memory(original: Callable[..., Any], manager: Any, request: Any) -> 
     runtime = current_updates().runtime
     with _device_module(runtime):
         answer = original(manager, request)
-    if concerns_weights(request) and not runtime.is_released:
-        runtime.release_experts()
+    if concerns_weights(request) and not runtime.weights.is_released:
+        runtime.weights.release()
     return answer
 
 
@@ -111,9 +111,9 @@ def resume_memory(original: Callable[..., Any], manager: Any, request: Any) -> A
         DwdpError: This rank or a peer cannot have its memory again: the server ends.
     """
     runtime = current_updates().runtime
-    if concerns_weights(request) and runtime.is_released:
+    if concerns_weights(request) and runtime.weights.is_released:
         with current_updates().meeting(of_group=True) as exchange:
-            runtime.restore_experts(exchange)
+            runtime.weights.restore(exchange)
     return original(manager, request)
 
 

@@ -59,10 +59,10 @@ def meeting(runtime: DwdpRuntime, number: int, timeout_s: float = 20) -> Iterato
 
 def update(runtime: DwdpRuntime, layers: list[PlainLayer], full: Full, number: int) -> None:
     new = shard_of(full, layers, runtime.rank)
-    runtime.check_experts(new)
+    runtime.weights.check(new)
     with meeting(runtime, number) as exchange:
         agree(exchange, None)
-        runtime.update_experts(exchange, new, lambda: None)
+        runtime.weights.update(exchange, new, lambda: None)
 
 
 @pytest.mark.parametrize("local_experts", [None, 8])
@@ -107,7 +107,7 @@ def test_a_rank_reads_the_experts_that_it_stores() -> None:
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> bool:
         forward(runtime, layers, 1000)
         own = shard_of(full, layers, runtime.rank)
-        return equal(runtime.read_experts(), own) and equal(runtime.view_experts(), own)
+        return equal(runtime.weights.read(), own) and equal(runtime.weights.view(), own)
 
     assert run_ranks(3, full, step) == [True] * 3
     unmapped: Callable[[int], Memory] = lambda _rank: UnmappedMemory()  # noqa: E731
@@ -175,7 +175,7 @@ def test_other_shapes_are_rejected_before_peers_are_met(change: dict[str, tuple[
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> Any:
         with pytest.raises(DwdpUpdateError, match=f"layer 1, {next(iter(change))}"):
-            runtime.check_experts(shard_of(new, layers, runtime.rank))
+            runtime.weights.check(shard_of(new, layers, runtime.rank))
         return equal(forward(runtime, layers, 1000), full)
 
     assert run_ranks(2, full, step) == [True, True]
@@ -190,7 +190,7 @@ def test_a_rank_that_ends_after_some_have_written_ends_all() -> None:
                 raise OSError("out of memory")
 
         with meeting(runtime, 8) as exchange:
-            runtime.update_experts(exchange, shard_of(other(full), layers, runtime.rank), fail)
+            runtime.weights.update(exchange, shard_of(other(full), layers, runtime.rank), fail)
 
     for error in run_ranks(2, full, step):
         assert isinstance(error, DwdpRuntimeError)
@@ -210,7 +210,7 @@ def test_experts_are_read_only_before_and_after() -> None:
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> None:
         held.append(permissions())
         with meeting(runtime, 9) as exchange:
-            runtime.update_experts(
+            runtime.weights.update(
                 exchange, shard_of(other(full), layers, runtime.rank), lambda: held.append(permissions())
             )
             exchange.barrier()
@@ -245,15 +245,15 @@ def test_memory_is_released_and_comes_back_at_its_addresses(kind: Kind, size: in
         seen = [equal(forward(runtime, layers, tokens), full) for tokens in (1000, 1)]
         addresses = [layer.tensors["w2_weight"].data_ptr() for layer in layers]
         for number in (21, 22):
-            runtime.release_experts()
+            runtime.weights.release()
             together.wait(20)
             mapped.append(open_resources()[1])
-            for use in (lambda: forward(runtime, layers, 1), runtime.read_experts):
+            for use in (lambda: forward(runtime, layers, 1), runtime.weights.read):
                 with pytest.raises(DwdpRuntimeError, match="was released"):
                     use()
             together.wait(20)
             with meeting(runtime, number) as exchange:
-                runtime.restore_experts(exchange)
+                runtime.weights.restore(exchange)
             update(runtime, layers, new, 10 + number)
             seen += [equal(forward(runtime, layers, tokens), new) for tokens in (1000, 1000, 1)]
         return [*seen, addresses == [layer.tensors["w2_weight"].data_ptr() for layer in layers]]
@@ -270,9 +270,9 @@ def test_memory_that_comes_back_is_read_only() -> None:
     full = checkpoint(1, 6, TAILS)
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> None:
-        runtime.release_experts()
+        runtime.weights.release()
         with meeting(runtime, 23) as exchange:
-            runtime.restore_experts(exchange)
+            runtime.weights.restore(exchange)
             found = permissions()
             exchange.barrier()
         assert found == {"r--s"}
@@ -285,7 +285,7 @@ def test_memory_that_cannot_be_mapped_is_kept() -> None:
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> bool:
         with pytest.raises(DwdpRuntimeError, match="cannot be released"):
-            runtime.release_experts()
+            runtime.weights.release()
         return equal(forward(runtime, layers, 9), full)
 
     memory: Callable[[int], Memory] = lambda _rank: UnmappedMemory()  # noqa: E731

@@ -63,14 +63,15 @@ class Runtime:
 
     def __init__(self) -> None:
         self.is_released = False
+        self.weights = self
         self.on_gpu = False
         self.calls: list[str] = []
 
-    def release_experts(self) -> None:
+    def release(self) -> None:
         self.calls.append("release")
         self.is_released = True
 
-    def restore_experts(self, exchange: str) -> None:
+    def restore(self, exchange: str) -> None:
         self.calls.append(f"restore with {exchange}")
         self.is_released = False
 
