@@ -29,7 +29,8 @@ _CLAMPS = "_cutlass_swiglu_params"
 
 def rank_in_group() -> int:
     """This rank's place among the `dwdp_size` neighbouring ranks that share one set of experts."""
-    return int(get_parallel().tp_rank) % int(get_parallel().dwdp_size)
+    parallel = get_parallel()  # `tp_rank` is 0 where a model is constructed as if this were the only rank
+    return int(parallel.world_group.rank_in_group) % int(parallel.dwdp_size)
 
 
 def placement_of(layer: Any) -> Placement:

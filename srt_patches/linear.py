@@ -8,12 +8,15 @@ MiniMax-M2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_dwdp.srt_patches.hooks import Hook
+from sglang_dwdp.support.models import WITHOUT_DP_ATTENTION
 
 
 def unsharded_group(original: Callable[[Any], Any], parallel_group: Any) -> Any:
@@ -24,6 +27,21 @@ def unsharded_group(original: Callable[[Any], Any], parallel_group: Any) -> Any:
 def unsharded_head(original: Callable[..., None], head: Any, *args: Any, **kwargs: Any) -> None:
     """Around `ParallelLMHead.__init__`: sharded over attention's group at most, which has one rank."""
     original(head, *args, **kwargs | {"use_attn_tp_group": kwargs.get("enable_tp", True)})
+
+
+def unsharded_model(architectures: Iterable[str] | None) -> AbstractContextManager[Any]:
+    """Where a model is constructed, which SGLang shards over all ranks for want of attention data parallelism.
+
+    In here it finds a single rank, so that it makes all heads and the complete embedding, and sums nothing over ranks.
+    """
+    if not WITHOUT_DP_ATTENTION.intersection(architectures or ()):
+        return nullcontext()
+    parallel = get_parallel()
+    sizes = dict.fromkeys(("tp_size", "attn_tp_size", "attn_dp_size", "moe_ep_size", "moe_dp_size", "moe_tp_size"), 1)
+    ranks = {name.replace("_size", "_rank"): 0 for name in sizes}
+    group = parallel.attn_tp_group  # of this rank alone
+    context: AbstractContextManager[Any] = parallel.override(**sizes, **ranks, tp_group=group)
+    return context
 
 
 HOOKS = (

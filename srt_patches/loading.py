@@ -21,6 +21,7 @@ from sglang_dwdp.errors import DwdpSetupError
 from sglang_dwdp.srt_patches.checks import check_constructed
 from sglang_dwdp.srt_patches.experts import placement_of, rank_in_group
 from sglang_dwdp.srt_patches.hooks import Hook
+from sglang_dwdp.srt_patches.linear import unsharded_model
 from sglang_dwdp.support.unwritten import has_marks, mark, mark_uninitialized
 
 _ALL_EXPERTS = -1
@@ -40,11 +41,12 @@ def construct(
         DwdpConfigError: The model is unsupported.
     """
     if load_config.load_format == LoadFormat.DUMMY:  # it fills all parameters, without `load_weights`
-        model = original(model_config, load_config, quant_config)
+        with unsharded_model(model_config.hf_config.architectures):
+            model = original(model_config, load_config, quant_config)
         check_constructed(model)
         setattr(model, _IS_LOADED, True)
         return model
-    with mark_uninitialized():
+    with mark_uninitialized(), unsharded_model(model_config.hf_config.architectures):
         model = original(model_config, load_config, quant_config)
     check_constructed(model)
     for name, parameter in model.named_parameters():

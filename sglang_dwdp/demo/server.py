@@ -24,7 +24,21 @@ from sglang_dwdp.errors import DwdpError
 STUBS = Path(__file__).resolve().parent / "stubs"
 # SGLang's modules for the families of the demo and the tests (DeepSeek-V3's class is in V2's module).
 MODEL_MODULES = frozenset(
-    ("deepseek_v2", "glm4_moe", "gpt_oss", "llama4", "minimax_m2", "mixtral", "mllama4", "qwen2_moe", "qwen3_moe")
+    (
+        "deepseek_v2",
+        "ernie4",
+        "glm4_moe",
+        "gpt_oss",
+        "granite",
+        "granitemoe",
+        "llama4",
+        "minimax_m2",
+        "mixtral",
+        "mllama4",
+        "olmoe",
+        "qwen2_moe",
+        "qwen3_moe",
+    )
 )
 # Below the range from which the system hands out ports by itself. Tests that run beside each other divide it.
 PORTS = range(20000, 30000)

@@ -48,6 +48,16 @@ VALIDATED = frozenset(
         "Qwen3MoeForCausalLM",
     }
 )
+# For which SGLang has no attention data parallelism: it would shard them over all ranks. Ranks construct them as if
+# each were alone (`srt_patches/linear.py`).
+WITHOUT_DP_ATTENTION = frozenset(
+    {
+        "Ernie4_5_MoeForCausalLM",
+        "GraniteMoeForCausalLM",
+        "MixtralForCausalLM",
+        "OlmoeForCausalLM",
+    }
+)
 _SUMS = (
     "SGLang's code for it sums routed and shared experts over all ranks in every MoE layer, even if each rank runs all "
     "experts, so a rank's forward would wait for the others, or mix their requests into its own"

@@ -25,7 +25,12 @@ from tests.fixtures.reference import greedy_tokens
 # float32: in bf16 two tokens of a random model tie now and then.
 FLAGS = ("--dtype", "float32", "--skip-server-warmup", "--random-seed", "1")
 # On the CPU SGLang pads experts to multiples of 32, but loads a tensor of all of them unpadded.
-SHAPES: dict[Family, dict[str, int]] = {"gpt_oss": {"moe_intermediate_size": 96}}
+# And it pads heads that do not divide evenly among ranks, where SGLang has no attention data parallelism.
+_HEADS = {"num_heads": 6, "num_kv_heads": 6}
+SHAPES: dict[Family, dict[str, int]] = {
+    "gpt_oss": {"moe_intermediate_size": 96},
+    **dict.fromkeys(("mixtral", "olmoe", "granitemoe", "ernie4_5_moe"), _HEADS),
+}
 STOPS = cycle((signal.SIGTERM, signal.SIGINT))
 
 Running = Callable[..., AbstractContextManager[Server]]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sglang_dwdp.srt_patches.linear import unsharded_group, unsharded_head
+from sglang_dwdp.srt_patches import linear
+from sglang_dwdp.srt_patches.linear import unsharded_group, unsharded_head, unsharded_model
 
 
 def test_only_attentions_group_is_left_to_shard_over() -> None:
@@ -25,3 +28,29 @@ def test_heads_of_no_group_stay_as_they_are() -> None:
     made: list[Any] = []
     unsharded_head(lambda *_args, **kwargs: made.append(kwargs), "head", 2048, 64, enable_tp=False)
     assert made == [{"enable_tp": False, "use_attn_tp_group": False}]
+
+
+@pytest.mark.parametrize(("architectures", "alone"), [(["MixtralForCausalLM"], True), (["Qwen3MoeForCausalLM"], False)])
+def test_models_without_data_parallel_attention_find_one_rank(
+    monkeypatch: pytest.MonkeyPatch, architectures: list[str], alone: bool
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    @contextmanager
+    def override(**values: Any) -> Any:
+        seen.append(values)
+        yield
+
+    monkeypatch.setattr(linear, "get_parallel", lambda: SimpleNamespace(override=override, attn_tp_group="own"))
+    with unsharded_model(architectures), unsharded_model(None):
+        assert len(seen) == alone
+    for values in seen:
+        assert values["tp_group"] == "own"
+        assert {name: value for name, value in values.items() if name.endswith(("tp_size", "dp_size"))} == {
+            "tp_size": 1,
+            "attn_tp_size": 1,
+            "attn_dp_size": 1,
+            "moe_dp_size": 1,
+            "moe_tp_size": 1,
+        }
+        assert {value for name, value in values.items() if name.endswith("rank")} == {0}

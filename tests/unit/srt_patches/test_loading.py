@@ -17,6 +17,7 @@ from sglang_dwdp.srt_patches.loading import check_loaded, construct, load, load_
 
 EXPERTS, HIDDEN, WIDTH = 5, 8, 6
 OWN = balanced(EXPERTS, 2).shard(1)
+MODEL_CONFIG = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Model"]))
 
 
 class Moe(FusedMoE):
@@ -88,7 +89,7 @@ def rank_1_of_2(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def constructed(load_format: str = "auto") -> Model:
-    model = construct(lambda *_: Model(), None, SimpleNamespace(load_format=load_format))
+    model = construct(lambda *_: Model(), MODEL_CONFIG, SimpleNamespace(load_format=load_format))
     assert isinstance(model, Model)
     return model
 

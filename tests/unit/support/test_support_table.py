@@ -79,10 +79,10 @@ def test_a_model_has_a_row_with_a_cell_for_each_backend() -> None:
 
 def test_models_on_cpus_are_grouped_by_outcome() -> None:
     record = {"tests/e2e/test_parity.py::test_qwen2_moe_x": "2026-01-01"}
-    record |= {"tests/e2e/test_models.py::test_mixtral_is_refused": "2026-01-02"}
+    record |= {"tests/e2e/test_models.py::test_parity[mixtral-2]": "2026-01-02"}
     text = page(record)
     assert "\n- validated 2026-01-01: Qwen2-MoE\n" in text
-    assert "\n- unsupported 2026-01-02: Mixtral (" in text
+    assert "\n- validated 2026-01-02: Mixtral\n" in text
 
 
 def test_every_model_on_gpus_has_a_name() -> None:
