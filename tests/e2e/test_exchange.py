@@ -81,7 +81,7 @@ def check_metrics(server: Server) -> None:
         (sample.name, int(sample.labels["dp_rank"]), sample.labels.get("kind", sample.labels.get("outcome"))): sample
         for family in text_string_to_metric_families(text)
         for sample in family.samples
-        if sample.name.startswith("sglang:dwdp_") and "le" not in sample.labels
+        if sample.name.startswith("sglang:dwdp_") and not {"le", "condition"} & sample.labels.keys()
     }
     names = {f"sglang:{metric.name}" for metric in METRICS}
     assert names <= {name for name, _, _ in samples}
