@@ -184,10 +184,10 @@ class ExchangeSteps:
     @contextmanager
     def weighed(self) -> Iterator[None]:
         """Count what is captured in here; the sums are logged before the first forward."""
-        start, free = time.monotonic(), torch.cuda.mem_get_info()[0]
+        start, reserved = time.monotonic(), torch.cuda.memory_reserved()
         yield
         self._capture_s += time.monotonic() - start
-        self._capture_bytes += free - torch.cuda.mem_get_info()[0]
+        self._capture_bytes += torch.cuda.memory_reserved() - reserved
 
     def time(self, bucket: int, alone: Callable[[], Any], joint: Callable[[], Any]) -> None:
         """Time a bucket's two graphs, by which a rank decides how long to wait; all ranks do it at the same time.
