@@ -104,10 +104,11 @@ class Watch:
             for rank, (condition, why) in enumerate(wanted)
             if condition is not self.states[rank].condition
         ]
-        states = list(self.states)
-        for rank, state in changed:
-            states[rank] = state
-        self.states = tuple(states)
+        if changed:  # the same object says that there is nothing to tell
+            states = list(self.states)
+            for rank, state in changed:
+                states[rank] = state
+            self.states = tuple(states)
         return changed
 
     def _condition(

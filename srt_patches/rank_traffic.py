@@ -8,6 +8,7 @@ abort, which SGLang's front ends turn into HTTP 503, an error chunk of a stream,
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from http import HTTPStatus
@@ -27,6 +28,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.watch import Condition, Notice, RankState, living, serving
 
+_UNREACHED_S = 1.0
 _REMEMBERED = 1 << 16  # requests; more are not open at a time
 _REQUESTS = (TokenizedGenerateReqInput, TokenizedEmbeddingReqInput)
 
@@ -38,6 +40,7 @@ class Traffic:
         """Hand out requests to all workers of `controller`, SGLang's `DataParallelController`."""
         self._controller = controller
         self._states: tuple[RankState, ...] = ()
+        self._unreached: dict[int, float] = {}  # ranks, and until when they get no requests
         self._rank_of: OrderedDict[str, int] = OrderedDict()
         self._ranks = {id(worker): rank for rank, worker in enumerate(controller.workers)}
         self._answers: Any = None
@@ -48,6 +51,8 @@ class Traffic:
 
     def why_not(self, rank: int) -> str:
         """Why a rank gets no requests; empty where it does."""
+        if rank in self._unreached:
+            return f"rank {rank} is not reached"
         if not self._states or self._states[rank].condition is Condition.SERVING:
             return ""
         return f"rank {rank} is {self._states[rank].condition}: {self._states[rank].why}"
@@ -64,9 +69,12 @@ class Traffic:
         return True
 
     def give_back(self, rank: int, request: Any) -> None:
-        """Answer a request that did not reach its rank."""
+        """Answer a request that did not reach its rank, which gets no more for a moment: a notice may follow."""
         self._rank_of.pop(request.rid, None)
         self._answer(request.rid, f"rank {rank} is not reached")
+        if any(not self.why_not(other) for other in range(len(self._controller.workers)) if other != rank):
+            self._unreached[rank] = time.monotonic() + _UNREACHED_S
+            self._hand_out()
 
     def heed(self, notice: Notice) -> None:
         """The conditions of ranks have changed.
@@ -75,12 +83,11 @@ class Traffic:
         """
         controller, before = self._controller, self._states
         self._states = notice.states
-        controller.status = serving(notice.states)
-        controller._refresh_active_workers()
+        self._unreached.clear()
         for rank, state in enumerate(notice.states):
             if before and before[rank].condition is not state.condition is Condition.SERVING:
                 controller.dp_budget.total_tokens[rank] = controller.dp_budget.total_requests[rank] = 0
-        self.avoid()
+        self._hand_out()
         lives, serves = living(notice.states), serving(notice.states)
         open_requests = set(notice.open_requests)
         for rid, rank in list(self._rank_of.items()):
@@ -90,10 +97,19 @@ class Traffic:
                 del self._rank_of[rid]
                 self._answer(rid, self.why_not(rank))
 
+    def _hand_out(self) -> None:
+        """Hand out requests to the ranks that get some."""
+        self._controller.status = [not self.why_not(rank) for rank in range(len(self._controller.workers))]
+        self._controller._refresh_active_workers()
+        self.avoid()
+
     def avoid(self) -> None:
         """Let no load balancing find that a rank which does not serve has the least to do."""
+        if any(until < time.monotonic() for until in self._unreached.values()):
+            self._unreached.clear()
+            self._hand_out()
         budget = self._controller.dp_budget
-        for rank in range(len(self._states)):
+        for rank in range(len(self._controller.workers)):
             if self.why_not(rank):
                 budget.total_tokens[rank] = budget.total_requests[rank] = float("inf")
 

@@ -23,8 +23,10 @@ def conditions(states: Sequence[RankState]) -> str:
 def test_ranks_that_give_signs_of_life_serve() -> None:
     time = Time()
     watch = time.watch()
+    before = watch.states
     for time.now in range(20):
         assert watch.look({}, [], [time.now, time.now, time.now]) == []
+    assert watch.states is before  # there is nothing to tell anybody
     assert status(watch.states) == "3 of 3 ranks serve"
 
 

@@ -163,7 +163,9 @@ def test_other_messages_and_sockets_pass(controller: Controller) -> None:
     assert len(sent) == 2
 
 
-def test_a_rank_that_has_just_ended_does_not_hold_the_controller(controller: Controller) -> None:
+def test_a_rank_that_has_just_ended_does_not_hold_the_controller(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nobody has noticed yet. The socket is a real one, and its other end is gone."""
     context = zmq.Context()
     socket, rank = context.socket(zmq.PUSH), context.socket(zmq.PULL)
@@ -186,6 +188,11 @@ def test_a_rank_that_has_just_ended_does_not_hold_the_controller(controller: Con
         send(original, socket, request("not reached"))
         send(original, socket, AbortReq(rid="r"))
         assert list(controller.answered()) == ["not reached"]
+        assert controller._active_workers == [0, 2]  # before anybody has noticed
+        clock = time.monotonic() + 2
+        monkeypatch.setattr(rank_traffic, "time", SimpleNamespace(monotonic=lambda: clock))
+        avoid_silent(None, controller)
+        assert controller._active_workers == [0, 1, 2]  # it was for a moment only, as it turns out
     finally:
         context.destroy(0)
 
