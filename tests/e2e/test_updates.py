@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from sglang_dwdp.demo.server import Server, free_port
 from tests.e2e.conftest import Answers, Reference, Running
+from tests.e2e.load import Held, rank_process
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family, make_checkpoint
 from tests.fixtures.reference import greedy_tokens
@@ -294,10 +295,9 @@ def test_a_paused_server(server: Server, old: Path, new: Path, answers: dict[Pat
     serves(server, answers[new])
 
 
-def shared_mib() -> float:
-    """Memory files of this host, in which the CPU engine's ranks keep experts."""
-    [line] = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("Shmem:")]
-    return int(line.split()[1]) / 1024
+def mapped_bytes(server: Server) -> int:
+    """Of the memory that ranks share, in all of them."""
+    return sum(Held.by(rank_process(server, rank).pid).shared_bytes for rank in range(server.ranks))
 
 
 @pytest.mark.parametrize("tags", [None, ["weights"]])
@@ -305,12 +305,13 @@ def test_memory_is_released(
     server: Server, old: Path, new: Path, answers: dict[Path, Answers], tags: list[str] | None
 ) -> None:
     """As where a trainer takes turns with the server on its GPUs."""
-    before, stored = shared_mib(), sum(report["stored_bytes"] for report in server.reports()) / (1 << 20)
+    before = mapped_bytes(server)
+    assert before >= sum(report["stored_bytes"] for report in server.reports()) > 0
     assert post(server, "/release_memory_occupation", tags=tags).status_code == 200
-    assert shared_mib() < before - stored / 2
+    assert mapped_bytes(server) == 0
     fails(post(server, "/update_weights_from_disk", model_path=str(old)), _KEPT, "was released")
     assert post(server, "/resume_memory_occupation", tags=tags).status_code == 200
-    assert shared_mib() > before - stored / 2
+    assert mapped_bytes(server) == before
     for model in (old, new):
         succeeds(post(server, "/update_weights_from_disk", model_path=str(model)))
         serves(server, answers[model])

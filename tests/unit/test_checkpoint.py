@@ -13,8 +13,9 @@ from sglang_dwdp.demo.checkpoint import NUM_FILES, VOCAB_SIZE, make_tokenizer
 from tests.fixtures.families import Family, Shape, make_checkpoint
 
 FAMILIES = get_args(Family)
-DENSE_FIRST = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe")
-NAMED_ALIKE = [family for family in FAMILIES if family not in ("mixtral", "minimax_m2", "gpt_oss", "llama4")]
+DENSE_FIRST = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe", "ernie4_5_moe")
+NAMED_OTHERWISE = ("mixtral", "minimax_m2", "gpt_oss", "llama4", "granitemoe")
+NAMED_ALIKE = [family for family in FAMILIES if family not in NAMED_OTHERWISE]
 
 
 def _config(directory: Path) -> dict[str, Any]:
