@@ -10,11 +10,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 
+from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.exchange.bells import Bells
 from sglang_dwdp.exchange.inbox import RowShape
 from sglang_dwdp.exchange.joint import JointForwards
@@ -131,11 +132,19 @@ class ExchangeSteps:
         return False
 
     def _help_until(self, done: Any) -> None:
-        """Wait for a forward of this rank, and help peers meanwhile."""
-        while not done.query():
-            if not self._help():
-                time.sleep(_NAP_S)
-        self._end_helps(0)
+        """Wait for a forward of this rank, and help peers meanwhile. That a peer leaves what it wanted help with makes
+        this rank's own forward no worse."""
+        try:
+            while not done.query():
+                if not self._help():
+                    time.sleep(_NAP_S)
+            self._end_helps(0)
+        except DwdpRuntimeError as error:
+            logger.warning("DWDP: this rank decodes alone from here on: %s", error)
+            while self._helps:  # their kernels wait for the peer until they are told not to
+                with suppress(DwdpRuntimeError):
+                    self._helps.popleft()()
+            done.synchronize()
 
     def _help(self) -> bool:
         self._end_helps(_MAX_HELPS)

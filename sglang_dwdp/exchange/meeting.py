@@ -32,11 +32,11 @@ class RoundCounters:
 
     Attributes:
         joint_rounds: Joint rounds that this rank had rows in.
-        helped_rounds: Joint rounds that it joined idle.
+        helped_rounds: Joint rounds that it joined without rows.
         alone_rounds: Small forwards that it ran alone without waiting.
         withdrawn_rounds: Small forwards that it ran alone after waiting in vain.
         round_wait_us: Microseconds waited, in vain or not.
-        helped_rows: Peers' rows in rounds that it joined idle.
+        helped_rows: Peers' rows in those.
     """
 
     joint_rounds: int = 0

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.exchange.inbox import RowShape
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.srt_patches.exchange import why_alone
@@ -97,3 +98,21 @@ def test_an_idle_rank_waits_for_its_help_once_nobody_wants_more() -> None:
     steps = exchange_steps(forwards)
     assert [steps.help_out() for _ in range(4)] == [True, True, True, False]
     assert forwards.running == 0
+
+
+def test_a_peer_that_leaves_while_it_is_helped_costs_no_own_forward() -> None:
+    forwards = Forwards(rounds=2, looks=2)
+    ended: list[str] = []
+
+    def end(done: Any, *, helping: bool) -> Callable[[], None]:
+        def wait() -> None:
+            ended.append("help")
+            raise DwdpRuntimeError("rank 1 ended")
+
+        return wait
+
+    forwards.end = end  # type: ignore[method-assign]
+    forwards.synchronize = lambda: ended.append("own")  # type: ignore[attr-defined]
+    exchange_steps(forwards)
+    forwards.until(forwards)
+    assert ended == ["help", "help", "own"]
