@@ -20,8 +20,8 @@ from typing import Any, Literal, NamedTuple
 from benchmarks.processes import Process, RunError, reason, with_repository
 
 # Engines that start at the same time draw the same ports, so each has a range of its own, below those that systems
-# hand out.
-FIRST_PORT, PORTS = 11000, 500
+# hand out. Of two programs that start engines at the same time, one is given another first port.
+FIRST_PORT, PORTS = int(os.environ.get("DWDP_ENGINES_FIRST_PORT") or 11000), 500
 ANSWER_S = 300.0  # longest time for one request; the first may compile kernels
 _POLL_S, _LAST_WORDS_S = 0.5, 10.0
 

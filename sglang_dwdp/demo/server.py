@@ -1,4 +1,4 @@
-"""Starting a real SGLang server on the CPU engine, watching it come up, and stopping it."""
+"""Starting a real SGLang server, by default on the CPU engine, watching it come up, and stopping it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import requests
 
@@ -60,6 +60,7 @@ class Server:
         dwdp: the options of DWDP as command-line arguments; None for a plain server.
         flags: further command-line arguments.
         environment: variables to add.
+        device: "cpu" for the CPU engine, which brings its own flags; "cuda" for a GPU for each rank.
     """
 
     def __init__(
@@ -71,22 +72,26 @@ class Server:
         dwdp: Sequence[str] | None = None,
         flags: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        device: Literal["cpu", "cuda"] = "cpu",
     ) -> None:
         self.log, self.ranks, self.port = log, ranks, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--tp", str(ranks)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), *flags]
         variables = {**fewer_models(), **os.environ, **(environment or {})}
-        variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(STUBS), variables.get("PYTHONPATH"))))
-        if dwdp is None:
-            # What the plugin arranges by itself where DWDP is on.
-            variables |= cpu_engine.environment(ranks, variables)
-            for name, value in cpu_engine.default_flags().items():
-                command += ["--" + name.replace("_", "-"), str(value)]
-            command += ["--sleep-on-idle"]
-        else:
-            variables["SGLANG_USE_CPU_ENGINE"] = "1"
-            command += ["--device", "cpu", "--enable-dwdp", *dwdp]
+        if device == "cpu":
+            variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(STUBS), variables.get("PYTHONPATH"))))
+            if dwdp is None:
+                # What the plugin arranges by itself where DWDP is on.
+                variables |= cpu_engine.environment(ranks, variables)
+                for name, value in cpu_engine.default_flags().items():
+                    command += ["--" + name.replace("_", "-"), str(value)]
+                command += ["--sleep-on-idle"]
+            else:
+                variables["SGLANG_USE_CPU_ENGINE"] = "1"
+                command += ["--device", "cpu"]
+        if dwdp is not None:
+            command += ["--enable-dwdp", *dwdp]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True

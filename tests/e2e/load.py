@@ -48,11 +48,13 @@ class Load:
         expected: Sequence[list[int]],
         *,
         prompts: Sequence[str] = PROMPTS,
+        new_tokens: int = MAX_NEW_TOKENS,
         clients: int = 8,
         abort_share: float = 0.0,
         seed: int = 0,
     ) -> None:
         self._server, self._expected, self._prompts, self._abort_share = server, expected, prompts, abort_share
+        self._new_tokens = new_tokens
         self._over = threading.Event()
         self._pool = ThreadPoolExecutor(clients)
         self._seeds = [seed * clients + client for client in range(clients)]
@@ -83,7 +85,7 @@ class Load:
             self.answers.append(Answer(what, started, time.monotonic() - started, rank))
 
     def _body(self, number: int) -> dict[str, object]:
-        sampling = {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS}
+        sampling = {"temperature": 0, "max_new_tokens": self._new_tokens}
         return {"text": self._prompts[number], "sampling_params": sampling}
 
     def _unary(self, number: int) -> tuple[str, int]:

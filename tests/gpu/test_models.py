@@ -30,7 +30,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.engine import REPORT, EngineProcess, Request
+from benchmarks.engine import FIRST_PORT, REPORT, EngineProcess, Request
 from benchmarks.one_gpu import one_gpu_environment
 from benchmarks.processes import RunError
 from benchmarks.variants import QUIET
@@ -82,7 +82,6 @@ class Engines:
         at_a_time = int(os.environ.get("DWDP_ENGINES_AT_A_TIME") or max(1, len(os.sched_getaffinity(0)) // 2))
         self._pool = ThreadPoolExecutor(at_a_time)
         self._deadline = time.monotonic() + float(os.environ.get("DWDP_ENGINES_DEADLINE_S") or 3600)
-        self._first_port = int(os.environ.get("DWDP_ENGINES_FIRST_PORT") or 11000)
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
         self._ranks_on = Counter(dict.fromkeys(gpus, 0))
@@ -177,7 +176,7 @@ class Engines:
         """The engine's options. Engines that start together would draw the same ports."""
         result: dict[str, Any] = {
             "tp_size": ranks,
-            "port": self._first_port + 400 * (next(self._count) % 50),
+            "port": FIRST_PORT + 400 * (next(self._count) % 50),
             "moe_runner_backend": case.backend,
             "cuda_graph_backend_prefill": "disabled",
             "disable_shared_experts_fusion": not fused,
