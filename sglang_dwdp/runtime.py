@@ -58,7 +58,6 @@ class GraphSegment:
         self._runtime.enter_segment(self._positions)
         self._graph.replay()
         self._runtime.leave_segment(self._positions)
-        self._runtime.between_segments()
 
 
 class DwdpRuntime:
@@ -97,7 +96,6 @@ class DwdpRuntime:
         self.in_forward = False
         self.weights = ServedWeights(memory, self._shared, rank, size, self._forget_slots)
         self.in_exchange_step = False  # said by what runs them, before the forward begins
-        self.between_segments: Callable[[], None] = lambda: None  # called as a staged prefill is launched
 
     def setup(self, layers: Sequence[ExpertLayer], name: str, place: Place | None = None) -> None:
         """Share the experts; all ranks call this together, with the same `name`, a secret of the group.

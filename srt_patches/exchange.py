@@ -84,8 +84,7 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     forwards = JointForwards(
         Meeting(page, _UNTIMED, bells, serves=runner.device == "cuda"), inbox, _MAX_ROWS, _WAIT_LIMIT_S
     )
-    steps = ExchangeSteps(forwards, bells, joint, shape, runner.device)
-    _current[:], runtime.between_segments = [steps], steps.between_pieces
+    _current[:] = [ExchangeSteps(forwards, bells, joint, shape, runner.device)]
     runtime.add_part(forwards.report, forwards.close)
     logger.info(
         "DWDP: decode forwards of up to %d sequences a rank may be exchange steps; rows travel by %s",

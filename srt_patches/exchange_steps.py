@@ -1,7 +1,7 @@
 """Exchange steps of one scheduler: joint forwards and their CUDA graphs, and the part of a rank that has no rows.
 
-A rank that is idle, or that launches a prefill of its own or waits for it, helps peers that want to decode: it replays
-the MoE layers alone, on a stream whose kernels go before those of the prefill.
+A rank that is idle, or that waits for a prefill of its own, helps peers that want to decode: it replays the MoE layers
+alone, on a stream whose kernels go before those of the prefill.
 """
 
 from __future__ import annotations
@@ -54,12 +54,10 @@ class ExchangeSteps:
         self._num_rows = torch.zeros(1, dtype=torch.int32, device=device)
         self._row_numbers = torch.arange(shape.max_bucket, dtype=torch.int32, device=device)[:, None]
         self._beside: Any = torch.cuda.Stream(priority=_FIRST) if self._on_gpu else None  # type: ignore[no-untyped-call]
-        self._launch_s = 0.0  # of the longest piece of the last prefill: while it is launched, this rank helps nobody
-        self._longest_s = 0.0  # so far, of the prefill that is being launched
+        self._launch_s = 0.0  # of the last prefill: while it is launched, this rank helps nobody
         self._launch_start: float | None = None
         self._waits: deque[Callable[[], None]] = deque()  # of forwards whose results were not asked for yet
-        # Of joint forwards without own rows that may still run: what ends them, and an event after each.
-        self._helps: deque[tuple[Callable[[], None], Any]] = deque()
+        self._helps: deque[Callable[[], None]] = deque()  # of joint forwards without own rows that may still run
         forwards.until = self._help_until
 
     @property
@@ -90,7 +88,7 @@ class ExchangeSteps:
             )
             self._capture_s = 0.0
         if not is_decode:
-            self._launch_start, self._longest_s = time.monotonic(), 0.0
+            self._launch_start = time.monotonic()
             self.forwards.begin(self._shape.max_bucket + 1, 1e6 * self._launch_s)
             return False
         if self.forwards.begin(self.bucket_of(rows)) is None:
@@ -105,9 +103,9 @@ class ExchangeSteps:
             done = _event()
             if is_joint:
                 self._last_joint = done
-            self._piece_is_launched()
-            self._launch_s = self._longest_s or self._launch_s
-        self._launch_start, self._longest_s = None, 0.0
+            if self._launch_start is not None:
+                self._launch_s = time.monotonic() - self._launch_start
+        self._launch_start = None
         self._waits.append(self.forwards.end(done))
 
     def wait(self) -> None:
@@ -133,23 +131,6 @@ class ExchangeSteps:
         self._end_helps(0)
         return False
 
-    def between_pieces(self) -> None:
-        """A piece of a prefill has been launched, and others follow: help peers that wait for this rank."""
-        self._piece_is_launched()
-        try:
-            while self._helps and (self._helps[0][1] is None or self._helps[0][1].query()):
-                self._end_helps(len(self._helps) - 1)
-            if len(self._helps) <= _MAX_HELPS:
-                self._help()
-        except DwdpRuntimeError as error:
-            self._help_no_more(error)
-
-    def _piece_is_launched(self) -> None:
-        if self._launch_start is not None:
-            now = time.monotonic()
-            self._longest_s = max(self._longest_s, now - self._launch_start)
-            self._launch_start = now
-
     def _help_until(self, done: Any) -> None:
         """Wait for a forward of this rank, and help peers meanwhile. That a peer leaves what it wanted help with makes
         this rank's own forward no worse."""
@@ -159,14 +140,11 @@ class ExchangeSteps:
                     time.sleep(_NAP_S)
             self._end_helps(0)
         except DwdpRuntimeError as error:
-            self._help_no_more(error)
+            logger.warning("DWDP: this rank decodes alone from here on: %s", error)
+            while self._helps:  # their kernels wait for the peer until they are told not to
+                with suppress(DwdpRuntimeError):
+                    self._helps.popleft()()
             done.synchronize()
-
-    def _help_no_more(self, error: DwdpRuntimeError) -> None:
-        logger.warning("DWDP: this rank decodes alone from here on: %s", error)
-        while self._helps:  # their kernels wait for the peer until they are told not to
-            with suppress(DwdpRuntimeError):
-                self._helps.popleft()[0]()
 
     def _help(self) -> bool:
         self._end_helps(_MAX_HELPS)
@@ -181,12 +159,12 @@ class ExchangeSteps:
                 graph.replay()
             if self._on_gpu:
                 self._last_joint = _event()
-        self._helps.append((self.forwards.end(self._last_joint, helping=True), self._last_joint))
+        self._helps.append(self.forwards.end(self._last_joint, helping=True))
         return True
 
     def _end_helps(self, left: int) -> None:
         while len(self._helps) > left:
-            self._helps.popleft()[0]()
+            self._helps.popleft()()
 
     def _join(self, rows: int) -> None:
         """The current stream is about to run a joint forward with so many own rows."""

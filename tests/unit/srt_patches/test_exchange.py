@@ -93,25 +93,6 @@ def test_peers_are_helped_for_as_long_as_an_own_forward_runs(rounds: int, looks:
     assert forwards.running == 0
 
 
-def test_peers_are_helped_between_the_pieces_of_a_prefill() -> None:
-    forwards = Forwards(rounds=3, looks=0)
-    steps = exchange_steps(forwards)
-    for pieces in (1, 2, 3, 3):
-        steps.between_pieces()
-        assert forwards.helped == pieces
-    assert steps.bucket == 0  # the prefill is not joint
-
-
-def test_a_peer_that_leaves_while_a_prefill_is_launched_costs_it_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    def begin(bucket: int, away_us: float = 0) -> object | None:
-        raise DwdpRuntimeError("rank 1 ended")
-
-    forwards = Forwards(rounds=1, looks=0)
-    forwards.begin = begin  # type: ignore[method-assign]
-    exchange_steps(forwards).between_pieces()
-    assert "decodes alone from here on: rank 1 ended" in caplog.text
-
-
 def test_an_idle_rank_waits_for_its_help_once_nobody_wants_more() -> None:
     forwards = Forwards(rounds=3, looks=0)
     steps = exchange_steps(forwards)
