@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 
 from sglang_dwdp.support.conflicts import CONFLICTS
+from tests.fixtures import model_table
 from tests.fixtures.conflict_table import rows
 from tests.fixtures.support_table import (
     BY_MODELS,
     FAMILIES,
     GPU_MODELS,
+    MODELS_PAGE,
     PAGE,
     RECORD,
     WEIGHTS,
@@ -107,5 +109,6 @@ def test_every_conflict_has_a_row() -> None:
     assert table == rows(CONFLICTS)
 
 
-def test_the_page_is_up_to_date() -> None:
+def test_the_pages_are_up_to_date() -> None:
     assert PAGE.read_text() == page(json.loads(RECORD.read_text())), "run python -m tests.fixtures.support_table"
+    assert MODELS_PAGE.read_text() == model_table.page(), "run python -m tests.fixtures.support_table"
