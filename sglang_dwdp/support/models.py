@@ -237,7 +237,8 @@ def changed_sizes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _first_number(config: Any, keys: Sequence[str], least: int) -> int | None:
     values = (getattr(config, key, None) for key in keys)
-    return next((value for value in values if isinstance(value, int) and value >= least), None)
+    numbers = (max(value, default=0) if isinstance(value, list) else value for value in values)  # one for each layer
+    return next((number for number in numbers if isinstance(number, int) and number >= least), None)
 
 
 def check(architectures: Iterable[str] | None) -> str | None:

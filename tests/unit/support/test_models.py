@@ -71,6 +71,7 @@ def test_every_model_with_routed_experts_is_in_one_class() -> None:
 def test_numbers_of_experts_are_read_under_every_name(keys: tuple[str, ...], read: Callable[[Any], int | None]) -> None:
     for key in keys:
         assert read(SimpleNamespace(**{key: 8})) == 8
+        assert read(SimpleNamespace(**{key: [8, 4]})) == 8  # by layer, as Hunyuan has them
     assert read(SimpleNamespace(**{keys[0]: None, keys[-1]: 8})) == 8
     assert read(SimpleNamespace(**{keys[0]: 0})) is None
     assert read(SimpleNamespace()) is None
