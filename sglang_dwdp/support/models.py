@@ -262,11 +262,12 @@ def check(architectures: Iterable[str] | None) -> str | None:
             )
     if not names or VALIDATED.intersection(names):
         return None
-    what = "has not been validated against a single rank"
+    known = ""
     if VALIDATED_ON_CPU.intersection(names):
-        what = "has been validated on the CPU engine only"
+        known = " on GPUs, only on the CPU engine"
     elif not UNVALIDATED.intersection(names):
-        what = "is not among the models that DWDP knows, and has not been validated"
+        known = ", and is not among the models that DWDP knows"
     return (
-        f"{', '.join(names)} {what} (docs/support.md). Compare some answers with a server without --enable-dwdp first."
+        f"{', '.join(names)} has not been validated against a single rank{known} (docs/models.md). Compare some "
+        "answers with a server without --enable-dwdp first."
     )

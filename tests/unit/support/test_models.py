@@ -36,15 +36,15 @@ def test_what_tests_compare_is_what_is_called_validated() -> None:
 
 
 def test_others_are_warned_of_once() -> None:
-    for names, what in (
-        (UNVALIDATED, "has not been validated against a single rank"),
-        (VALIDATED_ON_CPU, "has been validated on the CPU engine only"),
-        ({"SomeMoeForCausalLM"}, "is not among the models that DWDP knows"),
+    for names, known in (
+        (UNVALIDATED, ""),
+        (VALIDATED_ON_CPU, " on GPUs, only on the CPU engine"),
+        ({"SomeMoeForCausalLM"}, ", and is not among the models that DWDP knows"),
     ):
         for name in names:
             warning = check([name])
             assert warning is not None
-            assert warning.startswith(f"{name} {what}")
+            assert warning.startswith(f"{name} has not been validated against a single rank{known} (docs/models.md)")
     assert check(None) is None
 
 
