@@ -7,12 +7,16 @@ import json
 from pathlib import Path
 
 from sglang_dwdp.support.conflicts import CONFLICTS
+from sglang_dwdp.support.models import VALIDATED_ON_CPU
+from tests.e2e.conftest import ALONE
 from tests.fixtures import model_table
 from tests.fixtures.conflict_table import rows
+from tests.fixtures.families import Shape, config
 from tests.fixtures.support_table import (
     BY_MODELS,
     FAMILIES,
     GPU_MODELS,
+    MODELS,
     MODELS_PAGE,
     PAGE,
     RECORD,
@@ -90,6 +94,17 @@ def test_models_on_cpus_are_grouped_by_outcome() -> None:
 def test_every_model_on_gpus_has_a_name() -> None:
     assert {case.family for case in ALL} <= set(FAMILIES)
     assert {case.weights for case in ALL} <= set(WEIGHTS)
+
+
+def test_models_validated_on_the_cpu_engine_have_passed() -> None:
+    record = json.loads(RECORD.read_text())
+    passed = {
+        name
+        for family in ALONE
+        if (evidence(record, rf"{MODELS}test_parity\[{family}-") or "").startswith("validated")
+        for name in config(family, Shape())["architectures"]
+    }
+    assert passed == VALIDATED_ON_CPU
 
 
 def test_nothing_is_called_validated_without_a_result() -> None:
