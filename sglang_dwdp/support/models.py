@@ -77,8 +77,6 @@ UNVALIDATED = frozenset(
         "DotsVLMForCausalLM",
         "ExaoneMoEForCausalLM",
         "ExaoneMoeForCausalLM",
-        "Gemma4ForCausalLM",
-        "Gemma4ForConditionalGeneration",
         "GigaChat35ForCausalLM",
         "Glm4MoeLiteForCausalLM",
         "Glm4vMoeForConditionalGeneration",
@@ -143,8 +141,6 @@ WITHOUT_DP_ATTENTION = frozenset(
         "Cohere2MoeForCausalLM",
         "Cohere2VisionForConditionalGeneration",
         "Ernie4_5_MoeForCausalLM",
-        "Gemma4ForCausalLM",
-        "Gemma4ForConditionalGeneration",
         "GigaChat35ForCausalLM",
         "GraniteMoeForCausalLM",
         "GraniteMoeHybridForCausalLM",
@@ -177,6 +173,8 @@ _GENERIC = "SGLang's generic code for models of transformers shards every layer 
 UNSUPPORTED: Mapping[str, str] = {
     **dict.fromkeys(
         (
+            "Gemma4ForCausalLM",
+            "Gemma4ForConditionalGeneration",
             "Grok1ForCausalLM",
             "Grok1ModelForCausalLM",
             "InklingForConditionalGeneration",
