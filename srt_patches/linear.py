@@ -8,10 +8,12 @@ MiniMax-M2.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
 
@@ -42,6 +44,22 @@ def unsharded_model(architectures: Iterable[str] | None) -> AbstractContextManag
     group = parallel.attn_tp_group  # of this rank alone
     context: AbstractContextManager[Any] = parallel.override(**sizes, **ranks, tp_group=group)
     return context
+
+
+def keep_rows_of_tokens(model: torch.nn.Module) -> None:
+    """Let a constructed model's queries have a row for each token.
+
+    Hunyuan's norm leaves them with a row for each head. With attention data parallelism SGLang takes the rows beyond
+    the number of tokens for padding, and its attention for plain CPUs returns what has the shape of the queries.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "HunYuanAttention" and module.use_qk_norm:
+            norm: Any = module.query_layernorm
+            norm.register_forward_hook(functools.partial(_rows_of, module.q_size))
+
+
+def _rows_of(size: Any, _norm: torch.nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.view(-1, size)
 
 
 HOOKS = (

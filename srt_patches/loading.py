@@ -21,7 +21,7 @@ from sglang_dwdp.errors import DwdpSetupError
 from sglang_dwdp.srt_patches.checks import check_constructed
 from sglang_dwdp.srt_patches.experts import placement_of, rank_in_group
 from sglang_dwdp.srt_patches.hooks import Hook
-from sglang_dwdp.srt_patches.linear import unsharded_model
+from sglang_dwdp.srt_patches.linear import keep_rows_of_tokens, unsharded_model
 from sglang_dwdp.support.unwritten import has_marks, mark, mark_uninitialized
 
 _ALL_EXPERTS = -1
@@ -44,11 +44,13 @@ def construct(
         with unsharded_model(model_config.hf_config.architectures):
             model = original(model_config, load_config, quant_config)
         check_constructed(model)
+        keep_rows_of_tokens(model)
         setattr(model, _IS_LOADED, True)
         return model
     with mark_uninitialized(), unsharded_model(model_config.hf_config.architectures):
         model = original(model_config, load_config, quant_config)
     check_constructed(model)
+    keep_rows_of_tokens(model)
     for name, parameter in model.named_parameters():
         # These have a value from their constructor (a norm's ones), but never the one of a trained model. Others may
         # keep it: scales, for instance, that many checkpoints leave out.

@@ -31,11 +31,13 @@ MODEL_MODULES = frozenset(
         "gpt_oss",
         "granite",
         "granitemoe",
+        "hunyuan",
         "llama4",
         "minimax_m2",
         "mixtral",
         "mllama4",
         "olmoe",
+        "phimoe",
         "qwen2_moe",
         "qwen3_moe",
     )

@@ -35,7 +35,8 @@ SIZE_KEYS = (
     "vocab_size",
 )
 
-# docs/support.md has the tests, and what they were run on.
+# Every architecture of SGLang's with routed experts is in exactly one of VALIDATED, VALIDATED_ON_CPU, UNVALIDATED and
+# UNSUPPORTED. docs/support.md has the tests of the first two, and what they were run on.
 VALIDATED = frozenset(
     {
         "DeepseekV2ForCausalLM",
@@ -48,9 +49,7 @@ VALIDATED = frozenset(
         "Qwen3MoeForCausalLM",
     }
 )
-# For which SGLang has no attention data parallelism: it would shard them over all ranks. Ranks construct them as if
-# each were alone (`srt_patches/linear.py`).
-WITHOUT_DP_ATTENTION = frozenset(
+VALIDATED_ON_CPU = frozenset(
     {
         "Ernie4_5_MoeForCausalLM",
         "GraniteMoeForCausalLM",
@@ -58,18 +57,157 @@ WITHOUT_DP_ATTENTION = frozenset(
         "OlmoeForCausalLM",
     }
 )
+# By reading: each rank runs its requests alone, and experts are in FusedMoE layers that SGLang's code runs.
+UNVALIDATED = frozenset(
+    {
+        "BailingMM2NativeForConditionalGeneration",
+        "BailingMMNativeForConditionalGeneration",
+        "BailingMoEForCausalLM",
+        "BailingMoeForCausalLM",
+        "BailingMoeV2ForCausalLM",
+        "BailingMoeV2_5ForCausalLM",
+        "BailingMoeV3ForCausalLM",
+        "BailingMoeV3VLForConditionalGeneration",
+        "Cohere2MoeForCausalLM",
+        "Cohere2VisionForConditionalGeneration",
+        "DeepseekOCRForCausalLM",
+        "DeepseekV32ForCausalLM",
+        "DeepseekVL2ForCausalLM",
+        "Dots3NoteForCausalLM",
+        "DotsVLMForCausalLM",
+        "ExaoneMoEForCausalLM",
+        "ExaoneMoeForCausalLM",
+        "GigaChat35ForCausalLM",
+        "Glm4MoeLiteForCausalLM",
+        "Glm4vMoeForConditionalGeneration",
+        "Glm5NextForConditionalGeneration",
+        "GlmMoeDsaForCausalLM",
+        "GraniteMoeHybridForCausalLM",
+        "GraniteMoeSWAForCausalLM",
+        "GraniteMoeSharedForCausalLM",
+        "HYV3ForCausalLM",
+        "HYV4ForCausalLM",
+        "HunYuanMoEV1ForCausalLM",
+        "IQuestQ1ForCausalLM",
+        "InternS1ForConditionalGeneration",
+        "InternS1ProForConditionalGeneration",
+        "InternS2MobiusForConditionalGeneration",
+        "InternS2PreviewForConditionalGeneration",
+        "InternVLChatModel",
+        "K2HorizonForCausalLM",
+        "KimiK25ForConditionalGeneration",
+        "KimiLinearForCausalLM",
+        "KimiVLForConditionalGeneration",
+        "LLaDA2MoeModelLM",
+        "LagunaForCausalLM",
+        "Lfm2MoeForCausalLM",
+        "Llama4ForCausalLM",
+        "LongcatFlashForCausalLM",
+        "MellumForCausalLM",
+        "MiMoV2FlashForCausalLM",
+        "MiMoV2ForCausalLM",
+        "MiniCPMV4_6ForConditionalGeneration",
+        "MiniCPMV4_7ForConditionalGeneration",
+        "MiniMaxM3SparseForCausalLM",
+        "MiniMaxM3SparseForConditionalGeneration",
+        "MistralLarge3ForCausalLM",
+        "NemotronHForCausalLM",
+        "NemotronHPuzzleForCausalLM",
+        "NemotronH_Nano_Omni_Reasoning_V3",
+        "NemotronH_Nano_VL_V2",
+        "NemotronH_Omni_Reasoning_V3",
+        "PhiMoEForCausalLM",
+        "PixtralForConditionalGeneration",
+        "Qwen3NextForCausalLM",
+        "Qwen3OmniMoeForConditionalGeneration",
+        "Qwen3VLMoeForConditionalGeneration",
+        "Qwen3_5MoeForCausalLM",
+        "Qwen3_5MoeForConditionalGeneration",
+        "Qwen4ExpForConditionalGeneration",
+        "SDARMoeForCausalLM",
+        "SarvamMLAForCausalLM",
+        "SarvamMoEForCausalLM",
+        "Step3VLForConditionalGeneration",
+        "Step3p5ForCausalLM",
+        "Step3p7ForConditionalGeneration",
+        "UnlimitedOCRForCausalLM",
+        "XllmForCausalLM",
+    }
+)
+# For which SGLang has no attention data parallelism: it would shard them over all ranks. Ranks construct them as if
+# each were alone (`srt_patches/linear.py`).
+WITHOUT_DP_ATTENTION = frozenset(
+    {
+        "Cohere2MoeForCausalLM",
+        "Cohere2VisionForConditionalGeneration",
+        "Ernie4_5_MoeForCausalLM",
+        "GigaChat35ForCausalLM",
+        "GraniteMoeForCausalLM",
+        "GraniteMoeHybridForCausalLM",
+        "GraniteMoeSWAForCausalLM",
+        "GraniteMoeSharedForCausalLM",
+        "HYV3ForCausalLM",
+        "HunYuanMoEV1ForCausalLM",
+        "IQuestQ1ForCausalLM",
+        "KimiLinearForCausalLM",
+        "Lfm2MoeForCausalLM",
+        "MixtralForCausalLM",
+        "OlmoeForCausalLM",
+        "PhiMoEForCausalLM",
+    }
+)
 _SUMS = (
-    "SGLang's code for it sums routed and shared experts over all ranks in every MoE layer, even if each rank runs all "
-    "experts, so a rank's forward would wait for the others, or mix their requests into its own"
+    "SGLang's code for it sums over all ranks in every layer, even if each rank runs all experts, so a rank's forward "
+    "would wait for the others, or mix their requests into its own"
 )
 _GATHERS = (
     "SGLang's code for it gathers token ids and hidden states of all ranks in a forward, so a rank's forward would "
     "wait for the others, or take in their requests"
 )
+_OWN_EXPERTS = "SGLang's code for it runs experts without a FusedMoE layer, whose tensors are what DWDP shares"
+_SPLIT_HEADS = "SGLang divides its attention heads among all ranks, so a rank would compute a part of each token"
+_SAME_NUMBER = "its layers have two sets of experts under one number, by which DWDP tells layers apart"
+_STATE = "SGLang divides the state of its attention by all ranks, while each rank has all heads"
+_DENSE_SPLIT = "SGLang's code for it rejects dense layers that each rank runs alone"
+_GENERIC = "SGLang's generic code for models of transformers shards every layer over all ranks"
 UNSUPPORTED: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "Gemma4ForCausalLM",
+            "Gemma4ForConditionalGeneration",
+            "Grok1ForCausalLM",
+            "Grok1ModelForCausalLM",
+            "InklingForConditionalGeneration",
+            "KimiK3ForConditionalGeneration",
+            "KimiK3LinearForCausalLM",
+            "MuseSparkForConditionalGeneration",
+        ),
+        _SUMS,
+    ),
     "DeepseekV4ForCausalLM": _GATHERS,
-    "KimiK3ForConditionalGeneration": _SUMS,
-    "KimiK3LinearForCausalLM": _SUMS,
+    **dict.fromkeys(
+        (
+            "AfmoeForCausalLM",
+            "DbrxForCausalLM",
+            "DeepseekForCausalLM",  # DeepSeek-MoE, before V2
+            "QuantMixtralForCausalLM",
+            "XverseMoeForCausalLM",
+        ),
+        _OWN_EXPERTS,
+    ),
+    "DiffusionGemmaForBlockDiffusion": _SPLIT_HEADS,
+    "Ernie4_5_VLMoeForConditionalGeneration": _SAME_NUMBER,
+    "ZayaForCausalLM": _STATE,
+    "BeamForCausalLM": _DENSE_SPLIT,
+    **dict.fromkeys(
+        (
+            f"Transformers{modal}{moe}{task}"
+            for modal in ("", "MultiModal")
+            for moe in ("", "MoE")
+            for task in ("ForCausalLM", "EmbeddingModel", "ForSequenceClassification")
+        ),
+        _GENERIC,
+    ),
 }
 
 
@@ -97,7 +235,8 @@ def changed_sizes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _first_number(config: Any, keys: Sequence[str], least: int) -> int | None:
     values = (getattr(config, key, None) for key in keys)
-    return next((value for value in values if isinstance(value, int) and value >= least), None)
+    numbers = (max(value, default=0) if isinstance(value, list) else value for value in values)  # one for each layer
+    return next((number for number in numbers if isinstance(number, int) and number >= least), None)
 
 
 def check(architectures: Iterable[str] | None) -> str | None:
@@ -107,7 +246,7 @@ def check(architectures: Iterable[str] | None) -> str | None:
         architectures: of its config.json.
 
     Returns:
-        A warning for a model that was not validated; None if there is nothing to say.
+        A warning for a model that was not validated on GPUs; None if there is nothing to say.
 
     Raises:
         DwdpConfigError: the model is unsupported.
@@ -121,7 +260,12 @@ def check(architectures: Iterable[str] | None) -> str | None:
             )
     if not names or VALIDATED.intersection(names):
         return None
+    known = ""
+    if VALIDATED_ON_CPU.intersection(names):
+        known = " on GPUs, only on the CPU engine"
+    elif not UNVALIDATED.intersection(names):
+        known = ", and is not among the models that DWDP knows"
     return (
-        f"{', '.join(names)} has not been validated against a single rank (docs/support.md). Compare some answers with "
-        "a server without --enable-dwdp first."
+        f"{', '.join(names)} has not been validated against a single rank{known} (docs/models.md). Compare some "
+        "answers with a server without --enable-dwdp first."
     )

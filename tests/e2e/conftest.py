@@ -27,9 +27,19 @@ FLAGS = ("--dtype", "float32", "--skip-server-warmup", "--random-seed", "1")
 # On the CPU SGLang pads experts to multiples of 32, but loads a tensor of all of them unpadded.
 # And it pads heads that do not divide evenly among ranks, where SGLang has no attention data parallelism.
 _HEADS = {"num_heads": 6, "num_kv_heads": 6}
+# Families which SGLang shards over all ranks, so that ranks construct them as if each were alone.
+ALONE: tuple[Family, ...] = (
+    "mixtral",
+    "olmoe",
+    "granitemoe",
+    "granitemoeshared",
+    "ernie4_5_moe",
+    "hunyuan_v1_moe",
+    "phimoe",
+)
 SHAPES: dict[Family, dict[str, int]] = {
     "gpt_oss": {"moe_intermediate_size": 96},
-    **dict.fromkeys(("mixtral", "olmoe", "granitemoe", "ernie4_5_moe"), _HEADS),
+    **dict.fromkeys(ALONE, _HEADS),
 }
 STOPS = cycle((signal.SIGTERM, signal.SIGINT))
 

@@ -45,11 +45,28 @@ def register():
 """
 
 ENGINE = """
-import json, sys
+import asyncio, json, sys
 from sglang_dwdp.cpu import engine as cpu_engine
-import sglang
+import fastapi, psutil, sglang
 
 cpu_engine.arrange(2)  # needed where there is no CUDA driver
+
+async def lose_rank_1(engine, prompt):
+    long = {"max_new_tokens": 1000, "ignore_eos": True}
+    stream = await engine.async_generate(prompt, long, routed_dp_rank=1, stream=True)
+    await anext(stream)
+    waiting = asyncio.ensure_future(engine.async_generate(prompt, long, routed_dp_rank=1))
+    await anext(stream)
+    [rank] = [child for child in psutil.Process().children(recursive=True) if child.name().endswith("TP1")]
+    rank.kill()
+    chunks = [chunk async for chunk in stream]
+    return chunks[-1]["meta_info"]["finish_reason"], await failure(waiting)
+
+async def failure(request):
+    try:
+        return await request
+    except fastapi.HTTPException as error:
+        return [error.status_code, error.detail]
 
 if __name__ == "__main__":
     engine = sglang.Engine(
@@ -71,9 +88,17 @@ if __name__ == "__main__":
         assert engine.update_weights_from_tensor(list(load_file(file).items()))[0]
     updated = engine.end_weight_update()
     others = engine.generate(prompts, {"temperature": 0, "max_new_tokens": int(sys.argv[3])})
+    lost = [*engine.loop.run_until_complete(lose_rank_1(engine, prompts[0]))]
+    try:
+        engine.generate(prompts[0], routed_dp_rank=1)
+    except fastapi.HTTPException as error:
+        lost.append([error.status_code, error.detail])
+    lost.append(list(engine.generate(prompts[0], routed_dp_rank=1, stream=True))[-1]["meta_info"]["finish_reason"])
+    survivor = engine.generate(prompts, {"temperature": 0, "max_new_tokens": int(sys.argv[3])})
+    lost.append(engine.get_server_info()["dwdp_ranks"])
     engine.shutdown()
-    tokens = [[answer["output_ids"] for answer in each] for each in (answers, others)]
-    print("RESULT " + json.dumps([*tokens, reports, message, updated]))
+    tokens = [[answer["output_ids"] for answer in each] for each in (answers, others, survivor)]
+    print("RESULT " + json.dumps([*tokens, lost, reports, message, updated]))
 """
 
 
@@ -127,10 +152,16 @@ def test_engine_keywords(models: Models, reference: Reference, tmp_path: Path) -
     )
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, result.stderr[-3000:]
-    tokens, others, reports, message, updated = json.loads(lines[0].removeprefix("RESULT "))
+    tokens, others, survivor, lost, reports, message, updated = json.loads(lines[0].removeprefix("RESULT "))
     assert tokens == reference("qwen3_moe", 8)[:6]
     assert updated[0], updated
     assert others == greedy_tokens(new, PROMPTS[:6], MAX_NEW_TOKENS)
+    chunk, exception, named, named_chunk, ranks = lost
+    assert survivor == others
+    assert (chunk["type"], chunk["status_code"], exception[0]) == ("abort", 503, 503)
+    assert chunk["message"] == exception[1] == named[1] == named_chunk["message"]
+    assert chunk["message"].startswith("DWDP: rank 1 is lost: was ended by SIGKILL")
+    assert ranks.startswith("degraded: rank 1 of 2 lost at ")
     assert all(report["view"] == "staged" and report["bytes_copied"] > 0 for report in reports)
     assert message.startswith("save_sharded_model: Saving or sending a running server's weights is unsupported")
 

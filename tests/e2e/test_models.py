@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.conftest import Plugin, Reference, Running
+from tests.e2e.conftest import ALONE, Plugin, Reference, Running
 from tests.e2e.test_parity import MLA_PLUGIN, Models, check
 from tests.fixtures.families import Family
 
@@ -38,6 +38,11 @@ def _without_sinks(model: torch.nn.Module) -> None:
             torch.nn.init.constant_(parameter, -1e9)
 
 
+def _without_bias_of_the_head(model: torch.nn.Module) -> None:
+    """SGLang loads it, and does not add it to the logits."""
+    torch.nn.init.zeros_(model.get_parameter("lm_head.bias"))
+
+
 def _without_norms_of_queries_and_keys(model: torch.nn.Module) -> None:
     """SGLang has this model's norm for CUDA and AMX, so the checkpoint is without; transformers always has it."""
     for module in model.modules():
@@ -45,10 +50,15 @@ def _without_norms_of_queries_and_keys(model: torch.nn.Module) -> None:
             module.q_norm, module.k_norm = torch.nn.Identity(), torch.nn.Identity()
 
 
-# Which SGLang shards over all ranks, so that ranks construct them as if each were alone.
-ALONE = ("mixtral", "olmoe", "granitemoe", "ernie4_5_moe")
-CHANGES = {"gpt_oss": _without_sinks, "minimax_m2": _without_norms_of_queries_and_keys}
-PLUGINS = {"kimi_k2": ("mla_on_cpu", MLA_PLUGIN), "gpt_oss": ("no_sinks", NO_SINKS_PLUGIN)}
+CHANGES = {
+    "gpt_oss": _without_sinks,
+    "minimax_m2": _without_norms_of_queries_and_keys,
+    "phimoe": _without_bias_of_the_head,
+}
+PLUGINS = {
+    "kimi_k2": ("mla_on_cpu", MLA_PLUGIN),
+    "gpt_oss": ("no_sinks", NO_SINKS_PLUGIN),
+}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

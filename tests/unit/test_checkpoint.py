@@ -14,7 +14,16 @@ from tests.fixtures.families import Family, Shape, make_checkpoint
 
 FAMILIES = get_args(Family)
 DENSE_FIRST = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe", "ernie4_5_moe")
-NAMED_OTHERWISE = ("mixtral", "minimax_m2", "gpt_oss", "llama4", "granitemoe")
+NAMED_OTHERWISE = (
+    "mixtral",
+    "minimax_m2",
+    "gpt_oss",
+    "llama4",
+    "granitemoe",
+    "granitemoeshared",
+    "hunyuan_v1_moe",
+    "phimoe",
+)
 NAMED_ALIKE = [family for family in FAMILIES if family not in NAMED_OTHERWISE]
 
 

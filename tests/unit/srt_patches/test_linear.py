@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sglang_dwdp.srt_patches import linear
 from sglang_dwdp.srt_patches.linear import unsharded_group, unsharded_head, unsharded_model
@@ -54,3 +55,19 @@ def test_models_without_data_parallel_attention_find_one_rank(
             "moe_tp_size": 1,
         }
         assert {value for name, value in values.items() if name.endswith("rank")} == {0}
+
+
+class HunYuanAttention(torch.nn.Module):
+    """What of SGLang's is used, with two heads of 4 values."""
+
+    def __init__(self, *, use_qk_norm: bool) -> None:
+        super().__init__()
+        self.use_qk_norm, self.q_size = use_qk_norm, 8
+        self.query_layernorm = torch.nn.RMSNorm(4)
+
+
+@pytest.mark.parametrize(("use_qk_norm", "rows"), [(True, (3, 8)), (False, (6, 4))])
+def test_hunyuans_queries_keep_a_row_for_each_token(use_qk_norm: bool, rows: tuple[int, int]) -> None:
+    attention = HunYuanAttention(use_qk_norm=use_qk_norm)
+    linear.keep_rows_of_tokens(torch.nn.Sequential(attention))
+    assert attention.query_layernorm(torch.zeros(6, 4)).shape == rows

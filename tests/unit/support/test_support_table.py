@@ -7,11 +7,17 @@ import json
 from pathlib import Path
 
 from sglang_dwdp.support.conflicts import CONFLICTS
+from sglang_dwdp.support.models import VALIDATED_ON_CPU
+from tests.e2e.conftest import ALONE
+from tests.fixtures import model_table
 from tests.fixtures.conflict_table import rows
+from tests.fixtures.families import Shape, config
 from tests.fixtures.support_table import (
     BY_MODELS,
     FAMILIES,
     GPU_MODELS,
+    MODELS,
+    MODELS_PAGE,
     PAGE,
     RECORD,
     WEIGHTS,
@@ -90,6 +96,17 @@ def test_every_model_on_gpus_has_a_name() -> None:
     assert {case.weights for case in ALL} <= set(WEIGHTS)
 
 
+def test_models_validated_on_the_cpu_engine_have_passed() -> None:
+    record = json.loads(RECORD.read_text())
+    passed = {
+        name
+        for family in ALONE
+        if (evidence(record, rf"{MODELS}test_parity\[{family}-") or "").startswith("validated")
+        for name in config(family, Shape())["architectures"]
+    }
+    assert passed == VALIDATED_ON_CPU
+
+
 def test_nothing_is_called_validated_without_a_result() -> None:
     text = page({})
     assert "validated 2" not in text
@@ -107,5 +124,6 @@ def test_every_conflict_has_a_row() -> None:
     assert table == rows(CONFLICTS)
 
 
-def test_the_page_is_up_to_date() -> None:
+def test_the_pages_are_up_to_date() -> None:
     assert PAGE.read_text() == page(json.loads(RECORD.read_text())), "run python -m tests.fixtures.support_table"
+    assert MODELS_PAGE.read_text() == model_table.page(), "run python -m tests.fixtures.support_table"
