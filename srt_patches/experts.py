@@ -24,7 +24,14 @@ from sglang_dwdp.support.gpu import gpu_generation
 logger = logging.getLogger(__name__)
 _WEIGHTS = (("w13_weight", "w2_weight"), ("w13_weight_packed", "w2_weight_packed"), ("w13_qweight", "w2_qweight"))
 _INPUT_SCALES = ("w13_input_scale", "w2_input_scale")
-_UNREAD = ("w13_blockscale_swizzled", "w2_blockscale_swizzled")  # Marlin has scales of its own
+# Of SGLang's NVFP4 method, by backend: what its kernel does not read, though it is there for each expert.
+_SWIZZLED, _PLAIN = ("w13_blockscale_swizzled", "w2_blockscale_swizzled"), ("w13_weight_scale", "w2_weight_scale")
+_UNREAD = {
+    "marlin": _SWIZZLED,
+    "flashinfer_trtllm": _SWIZZLED,
+    "flashinfer_trtllm_routed": _SWIZZLED,
+    "flashinfer_cutlass": _PLAIN,
+}
 _COUNT = "_num_local_routed"
 _CLAMPS = "_cutlass_swiglu_params"
 
@@ -179,9 +186,9 @@ def rebuild_state(layer: Any) -> None:
 
 
 def drop_unread(layer: Any) -> None:
-    """Free what SGLang's NVFP4 method allocates for each expert and its Marlin kernel does not read."""
-    for name in _UNREAD:
-        if layer._parameters.get(name) is not None:
+    """Free what no kernel reads of the tensors that SGLang's NVFP4 method keeps for each expert."""
+    if type(layer.quant_method).__name__ == "ModelOptNvFp4FusedMoEMethod":
+        for name in _UNREAD.get(layer.runner_backend.value, ()):
             setattr(layer, name, None)
 
 
@@ -213,8 +220,7 @@ def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:
         if device == "cuda":
             backends[backend_of_layer(layer)] += 1
             check_expert_state(layer)
-            if getattr(layer.runner_backend, "value", None) == "marlin":
-                drop_unread(layer)
+            drop_unread(layer)
         if weight_names(layer) is None:
             raise DwdpConfigError(
                 f"layer {layer.layer_id} has no weights of a known name: the weight format "

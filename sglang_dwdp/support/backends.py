@@ -77,13 +77,9 @@ _TRITON_KERNEL = "its own routing and weight layout were not examined"
 _CUTLASS = "it makes its tables of pointers and strides for the experts that a rank loads, before they are shared"
 _HPC_OPS = "the padded scales that it keeps beside the checkpoint's were not examined"
 _MXFP4_TRITON_KERNEL = "it swizzles all experts' weights and scales together into objects of its own"
-_NVFP4_SCALES = (
-    "SGLang takes a rank's part of the checkpoint's input scales by its place in expert parallelism, so every rank "
-    "would get those of the first experts"
-)
 _CUTEDSL = (
-    "it asserts that experts are divided by expert parallelism, and lays the block scales of all experts "
-    "out in one tensor whose first dimension is not the expert"
+    "it asserts that experts are divided by expert parallelism, and lays their block scales out in one tensor whose "
+    "first dimension is not the expert"
 )
 MOE_BACKENDS = (
     MoeBackend(_BF16, "triton", _VALIDATED, _BOTH),
@@ -104,10 +100,12 @@ MOE_BACKENDS = (
     MoeBackend(_INTEGER, "triton", _UNVALIDATED, _BOTH),
     MoeBackend(_MXFP4, "flashinfer_mxfp4", _VALIDATED, _BOTH),
     MoeBackend(_MXFP4, "triton_kernel", _UNSUPPORTED, _BOTH, _MXFP4_TRITON_KERNEL),
+    MoeBackend(_MXFP4, "marlin", _UNVALIDATED, _BOTH),
     MoeBackend(_MXFP4, "triton", _VALIDATED, _BOTH),  # SGLang turns the weights into bf16, four times the size
     MoeBackend(_NVFP4, "marlin", _UNVALIDATED, _HOPPER),
-    MoeBackend(_NVFP4, "flashinfer_trtllm", _UNSUPPORTED, _BLACKWELL, _NVFP4_SCALES),
-    MoeBackend(_NVFP4, "flashinfer_cutlass", _UNSUPPORTED, _BLACKWELL, _NVFP4_SCALES),
+    MoeBackend(_NVFP4, "flashinfer_trtllm", _UNVALIDATED, _BLACKWELL),
+    MoeBackend(_NVFP4, "flashinfer_trtllm_routed", _UNVALIDATED, _BLACKWELL),
+    MoeBackend(_NVFP4, "flashinfer_cutlass", _UNVALIDATED, _BLACKWELL),
     MoeBackend(_NVFP4, "flashinfer_cutedsl", _UNSUPPORTED, _BLACKWELL, _CUTEDSL),
 )
 

@@ -178,6 +178,7 @@ ALL = (
     Case("qwen3_moe", "int4", "triton", "int4/int8 experts with triton", ranks=(3,)),
     Case("qwen3_moe", "nvfp4-modelopt", "auto", "NVFP4 experts with marlin", share_all=True),
     Case("qwen3_moe", "nvfp4", "auto", "NVFP4 experts with marlin", ranks=(3,)),
+    Case("gpt_oss", "mxfp4", "marlin", "MXFP4 experts with marlin", GPT_OSS, ranks=(3,)),
 )
 _MXFP4 = next(case for case in ALL if case.backend == "flashinfer_mxfp4")
 # Options of DWDP's, each on 2 ranks.

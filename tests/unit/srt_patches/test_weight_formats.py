@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import flashinfer
 import pytest
 import torch
 from sglang.srt.hardware_backend.gpu.quantization import awq_kernels, gptq_kernels
+from sglang.srt.layers import moe
 from sglang.srt.layers.moe.fused_moe_triton import layer as fused_layer
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
@@ -80,15 +82,15 @@ def stubs(monkeypatch: pytest.MonkeyPatch) -> None:
 class Layer(FusedMoE):
     """A FusedMoE layer with this rank's shard, without what FusedMoE's constructor asks of a server."""
 
-    def __init__(self, config: Any, count: int) -> None:
+    def __init__(self, config: Any, count: int, backend: MoeRunnerBackend) -> None:
         torch.nn.Module.__init__(self)
         self.layer_id, self.quant_config = 5, config
         self.num_experts = self._num_global_routed = EXPERTS
         self.num_local_experts = self._num_local_routed = count
         self.hidden_size, self.intermediate_size_per_partition = HIDDEN, INTER
         self.moe_tp_size, self.moe_tp_rank, self._has_fused_shared = 1, 0, False
-        self.use_triton_kernels = self.use_flashinfer_trtllm_moe = self.uses_expert_location = False
-        self.use_presharded_weights = False
+        self.use_triton_kernels = self.uses_expert_location = self.use_presharded_weights = False
+        self.use_flashinfer_trtllm_moe = backend.is_flashinfer_trtllm()
         self.moe_runner_config = MoeRunnerConfig(num_experts=EXPERTS, num_local_experts=count, layer_id=5)
         self.dispatcher = SimpleNamespace(set_quant_config=lambda _config: None)
         self.quant_method = config.get_quant_method(self, "model.layers.5.mlp.experts")
@@ -130,7 +132,13 @@ def checkpoint(name: str) -> Iterator[tuple[str, str, int, torch.Tensor]]:
                 yield prefix + end, shard, expert, tensor
 
 
-def loaded(name: str, rank: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> Layer:
+def loaded(
+    name: str,
+    rank: int,
+    ranks: int,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: MoeRunnerBackend = MoeRunnerBackend.AUTO,
+) -> Layer:
     """A rank's layer, ready to be shared."""
     placement = (
         balanced(EXPERTS, ranks)
@@ -143,7 +151,7 @@ def loaded(name: str, rank: int, ranks: int, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(module, "placement_of", lambda _layer: placement)
         monkeypatch.setattr(module, "rank_in_group", lambda: rank)
     with mark_uninitialized():
-        layer = Layer(config_of(name), len(placement.shard(rank)))
+        layer = Layer(config_of(name), len(placement.shard(rank)), backend)
     model = torch.nn.Sequential(layer)
     for parameter, shard, expert, tensor in checkpoint(name):
         loading.load(FusedMoE.weight_loader, layer, getattr(layer, parameter), tensor, parameter, shard, expert)
@@ -193,6 +201,32 @@ def test_shards_together_are_what_one_rank_has(name: str, monkeypatch: pytest.Mo
         for key, value in whole.named_parameters():
             assert getattr(layer, key).shape == value.shape, key
         assert layer.num_local_experts == layer.moe_runner_config.num_local_experts == EXPERTS
+    for key, tensor in expected.items():
+        joined = torch.cat([part[key] for part in parts])
+        assert torch.equal(joined.view(torch.uint8), tensor.view(torch.uint8)), key
+
+
+@pytest.mark.parametrize("backend", [MoeRunnerBackend.FLASHINFER_CUTLASS, MoeRunnerBackend.FLASHINFER_TRTLLM])
+def test_nvfp4_for_blackwell(backend: MoeRunnerBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its two kernels multiply by is each expert's own; activations are scaled by the largest of all experts."""
+    for module in (moe, modelopt_quant):
+        monkeypatch.setattr(module, "get_moe_runner_backend", lambda: backend)
+    monkeypatch.setattr(modelopt_quant, "get_platform", lambda: SimpleNamespace(is_blackwell=True))
+    monkeypatch.setattr(flashinfer, "nvfp4_block_scale_interleave", lambda scales: scales.reshape(-1).flip(0))
+    whole = loaded("nvfp4-modelopt", 0, 1, monkeypatch, backend)
+    of_all = {key for key, value in whole.named_parameters() if hasattr(value, "_sglang_require_global_experts")}
+    expected = {key: value for key, value in SglangLayer(whole).shards().items() if key not in of_all}
+    assert {"g1_alphas", "g2_alphas"} < set(expected)
+    assert ("w13_weight_scale" in expected) is backend.is_flashinfer_trtllm()  # one of two with the same content
+    assert ("w13_blockscale_swizzled" in expected) is backend.is_flashinfer_cutlass()
+    parts = []
+    for rank in range(RANKS):
+        layer = loaded("nvfp4-modelopt", rank, RANKS, monkeypatch, backend)
+        assert backend_of_layer(layer).weights == "NVFP4"
+        tensors_of(SglangLayer(layer), rank)
+        parts.append(SglangLayer(layer).shards())
+        assert torch.equal(layer.w13_input_scale_quant, whole.w13_input_scale_quant)
+        assert layer.w13_input_scale_quant.ndim == 0
     for key, tensor in expected.items():
         joined = torch.cat([part[key] for part in parts])
         assert torch.equal(joined.view(torch.uint8), tensor.view(torch.uint8)), key
