@@ -28,8 +28,8 @@ from sglang_dwdp.srt_patches.graphs import check_graph_backends, graph_arguments
 from sglang_dwdp.srt_patches.resolved import RESOLVED
 from sglang_dwdp.support import models
 from sglang_dwdp.support.conflicts import check_conflicts, check_environment
-from sglang_dwdp.support.formats import check_quantization
 from sglang_dwdp.support.ledger import check_sources
+from sglang_dwdp.support.quantization import check_quantization
 from sglang_dwdp.support.release import check_release
 
 logger = logging.getLogger(__name__)

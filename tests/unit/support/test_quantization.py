@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sglang_dwdp.errors import DwdpConfigError
-from sglang_dwdp.support.formats import check_quantization
+from sglang_dwdp.support.quantization import check_quantization
 from tests.fixtures.expert_formats import FORMATS
 
 # As SGLang resolves them on a GPU.
