@@ -22,6 +22,7 @@ _SUPPORTED = frozenset(
         "modelopt_fp8",
         "modelopt_mixed",
         "mxfp4",
+        "unquant",
         "w8a8_fp8",
     }
 )
