@@ -40,6 +40,11 @@ from tests.fixtures.expert_formats import FORMATS
 EXPERTS, HIDDEN, INTER, RANKS = 7, 256, 128, 3
 METHODS = {"gptq": "gptq_marlin", "awq": "awq_marlin"}
 ONLINE = "fp8-online"
+# Of other methods of SGLang, with the tensors of a format that is there.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp8-static": ("fp8-modelopt", {"quant_method": "fp8", "activation_scheme": "static"}),
+    "w8a8_fp8": ("fp8-channel", {"quant_method": "w8a8_fp8", "is_dynamic": True}),
+}
 PARTS = {"gate_proj": ("w13_", "w1"), "up_proj": ("w13_", "w3"), "down_proj": ("w2_", "w2")}
 
 
@@ -113,7 +118,7 @@ Layer.__name__ = "FusedMoE"  # compressed-tensors' targets are names of classes
 def config_of(name: str) -> Any:
     if name == ONLINE:
         return fp8.Fp8Config()
-    described = dict(FORMATS[name].config)
+    described = OTHERS[name][1] if name in OTHERS else dict(FORMATS[name].config)
     method = METHODS.get(described["quant_method"], described["quant_method"])
     if method == "modelopt":
         method = "modelopt_fp8" if described["quant_algo"] == "FP8" else "modelopt_fp4"
@@ -123,6 +128,7 @@ def config_of(name: str) -> Any:
 def checkpoint(name: str) -> Iterator[tuple[str, str, int, torch.Tensor]]:
     """Parameter, shard, expert, and tensor of all that a checkpoint has of a layer's experts."""
     generator = torch.Generator().manual_seed(0)
+    name = OTHERS[name][0] if name in OTHERS else name
     for expert in range(EXPERTS):
         for part, (prefix, shard) in PARTS.items():
             size = (HIDDEN, INTER) if part == "down_proj" else (INTER, HIDDEN)
@@ -168,6 +174,8 @@ BACKENDS = {
     "fp8-channel": ("FP8", "triton"),
     "fp8-tensor": ("FP8", "triton"),
     "fp8-modelopt": ("FP8", "triton"),
+    "fp8-static": ("FP8", "triton"),
+    "w8a8_fp8": ("FP8", "triton"),
     "gptq-int4": ("int4/int8", "marlin"),
     "gptq-int8": ("int4/int8", "marlin"),
     "awq": ("int4/int8", "marlin"),
@@ -232,7 +240,7 @@ def test_nvfp4_for_blackwell(backend: MoeRunnerBackend, monkeypatch: pytest.Monk
         assert torch.equal(joined.view(torch.uint8), tensor.view(torch.uint8)), key
 
 
-@pytest.mark.parametrize("name", ["fp8-tensor", "fp8-modelopt"])
+@pytest.mark.parametrize("name", ["fp8-tensor", "fp8-modelopt", "fp8-static"])
 def test_an_input_scale_is_the_largest_of_all_experts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     every = [tensor.max() for parameter, *_, tensor in checkpoint(name) if parameter == "w13_input_scale"]
     for rank in range(RANKS):
