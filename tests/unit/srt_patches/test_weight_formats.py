@@ -267,3 +267,37 @@ def test_marlin_does_not_read_nvfp4s_other_scales(monkeypatch: pytest.MonkeyPatc
     assert layer.w13_blockscale_swizzled is None
     assert "w13_blockscale_swizzled" not in SglangLayer(layer).shards()
     assert MoeRunnerBackend.MARLIN is layer.runner_backend
+
+
+def test_mxfp4_for_marlin_is_made_expert_by_expert() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "w13_weight": (2 * INTER, HIDDEN // 2),
+        "w13_weight_scale": (2 * INTER, HIDDEN // 32),
+        "w2_weight": (HIDDEN, INTER // 2),
+        "w2_weight_scale": (HIDDEN, INTER // 32),
+    }
+    # Scales near 1, as their codes are: others have no value in bf16.
+    loaded = {
+        name: torch.randint(120, 130, (EXPERTS, *shape), dtype=torch.uint8, generator=generator)
+        for name, shape in shapes.items()
+    }
+    for name, size in (("w13_weight_bias", 2 * INTER), ("w2_weight_bias", HIDDEN)):
+        loaded[name] = torch.randn(EXPERTS, size, generator=generator).bfloat16()
+
+    def prepared(own: range) -> dict[str, torch.Tensor]:
+        layer = torch.nn.Module()
+        for name, tensor in loaded.items():
+            layer.register_parameter(
+                name, torch.nn.Parameter(tensor[own.start : own.stop].clone(), requires_grad=False)
+            )
+        marlin_utils_fp4.deinterleave_moe_mxfp4_w13_for_marlin(layer)
+        marlin_utils_fp4.prepare_moe_mxfp4_layer_for_marlin(layer)
+        return {name: value.data for name, value in layer.named_parameters()}
+
+    expected = prepared(range(EXPERTS))
+    parts = [prepared(balanced(EXPERTS, RANKS).shard(rank)) for rank in range(RANKS)]
+    assert set(expected) == set(loaded)
+    for name, tensor in expected.items():
+        assert all(part[name].is_contiguous() for part in parts), name
+        assert torch.equal(torch.cat([part[name].view(torch.uint8) for part in parts]), tensor.view(torch.uint8)), name
