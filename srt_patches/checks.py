@@ -114,7 +114,7 @@ def check_expert_state(layer: Any) -> None:
     """
     known = {"_cutlass_swiglu_params"}
     count = layer.num_local_experts
-    for owner in (layer, layer.quant_method):
+    for owner in {id(owner): owner for owner in (layer, layer.quant_method, scheme_of(layer))}.values():
         for name, value in vars(owner).items():
             held = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
             if isinstance(value, torch.Tensor) and owner is not layer:
@@ -143,20 +143,26 @@ def check_own_forward(layer: Any) -> None:
         )
 
 
+def scheme_of(layer: Any) -> Any:
+    """What knows the weight format of a layer: its scheme, where SGLang's method hands everything on to one."""
+    scheme = getattr(layer, "scheme", None)
+    return layer.quant_method if scheme is None else scheme
+
+
 def backend_of_layer(layer: Any) -> MoeBackend:
     """How a layer runs on a GPU.
 
     Raises:
-        DwdpConfigError: That way cannot read shared experts, or was not examined, as FP8 without scales of blocks.
+        DwdpConfigError: That way cannot read shared experts, or was not examined.
     """
-    backend = getattr(layer.runner_backend, "value", None)
-    method = layer.quant_method
-    other_scales = not getattr(method, "block_quant", True) or getattr(method, "use_mxfp8", False)
-    if type(method).__name__ == "Fp8MoEMethod" and (other_scales or getattr(method, "is_fp4_expert", False)):
-        # A static scale of activations becomes the largest of the experts that a rank loaded, and none of the others.
+    scheme = scheme_of(layer)
+    kinds = {"use_mxfp8": "MXFP8", "is_fp4_expert": "FP4"}
+    other = next((kind for name, kind in kinds.items() if getattr(scheme, name, False)), None)
+    if other is not None:
         raise DwdpConfigError(
-            f"layer {layer.layer_id}: of FP8 experts DWDP can share those with a scale for each block of weights "
-            "(weight_block_size in the checkpoint's config); these have others, which were not examined. Use a "
-            "checkpoint with block scales, or serve without --enable-dwdp."
+            f"layer {layer.layer_id}: {other} experts of SGLang's FP8 method were not examined. Use a checkpoint with "
+            "FP8 experts, or serve without --enable-dwdp."
         )
-    return check_backend(layer.layer_id, type(method).__name__, backend)
+    backend = getattr(layer.runner_backend, "value", None)
+    in_blocks = bool(getattr(scheme, "block_quant", True))
+    return check_backend(layer.layer_id, type(scheme).__name__, backend, in_blocks=in_blocks)

@@ -16,13 +16,22 @@ from sglang.srt.runtime_context import get_parallel
 
 from sglang_dwdp.errors import DwdpConfigError
 from sglang_dwdp.experts.placement import Placement, balanced
-from sglang_dwdp.srt_patches.checks import backend_of_layer, check_expert_state
+from sglang_dwdp.srt_patches.checks import backend_of_layer, check_expert_state, scheme_of
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.support.backends import MoeBackend, is_validated
 from sglang_dwdp.support.gpu import gpu_generation
 
 logger = logging.getLogger(__name__)
-_WEIGHTS = ("w13_weight", "w2_weight")
+_WEIGHTS = (("w13_weight", "w2_weight"), ("w13_weight_packed", "w2_weight_packed"), ("w13_qweight", "w2_qweight"))
+_INPUT_SCALES = ("w13_input_scale", "w2_input_scale")
+# Of SGLang's NVFP4 method, by backend: what its kernel does not read, though it is there for each expert.
+_SWIZZLED, _PLAIN = ("w13_blockscale_swizzled", "w2_blockscale_swizzled"), ("w13_weight_scale", "w2_weight_scale")
+_UNREAD = {
+    "marlin": _SWIZZLED,
+    "flashinfer_trtllm": _SWIZZLED,
+    "flashinfer_trtllm_routed": _SWIZZLED,
+    "flashinfer_cutlass": _PLAIN,
+}
 _COUNT = "_num_local_routed"
 _CLAMPS = "_cutlass_swiglu_params"
 
@@ -68,6 +77,26 @@ def build(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) 
         moe_tp_size=1, moe_tp_rank=0, moe_dp_size=get_parallel().tp_size, moe_dp_rank=get_parallel().tp_rank
     ):
         original(layer, *args, **kwargs)
+    load_all_input_scales(layer)
+
+
+def load_all_input_scales(layer: Any) -> None:
+    """Make room for the static activation scales of all experts, of which SGLang takes the largest after loading.
+
+    So every rank gets the scale of a rank that holds all experts. SGLang's loader fills such a parameter by an
+    expert's number in the model, as its own NVFP4 method wants it.
+    """
+    for name in _INPUT_SCALES:
+        scale = layer._parameters.get(name)
+        if scale is not None and scale.ndim and scale.shape[0] == layer.num_local_experts < layer.num_experts:
+            scale.data = scale.data.new_ones((layer.num_experts, *scale.shape[1:]))
+            scale._sglang_require_global_experts = True
+
+
+def weight_names(layer: Any) -> tuple[str, str] | None:
+    """The names of a layer's weights, which differ by format; None if it has none that are known."""
+    held = layer._parameters
+    return next((names for names in _WEIGHTS if all(held.get(name) is not None for name in names)), None)
 
 
 def check_blocks(runner: Any) -> None:
@@ -119,18 +148,26 @@ class SglangLayer:
         self.fused = layer
         self.layer_id: int = layer.layer_id
         self.placement = placement_of(layer)
+        self._weights = weight_names(layer) or _WEIGHTS[0]
 
     def shards(self) -> Mapping[str, torch.Tensor]:
         layer = self.fused
-        weights = {name: getattr(layer, name) for name in _WEIGHTS}
-        return weights | dict(layer.named_per_expert_tensors(layer.num_local_experts))
+        weights = {name: getattr(layer, name) for name in self._weights}
+        tensors = weights | dict(layer.named_per_expert_tensors(layer.num_local_experts))
+        return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
 
     def is_weight(self, name: str) -> bool:
-        return name in _WEIGHTS
+        return name in self._weights
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.fused.bind_full_expert_weights(tensors)
-        rebuild_state(self.fused)
+        layer = self.fused
+        # Permutations that no expert has are tensors `[experts, 0]`.
+        empty = {n: t for n, t in layer.named_per_expert_tensors(layer.num_local_experts) if not t.numel()}
+        count = self.placement.num_experts
+        layer.bind_full_expert_weights(
+            {**tensors, **{name: tensor.new_empty((count, *tensor.shape[1:])) for name, tensor in empty.items()}}
+        )
+        rebuild_state(layer)
 
     def use(self, tensors: Mapping[str, torch.Tensor]) -> None:
         replace = self.fused.replace_expert_tensor
@@ -146,6 +183,13 @@ def rebuild_state(layer: Any) -> None:
         layer._cutlass_swiglu_params = materialize_swiglu_params_for_cutlass(
             layer.moe_runner_config, int(layer.num_local_experts), layer.w13_weight.device
         )
+
+
+def drop_unread(layer: Any) -> None:
+    """Free what no kernel reads of the tensors that SGLang's NVFP4 method keeps for each expert."""
+    if type(layer.quant_method).__name__ == "ModelOptNvFp4FusedMoEMethod":
+        for name in _UNREAD.get(layer.runner_backend.value, ()):
+            setattr(layer, name, None)
 
 
 @contextmanager
@@ -176,11 +220,11 @@ def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:
         if device == "cuda":
             backends[backend_of_layer(layer)] += 1
             check_expert_state(layer)
-        missing = [name for name in _WEIGHTS if not isinstance(getattr(layer, name, None), torch.Tensor)]
-        if missing:
+            drop_unread(layer)
+        if weight_names(layer) is None:
             raise DwdpConfigError(
-                f"layer {layer.layer_id} has no {' and no '.join(missing)}: the weight format "
-                f"{type(layer.quant_method).__name__} keeps experts in a way that DWDP does not support. Use another "
+                f"layer {layer.layer_id} has no weights of a known name: the weight format "
+                f"{type(scheme_of(layer)).__name__} keeps experts in a way that DWDP does not support. Use another "
                 "quantization or --moe-runner-backend, or serve without --enable-dwdp."
             )
     for backend, count in backends.items():

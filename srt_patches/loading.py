@@ -18,7 +18,7 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.errors import DwdpSetupError
-from sglang_dwdp.srt_patches.checks import check_constructed
+from sglang_dwdp.srt_patches.checks import check_constructed, scheme_of
 from sglang_dwdp.srt_patches.experts import placement_of, rank_in_group
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.linear import keep_rows_of_tokens, unsharded_model
@@ -28,6 +28,8 @@ _ALL_EXPERTS = -1
 _ARRIVALS = "_dwdp_arrivals"  # of a FusedMoE layer
 _IS_LOADED = "_dwdp_is_loaded"  # of a model
 _NAMED = 8  # tensors in a message
+# Experts' tensors that no checkpoint has: SGLang makes them after loading.
+_DERIVED = ("_g_idx_sort_indices", "_blockscale_swizzled")
 
 Arrival = tuple[int, int, str, str]  # id of the parameter, expert, shard, the checkpoint's name
 
@@ -98,10 +100,23 @@ def unwritten(model: torch.nn.Module) -> Iterator[str]:
     """The parameters of which something was not written."""
     tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     for name, parameter in model.named_parameters():
+        parent = name.rpartition(".")[0]
         if tied and name.endswith("lm_head.weight"):  # some models keep one beside the embedding that they use
+            continue
+        if name.endswith(_DERIVED) or (name.endswith("g_idx") and not is_ordered(model.get_submodule(parent))):
             continue
         if has_marks(parameter):
             yield f"{name} was not loaded (or not all of it)"
+
+
+def is_ordered(layer: Any) -> bool:
+    """Whether a module's weights have the order of their inputs in the checkpoint (GPTQ's `desc_act`).
+
+    SGLang makes the tensors for it anyway, and drops them after loading where it is not.
+    """
+    scheme = scheme_of(layer)
+    config = getattr(scheme, "quant_config", None)
+    return getattr(scheme, "actorder", None) == "group" or bool(getattr(config, "desc_act", False))
 
 
 def shard_of(layer: Any, param: Any, loaded_weight: torch.Tensor) -> torch.Tensor:

@@ -30,14 +30,24 @@ def weights_of(quantization: str | None, config: dict[str, Any] | None) -> Weigh
     return WeightFormat.MXFP4 if method == "mxfp4" else None
 
 
+def quantization_config(model: Any) -> dict[str, Any]:
+    """What config.json says of a checkpoint's weight format; empty: nothing.
+
+    Args:
+        model: SGLang's ModelConfig.
+    """
+    names = ("quantization_config", "compression_config")
+    found = (getattr(model.hf_config, name, None) for name in names)
+    return next((one for one in found if isinstance(one, dict)), {})
+
+
 def choose(server_args: Any, view: Any) -> str | None:
     """The backend to declare; None: leave the choice to SGLang, because the user made it, or there is none here."""
     if view.device != "cuda" or view.moe_runner_backend != "auto" or gpu_generation() != HOPPER:
         return None
-    model = model_config_of(server_args).hf_config
-    described = getattr(model, "quantization_config", None)
-    weights = weights_of(view.quantization, described if isinstance(described, dict) else None)
-    gpt_oss = any(name.startswith("GptOss") for name in getattr(model, "architectures", None) or ())
+    model = model_config_of(server_args)
+    weights = weights_of(view.quantization, quantization_config(model))
+    gpt_oss = any(name.startswith("GptOss") for name in getattr(model.hf_config, "architectures", None) or ())
     chosen = (
         None if weights is None else default_backend(weights, gpt_oss=gpt_oss, has_kernels=flashinfer_modules.ready)
     )

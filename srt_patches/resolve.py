@@ -29,6 +29,7 @@ from sglang_dwdp.srt_patches.resolved import RESOLVED
 from sglang_dwdp.support import models
 from sglang_dwdp.support.conflicts import check_conflicts, check_environment
 from sglang_dwdp.support.ledger import check_sources
+from sglang_dwdp.support.quantization import check_quantization
 from sglang_dwdp.support.release import check_release
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         model = model_config_of(server_args)
         num_experts = _check_model(config, model, view.model_path, group_size)
         _check_device(config, view.device)
+        if view.device == "cuda":
+            check_quantization(model.quantization, moe_backend.quantization_config(model))
         _check_hosts(config, view, group_size)
         check_graph_backends(view)
         if config.exchange == "auto" and view.disaggregation_mode == "prefill":

@@ -12,6 +12,11 @@ from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutp
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
 from sglang_dwdp.exchange.inbox import RowShape
+from sglang_dwdp.srt_patches.checks import backend_of_layer
+from sglang_dwdp.support.backends import WeightFormat
+
+# A scale of activations over all rows, as FP8 experts have it, would be one of rows that nobody wrote, too.
+_JOINT = (WeightFormat.BF16, WeightFormat.BLOCK_FP8, WeightFormat.MXFP4)
 
 
 class ShardRun:
@@ -104,9 +109,10 @@ def why_alone(layers: Sequence[Any], size: int, shape: RowShape, device: str) ->
         return "its MoE layers differ in their numbers of experts, or in their rows"
     if device != "cuda":
         return None
-    backends = {getattr(layer.fused.runner_backend, "value", None) for layer in layers}
-    if backends != {"triton"}:
-        return f"joint forwards are validated with the MoE runner backend triton, not with {sorted(map(str, backends))}"
+    backends = {backend_of_layer(layer.fused) for layer in layers}
+    if not all(one.name == "triton" and one.weights in _JOINT for one in backends):
+        found = ", ".join(sorted(f"{one.weights} experts with {one.name}" for one in backends))
+        return f"joint forwards are validated with the MoE runner backend triton for {', '.join(_JOINT)}, not {found}"
     from sglang_dwdp.exchange.flashinfer_inbox import why_unsupported
 
     return why_unsupported(counts.pop(), size, shape)

@@ -22,6 +22,8 @@ class WeightFormat(StrEnum):
 
     BF16 = "bf16"
     BLOCK_FP8 = "block-FP8"
+    FP8 = "FP8"  # a scale for each matrix, or for each of its rows
+    INTEGER = "int4/int8"  # with 16-bit activations: GPTQ, AWQ, compressed-tensors' pack-quantized
     MXFP4 = "MXFP4"
     NVFP4 = "NVFP4"
 
@@ -55,25 +57,29 @@ class MoeBackend:
 
 HOPPER, BLACKWELL = "Hopper", "Blackwell"
 _BOTH, _HOPPER, _BLACKWELL = (HOPPER, BLACKWELL), (HOPPER,), (BLACKWELL,)
-_BF16, _FP8, _MXFP4, _NVFP4 = WeightFormat
+_BF16, _FP8, _FP8_SCALAR, _INTEGER, _MXFP4, _NVFP4 = WeightFormat
 _VALIDATED, _UNVALIDATED, _UNSUPPORTED = Status
 _FORMATS: Mapping[str, WeightFormat] = {  # by SGLang's class
     "UnquantizedFusedMoEMethod": _BF16,
     "Fp8MoEMethod": _FP8,
+    "CompressedTensorsW8A8Fp8MoE": _FP8,
+    "ModelOptFp8MoEMethod": _FP8_SCALAR,
+    "W8A8FP8MoEMethod": _FP8_SCALAR,
+    "GPTQMarlinMoEScheme": _INTEGER,
+    "AWQMoEScheme": _INTEGER,
+    "CompressedTensorsWNA16MoE": _INTEGER,
+    "CompressedTensorsWNA16TritonMoE": _INTEGER,
     "Mxfp4MoEMethod": _MXFP4,
     "ModelOptNvFp4FusedMoEMethod": _NVFP4,
+    "CompressedTensorsW4A16Nvfp4MoE": _NVFP4,
 }
 _TRITON_KERNEL = "its own routing and weight layout were not examined"
 _CUTLASS = "it makes its tables of pointers and strides for the experts that a rank loads, before they are shared"
 _HPC_OPS = "the padded scales that it keeps beside the checkpoint's were not examined"
 _MXFP4_TRITON_KERNEL = "it swizzles all experts' weights and scales together into objects of its own"
-_NVFP4_SCALES = (
-    "SGLang takes a rank's part of the checkpoint's input scales by its place in expert parallelism, so every rank "
-    "would get those of the first experts"
-)
 _CUTEDSL = (
-    "it asserts that experts are divided by expert parallelism, and lays the block scales of all experts "
-    "out in one tensor whose first dimension is not the expert"
+    "it asserts that experts are divided by expert parallelism, and lays their block scales out in one tensor whose "
+    "first dimension is not the expert"
 )
 MOE_BACKENDS = (
     MoeBackend(_BF16, "triton", _VALIDATED, _BOTH),
@@ -89,18 +95,35 @@ MOE_BACKENDS = (
     MoeBackend(_FP8, "flashinfer_trtllm_routed", _UNVALIDATED, _BLACKWELL),
     MoeBackend(_FP8, "cutlass", _UNSUPPORTED, _BOTH, _CUTLASS),
     MoeBackend(_FP8, "hpc_ops", _UNSUPPORTED, _HOPPER, _HPC_OPS),
+    MoeBackend(_FP8_SCALAR, "triton", _UNVALIDATED, _BOTH),
+    MoeBackend(_INTEGER, "marlin", _UNVALIDATED, _BOTH),
+    MoeBackend(_INTEGER, "triton", _UNVALIDATED, _BOTH),
     MoeBackend(_MXFP4, "flashinfer_mxfp4", _VALIDATED, _BOTH),
     MoeBackend(_MXFP4, "triton_kernel", _UNSUPPORTED, _BOTH, _MXFP4_TRITON_KERNEL),
+    MoeBackend(_MXFP4, "marlin", _UNVALIDATED, _BOTH),
     MoeBackend(_MXFP4, "triton", _VALIDATED, _BOTH),  # SGLang turns the weights into bf16, four times the size
-    MoeBackend(_NVFP4, "flashinfer_trtllm", _UNSUPPORTED, _BLACKWELL, _NVFP4_SCALES),
-    MoeBackend(_NVFP4, "flashinfer_cutlass", _UNSUPPORTED, _BLACKWELL, _NVFP4_SCALES),
+    MoeBackend(_NVFP4, "marlin", _UNVALIDATED, _HOPPER),
+    MoeBackend(_NVFP4, "flashinfer_trtllm", _UNVALIDATED, _BLACKWELL),
+    MoeBackend(_NVFP4, "flashinfer_trtllm_routed", _UNVALIDATED, _BLACKWELL),
+    MoeBackend(_NVFP4, "flashinfer_cutlass", _UNVALIDATED, _BLACKWELL),
     MoeBackend(_NVFP4, "flashinfer_cutedsl", _UNSUPPORTED, _BLACKWELL, _CUTEDSL),
 )
 
 
-def find_backend(method: str, name: str | None) -> MoeBackend:
-    """The backend of a layer with these names; unsupported if it is not in the table."""
-    key = _FORMATS.get(method), name
+def format_of(method: str, *, in_blocks: bool = True) -> WeightFormat | None:
+    """The weight format of a layer; None if it is not listed.
+
+    Args:
+        method: SGLang's class for the format.
+        in_blocks: whether FP8 weights have a scale for each block.
+    """
+    weights = _FORMATS.get(method)
+    return _FP8_SCALAR if weights is _FP8 and not in_blocks else weights
+
+
+def find_backend(method: str, name: str | None, *, in_blocks: bool = True) -> MoeBackend:
+    """The backend of a layer with these names (see `format_of`); unsupported if it is not in the table."""
+    key = format_of(method, in_blocks=in_blocks), name
     unknown = MoeBackend(None, str(name), _UNSUPPORTED, reason="it was not examined")
     return next((one for one in MOE_BACKENDS if (one.weights, one.name) == key), unknown)
 
@@ -110,15 +133,21 @@ def is_validated(backend: MoeBackend, gpu: str) -> bool:
     return backend.status is Status.VALIDATED and gpu == HOPPER
 
 
-def check_backend(layer_id: int, method: str, name: str | None) -> MoeBackend:
+def check_backend(layer_id: int, method: str, name: str | None, *, in_blocks: bool = True) -> MoeBackend:
     """The backend of a layer, if it may be used.
+
+    Args:
+        layer_id: its number in the model.
+        method: as in `format_of`.
+        name: the value of the layer's runner backend.
+        in_blocks: as in `format_of`.
 
     Raises:
         DwdpConfigError: it is unsupported; the message has the reason and the backends that this format can take.
     """
-    backend = find_backend(method, name)
+    backend = find_backend(method, name, in_blocks=in_blocks)
     if backend.status is Status.UNSUPPORTED:
-        weights = _FORMATS.get(method)
+        weights = format_of(method, in_blocks=in_blocks)
         others = [o.name for o in MOE_BACKENDS if o.weights is weights and o.status is not Status.UNSUPPORTED]
         # The runner that this package adds is asked for by FlashInfer's name.
         names = ["flashinfer_cutlass" if other == FLASHINFER_FP8 else other for other in others]

@@ -31,9 +31,11 @@ GPT_OSS = {**BASE, "hidden_size": 576, "moe_intermediate_size": 320, "head_dim":
 
 # The bits of a sum of atomics differ from call to call, and tactics would be chosen by timing.
 FIXED = {"disable_flashinfer_autotune": True}
-NO_ATOMICS = {"SGLANG_FLASHINFER_MOE_FUSED_FINALIZE": "0"}
+NO_ATOMICS = {"SGLANG_FLASHINFER_MOE_FUSED_FINALIZE": "0"}  # Marlin's, which have no variable: see `test_models`
 # Which layout DeepGEMM runs on depends on free memory otherwise.
 MASKED, COMPACT = ({"SGLANG_DEEPGEMM_STANDARD_LAYOUT": name} for name in ("masked", "compact"))
+
+HALF = {"dtype": "float16"}  # GPTQ's scales are, and Marlin wants activations of their type
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,15 @@ class Case:
     @property
     def quantization(self) -> Quantization:
         """As `make_checkpoint` takes it."""
-        formats: dict[str, Quantization] = {"bf16": "none", "fp8": "fp8-block", "mxfp4": "mxfp4"}
-        return formats[self.weights]
+        formats: dict[str, Quantization] = {"bf16": "none", "fp8": "fp8-block", "fp8-online": "none"}
+        named: Quantization = self.weights  # type: ignore[assignment]
+        return formats.get(self.weights, named)
+
+    @property
+    def runs(self) -> tuple[str, str]:
+        """The format of its experts and the MoE backend that they run on, as the log names them."""
+        weights, _, backend = self.logged.partition(" experts with ")
+        return weights, backend
 
     @property
     def name(self) -> str:
@@ -156,6 +165,20 @@ ALL = (
     ),
     Case("qwen3_moe", "bf16", "deep_gemm", "bf16 experts with deep_gemm", ranks=(3,), environment=MASKED),
     Case("gpt_oss", "mxfp4", "triton", "MXFP4 experts with triton", GPT_OSS, ranks=(3,)),
+    # The other formats. SGLang takes some of their backends only where nobody names one.
+    Case("qwen3_moe", "fp8-online", "triton", "FP8 experts with triton", options={"quantization": "fp8"}),
+    Case("qwen3_moe", "fp8-channel", "triton", "FP8 experts with triton", ranks=(3,)),
+    Case("qwen3_moe", "fp8-tensor", "triton", "FP8 experts with triton", ranks=(3,), share_all=True),
+    Case("qwen3_moe", "fp8-modelopt", "triton", "FP8 experts with triton", ranks=(3,)),
+    Case("qwen3_moe", "int4", "auto", "int4/int8 experts with marlin", share_all=True),
+    Case("kimi_k2", "int4", "auto", "int4/int8 experts with marlin", K2, ranks=(2,)),
+    Case("qwen3_moe", "gptq-int4", "auto", "int4/int8 experts with marlin", ranks=(3,), options=HALF),
+    Case("qwen3_moe", "gptq-int8", "auto", "int4/int8 experts with marlin", ranks=(3,), options=HALF, share_all=True),
+    Case("qwen3_moe", "awq", "auto", "int4/int8 experts with marlin", ranks=(3,), share_all=True),
+    Case("qwen3_moe", "int4", "triton", "int4/int8 experts with triton", ranks=(3,)),
+    Case("qwen3_moe", "nvfp4-modelopt", "auto", "NVFP4 experts with marlin", share_all=True),
+    Case("qwen3_moe", "nvfp4", "auto", "NVFP4 experts with marlin", ranks=(3,)),
+    Case("gpt_oss", "mxfp4", "marlin", "MXFP4 experts with marlin", GPT_OSS, ranks=(3,)),
 )
 _MXFP4 = next(case for case in ALL if case.backend == "flashinfer_mxfp4")
 # Options of DWDP's, each on 2 ranks.

@@ -18,8 +18,24 @@ from sglang_dwdp.srt_patches.exchange_steps import ExchangeSteps
 SHAPE = RowShape(8, 64, 8, torch.bfloat16)
 
 
-def layer(*, experts: int = 16, hidden: int = 64, top_k: int = 8, backend: str = "triton") -> Any:
-    fused = SimpleNamespace(hidden_size=hidden, top_k=top_k, runner_backend=SimpleNamespace(value=backend))
+class UnquantizedFusedMoEMethod:
+    """Stands for SGLang's method of this name."""
+
+
+class ModelOptFp8MoEMethod:
+    """Stands for SGLang's method of this name."""
+
+
+def layer(
+    *, experts: int = 16, hidden: int = 64, top_k: int = 8, backend: str = "triton", method: object = None
+) -> Any:
+    fused = SimpleNamespace(
+        layer_id=0,
+        hidden_size=hidden,
+        top_k=top_k,
+        runner_backend=SimpleNamespace(value=backend),
+        quant_method=method or UnquantizedFusedMoEMethod(),
+    )
     return SimpleNamespace(placement=balanced(experts, 2), fused=fused)
 
 
@@ -35,6 +51,7 @@ def test_equal_layers_can_run_jointly() -> None:
         ([layer(), layer(hidden=32)], "differ in their numbers of experts, or in their rows"),
         ([layer(), layer(top_k=4)], "or in their rows"),
         ([layer(), layer(backend="flashinfer_cutlass")], "validated with the MoE runner backend triton"),
+        ([layer(method=ModelOptFp8MoEMethod())], "not FP8 experts with triton"),
         ([layer(experts=17)], "shares experts evenly"),
     ],
 )

@@ -64,14 +64,28 @@ def test_layers_that_could_not_be_told_apart_are_refused() -> None:
         check_layer_numbers([SimpleNamespace(layer_id=number) for number in (0, 1, 1)])
 
 
-@pytest.mark.parametrize("scales", [{"block_quant": False}, {"use_mxfp8": True}, {"is_fp4_expert": True}])
-def test_fp8_with_other_scales_than_those_of_blocks_is_refused(scales: dict[str, bool]) -> None:
+@pytest.mark.parametrize(("flag", "kind"), [("use_mxfp8", "MXFP8"), ("is_fp4_expert", "FP4")])
+def test_other_experts_of_the_fp8_method_are_unsupported(flag: str, kind: str) -> None:
     method = Fp8MoEMethod()
-    vars(method).update({"block_quant": True} | scales)
-    with pytest.raises(DwdpConfigError, match=r"layer 3: of FP8 experts DWDP can share .* block"):
+    vars(method).update({"block_quant": True, flag: True})
+    with pytest.raises(DwdpConfigError, match=f"layer 3: {kind} experts of SGLang's FP8 method were not examined"):
         backend_of_layer(layer(method, MoeRunnerBackend.TRITON))
+
+
+def test_fp8_in_blocks_and_with_fewer_scales_are_two_formats() -> None:
+    method = Fp8MoEMethod()
     vars(method).update(block_quant=True, use_mxfp8=False, is_fp4_expert=False)
     assert backend_of_layer(layer(method, MoeRunnerBackend.TRITON)).weights == "block-FP8"
+    vars(method).update(block_quant=False)
+    assert backend_of_layer(layer(method, MoeRunnerBackend.TRITON)).weights == "FP8"
+    with pytest.raises(DwdpConfigError, match=r"Use --moe-runner-backend triton, or serve"):
+        backend_of_layer(layer(method, MoeRunnerBackend.DEEP_GEMM))
+
+
+def test_a_layer_has_the_format_of_its_scheme() -> None:
+    scheme = type("AWQMoEScheme", (), {})()
+    backend = backend_of_layer(layer(object(), MoeRunnerBackend.MARLIN, scheme=scheme))
+    assert (backend.weights, backend.name) == ("int4/int8", "marlin")
 
 
 def test_blocks_are_compared_with_whole_experts() -> None:

@@ -32,7 +32,9 @@ def test_what_is_not_listed_is_unsupported() -> None:
 
 
 def test_an_error_names_what_works_instead() -> None:
-    with pytest.raises(DwdpConfigError, match=r"Use --moe-runner-backend flashinfer_mxfp4 or triton, or serve without"):
+    with pytest.raises(
+        DwdpConfigError, match=r"Use --moe-runner-backend flashinfer_mxfp4 or marlin or triton, or serve without"
+    ):
         check_backend(2, "Mxfp4MoEMethod", "triton_kernel")
 
 
