@@ -64,6 +64,12 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
             raise DwdpConfigError(
                 "--dwdp-exchange auto is for servers that decode: drop it with --disaggregation-mode prefill."
             )
+        elif config.exchange == "auto" and view.speculative_algorithm:
+            raise DwdpConfigError(
+                "--enable-dwdp cannot be used here: --dwdp-exchange auto with --speculative-algorithm "
+                f"{view.speculative_algorithm} is unsupported, since ranks decode one token a sequence together. Drop "
+                "one of them."
+            )
         elif config.exchange == "off" and view.disaggregation_mode != "prefill":
             logger.info(
                 "DWDP: every rank decodes alone. --dwdp-exchange auto lets ranks decode together, 6.5 times as fast "
