@@ -322,12 +322,13 @@ def check_environment(variables: Mapping[str, str]) -> None:
     Raises:
         DwdpConfigError: It has something that DWDP does not support.
     """
-    name = "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS"
-    if variables.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on"):
-        raise DwdpConfigError(
-            f"--enable-dwdp cannot be used here: with {name} a rank's process does not see the GPUs that its peers' "
-            "experts lie on. Unset it."
-        )
+    reasons = {
+        "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "a rank does not see the GPUs that its peers' experts lie on",
+        "SGLANG_ENABLE_DP_SPEC_PREFILL_COORDINATION": "ranks would wait for each other in every step",
+    }
+    for name, reason in reasons.items():
+        if variables.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on"):
+            raise DwdpConfigError(f"--enable-dwdp cannot be used here: with {name} {reason}. Unset it.")
 
 
 def check_conflicts(args: Any, decided: Collection[str] = ()) -> None:

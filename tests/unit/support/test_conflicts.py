@@ -122,11 +122,13 @@ def test_what_dwdp_decided_is_not_judged() -> None:
         check_conflicts(arguments(tp_size=4, dwdp_size=2, enable_pdmux=True), decided={"dwdp_size"})
 
 
-def test_processes_that_see_one_gpu_alone() -> None:
+def test_variables_that_are_unsupported() -> None:
     check_environment({})
     check_environment({"SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "0"})
     with pytest.raises(DwdpConfigError, match="does not see the GPUs"):
         check_environment({"SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "true"})
+    with pytest.raises(DwdpConfigError, match="wait for each other"):
+        check_environment({"SGLANG_ENABLE_DP_SPEC_PREFILL_COORDINATION": "1"})
 
 
 def test_all_conflicts_are_named_at_once() -> None:
