@@ -37,7 +37,10 @@ def ask(server: Server, prompt: str, rank: int | None) -> Answer:
 @pytest.mark.parametrize("algorithm", ["NEXTN", "EAGLE", "EAGLE3"])
 def test_parity(running: Running, plugin: Plugin, tmp_path: Path, algorithm: str) -> None:
     model, head, flags = tmp_path / "model", tmp_path / "head", ("--speculative-algorithm", algorithm, *STEPS)
+    plain = model  # transformers has no draft layers
     if algorithm == "NEXTN":
+        plain = tmp_path / "plain"
+        make_checkpoint(plain, "deepseek_v3", dtype=torch.float32, draftable=1)
         make_checkpoint(model, "deepseek_v3", dtype=torch.float32, draftable=1, draft_layers=1)
     else:
         make_checkpoint(model, dtype=torch.float32, draftable=1)
@@ -47,7 +50,7 @@ def test_parity(running: Running, plugin: Plugin, tmp_path: Path, algorithm: str
     if algorithm == "NEXTN":
         environment = {"PYTHONPATH": f"{environment['PYTHONPATH']}:{plugin('mla_on_cpu', MLA_PLUGIN)['PYTHONPATH']}"}
 
-    tokens = greedy_tokens(model, PROMPTS, NEW_TOKENS)
+    tokens = greedy_tokens(plain, PROMPTS, NEW_TOKENS)
     one_rank = (*FLAGS, *flags, "--disable-shared-experts-fusion")
     with Server(model, 1, tmp_path / "log", flags=one_rank, environment=environment) as server:
         server.wait()
