@@ -36,11 +36,13 @@ class Answer(NamedTuple):
         tokens: Generated token ids.
         logprobs: Of each of them.
         top: For each, the two highest log-probabilities.
+        steps: Forwards that verified drafts; None without speculative decoding.
     """
 
     tokens: list[int]
     logprobs: list[float]
     top: list[list[float]]
+    steps: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,7 @@ def _answer(found: Mapping[str, Any]) -> Answer:
     meta = found["meta_info"]
     logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
     top = [[entry[0] for entry in best] for best in meta["output_top_logprobs"]]
-    return Answer(list(found["output_ids"]), logprobs, top)
+    return Answer(list(found["output_ids"]), logprobs, top, meta.get("spec_verify_ct"))
 
 
 class EngineProcess:

@@ -67,6 +67,8 @@ class DwdpRuntime:
     runs with no forward announced, as in the capture of a decode graph, is bound to its direct view, whose
     address never changes (to its staged tensors where memory cannot be mapped).
 
+    The last of the layers may be a draft model's, which runs in forwards of its own between the model's.
+
     A forward that is captured piecewise runs within `capture`: its staged layers are noted for the piece that they
     are in, `graph_segment` wraps each captured piece, and at a replay the pieces wait and release.
     """
@@ -87,6 +89,8 @@ class DwdpRuntime:
         self._rests_direct = memory.maps
         self._direct = self._rests_direct
         self._visited: set[int] = set()  # in this forward, by position
+        self._draft_layers = 0
+        self._in_draft = False
         self._staged_replay = False
         self._captured: list[int] = []
         self._is_capturing: Callable[[], bool] | None = None
@@ -97,13 +101,16 @@ class DwdpRuntime:
         self.weights = ServedWeights(memory, self._shared, rank, size, self._forget_slots)
         self.in_exchange_step = False  # said by what runs them, before the forward begins
 
-    def setup(self, layers: Sequence[ExpertLayer], name: str, place: Place | None = None) -> None:
+    def setup(
+        self, layers: Sequence[ExpertLayer], name: str, place: Place | None = None, *, draft_layers: int = 0
+    ) -> None:
         """Share the experts; all ranks call this together, with the same `name`, a secret of the group.
 
         Args:
-            layers: The MoE layers, in the order in which the model runs them.
+            layers: The MoE layers, in the order in which the model runs them, and then those of its draft model.
             name: Unique on the host.
             place: Where the ranks meet; None: within the host.
+            draft_layers: How many of them are the draft model's.
 
         Raises:
             DwdpConfigError: See `share_experts`. Nothing is left mapped.
@@ -122,6 +129,7 @@ class DwdpRuntime:
         self.weights = ServedWeights(self._memory, shared, self.rank, self.size, self._forget_slots)
         self._position = {layer.layer.layer_id: i for i, layer in enumerate(shared.layers)}
         self._uses_direct = [self._direct] * len(shared.layers)
+        self._draft_layers = draft_layers
         self._setup_s = time.perf_counter() - start
         self._log_setup(shared)
 
@@ -164,8 +172,12 @@ class DwdpRuntime:
             watch.start()
             self._closers.append(watch.close)
 
-    def begin_forward(self, num_tokens: int) -> None:
+    def begin_forward(self, num_tokens: int, *, draft: bool = False) -> None:
         """A forward of `num_tokens` tokens is about to run: choose its views.
+
+        Args:
+            num_tokens: Of all sequences, drafted ones included.
+            draft: It is the draft model's.
 
         Raises:
             DwdpRuntimeError: the experts' memory was released.
@@ -174,6 +186,7 @@ class DwdpRuntime:
         self._direct = self._views.is_direct(num_tokens)
         self._visited.clear()
         self._staged_replay = False
+        self._in_draft = draft
         self.in_forward = True
 
     def prime(self) -> None:
@@ -291,12 +304,18 @@ class DwdpRuntime:
         """
         self.in_forward = False
         calls_back = self._staged_replay or not replayed
-        if calls_back and num_tokens and len(self._visited) != len(self._position):
+        expected = self._draft_layers if self._in_draft else len(self._position) - self._draft_layers
+        if calls_back and num_tokens and len(self._visited) != expected:
             raise DwdpRuntimeError(
-                f"a forward of {num_tokens} tokens visited {len(self._visited)} of {len(self._position)} MoE layers "
+                f"a forward of {num_tokens} tokens visited {len(self._visited)} of {expected} MoE layers "
                 "through DWDP, so its tokens may be wrong. This model, or another plugin, runs experts by a way "
                 "that DWDP does not know: serve without --enable-dwdp, and please report the model."
             )
+        if not self._in_draft:
+            self._count(num_tokens, replayed)
+        self._direct = self._rests_direct
+
+    def _count(self, num_tokens: int, replayed: bool) -> None:
         if self.in_exchange_step:
             self._counts["joint_forwards"] += 1
             self._counts["exchanged_rows"] += num_tokens
@@ -304,7 +323,6 @@ class DwdpRuntime:
             direct = not self._staged_replay and (self._direct or replayed)
             self._counts["direct_forwards" if direct else "staged_forwards"] += 1
         self._counts["forward_tokens"] += num_tokens
-        self._direct = self._rests_direct
 
     def abort_forward(self) -> None:
         """The forward that `begin_forward` announced did not end, or was a capture's: nothing is counted."""

@@ -18,23 +18,28 @@ from sglang_dwdp.support.backends import MoeBackend, check_backend
 _FORWARD = ("forward", "forward_impl", "run_moe_core")
 
 
-def check_constructed(model: torch.nn.Module) -> None:
+def check_constructed(model: torch.nn.Module, *, is_draft: bool = False) -> None:
     """Check what can be seen of a model before its weights are read.
+
+    Args:
+        model: As SGLang has constructed it.
+        is_draft: It drafts for another one, so it may have no experts.
 
     Raises:
         DwdpConfigError: It is unsupported.
     """
     layers = [module for module in model.modules() if isinstance(module, FusedMoE)]
-    if not layers:
+    if not layers and not is_draft:
         raise DwdpConfigError(
             f"{type(model).__name__} has no FusedMoE layer, so there are no experts to share. "
             "Serve it without --enable-dwdp."
         )
     check_not_sharded(model)
     check_heads(model, get_parallel().tp_size)
-    check_layer_numbers(layers)
-    on_gpu = any(parameter.is_cuda for parameter in layers[0].parameters())
+    if layers:
+        check_layer_numbers(layers)
     for layer in layers:
+        on_gpu = any(parameter.is_cuda for parameter in layer.parameters())
         check_own_forward(layer)
         if on_gpu:
             backend_of_layer(layer)

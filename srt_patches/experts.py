@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -205,6 +205,23 @@ def as_loaded(layer: Any) -> Iterator[None]:
         layer._num_local_routed, layer.num_local_experts, config.num_local_experts = before
         if made is not None:
             setattr(layer, _CLAMPS, made)
+
+
+def collect_all(target: torch.nn.Module, drafts: Sequence[torch.nn.Module], device: str) -> list[SglangLayer]:
+    """The MoE layers of a model and of those that draft for it, in the order in which a prefill runs them.
+
+    Every model counts its layers from 0. Those of drafts get numbers after the target's here, by which SGLang calls
+    the runtime.
+
+    Raises:
+        DwdpConfigError: See `collect`.
+    """
+    layers = collect(target, device)
+    for draft in drafts:
+        for layer in collect(draft, device):
+            layer.fused.layer_id = layer.layer_id = layers[-1].layer_id + 1
+            layers.append(layer)
+    return layers
 
 
 def collect(model: torch.nn.Module, device: str) -> list[SglangLayer]:

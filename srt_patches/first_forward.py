@@ -40,7 +40,12 @@ def run_first_forward(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -
             "without --enable-dwdp, please report it."
         ) from error
     current_runtime().reset_counts()
+
+
+def watch_copies(info: dict[str, Any], _scheduler: Any) -> dict[str, Any]:
+    """After `Scheduler.get_init_info`: all graphs, a draft model's too, are captured."""
     current_runtime().watch_copies(end_stalled)
+    return info
 
 
 def _batch(runner: Any) -> ForwardBatch:
@@ -75,4 +80,5 @@ def _batch(runner: Any) -> ForwardBatch:
 
 HOOKS = (
     Hook("sglang.srt.model_executor.model_runner.ModelRunner.init_cuda_graphs", HookType.AFTER, run_first_forward),
+    Hook("sglang.srt.managers.scheduler.Scheduler.get_init_info", HookType.AFTER, watch_copies),
 )

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.model_executor.runner_utils.capture_mode import get_is_capture_mode
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import (
     get_global_dwdp_manager,
@@ -22,7 +24,7 @@ from sglang_dwdp.memory import memory_for
 from sglang_dwdp.runtime import DwdpRuntime
 from sglang_dwdp.srt_patches import flashinfer_fp8, hosts, updates
 from sglang_dwdp.srt_patches.attached import config_of
-from sglang_dwdp.srt_patches.experts import collect, rank_in_group
+from sglang_dwdp.srt_patches.experts import collect_all, rank_in_group
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.loading import check_loaded
 from sglang_dwdp.srt_patches.weights import declare_unexportable
@@ -49,15 +51,20 @@ def current_runtime() -> DwdpRuntime:
     return manager.runtime
 
 
-def set_up(runner: Any) -> None:
-    """In place of `ModelRunner.maybe_init_dwdp`, which runs after the weights are loaded and post-processed, and
-    before the KV cache is sized."""
-    if runner.is_draft_worker:
-        return
+def check_arrived(runner: Any) -> None:
+    """In place of `ModelRunner.maybe_init_dwdp`, which runs after a model's weights are loaded and post-processed."""
+    check_loaded(runner.model)
+
+
+def set_up(_result: None, scheduler: Any) -> None:
+    """After `Scheduler.maybe_init_draft_worker`: the model and its draft model, if there is one, have their weights,
+    and the KV cache is sized next."""
+    runner = scheduler.tp_worker.model_runner
+    draft_runners = scheduler.draft_worker.weight_update_runners() if scheduler.draft_worker else ()
+    drafts = [draft.model for _, draft in draft_runners]
     config = config_of(runner.server_args)
     assert config is not None
-    check_loaded(runner.model)
-    layers = collect(runner.model, runner.device)
+    layers = collect_all(runner.model, drafts, runner.device)
     parallel = get_parallel()
     index = torch.cuda.current_device() if runner.device == "cuda" else 0
     memory = memory_for(runner.device, index, config.transport, across_hosts=hosts.is_group_across())
@@ -66,21 +73,25 @@ def set_up(runner: Any) -> None:
     server = _common_name(parallel.tp_group)
     name = f"{server}.{group}"
     hosts.check_weights(runner.model)
-    runtime.setup(layers, name, hosts.place_of_group())
+    draft_layers = sum(isinstance(module, FusedMoE) for draft in drafts for module in draft.modules())
+    runtime.setup(layers, name, hosts.place_of_group(), draft_layers=draft_layers)
     hosts.watch()
     set_global_dwdp_manager(Manager(runtime))
     if config.exchange == "auto":
         from sglang_dwdp.srt_patches import exchange
 
         exchange.set_up(runtime, runner, name)
-    updates.set_up(runtime, runner.model, server)
-    declare_unexportable(runner.model)
+    updates.set_up(runtime, runner.model, server, has_draft=bool(drafts))
+    for model in (runner.model, *drafts):
+        declare_unexportable(model)
     views = config.views(maps=memory.maps)
     if views.direct and views.staged:
         logger.info("DWDP reads experts in place in forwards of up to %d tokens.", views.max_tokens)
     if runner.device == "cuda":
         # Without chunks (--chunked-prefill-size -1) a prefill is as large as the scheduler makes it.
-        flashinfer_fp8.warm_up(runner.model, max(1, max_prefill_buffer_tokens() or get_schedule().max_prefill_tokens))
+        most = max(1, max_prefill_buffer_tokens() or get_schedule().max_prefill_tokens)
+        for model in (runner.model, *drafts):
+            flashinfer_fp8.warm_up(model, most)
 
 
 def _common_name(group: Any) -> str:
@@ -92,11 +103,12 @@ def _common_name(group: Any) -> str:
 
 def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
     """Around `ModelRunner.forward`."""
-    if runner.is_draft_worker:
+    if runner.is_draft_worker and get_is_capture_mode():
+        # A draft's decode graph holds several of its forwards. As with any, layers rest bound to their direct views.
         return original(runner, forward_batch, *args, **kwargs)
     runtime = current_runtime()
     num_tokens = forward_batch._forward_num_tokens()
-    runtime.begin_forward(num_tokens)
+    runtime.begin_forward(num_tokens, draft=runner.is_draft_worker)
     try:
         output = original(runner, forward_batch, *args, **kwargs)
     except BaseException:
@@ -107,6 +119,7 @@ def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args
 
 
 HOOKS = (
-    Hook("sglang.srt.model_executor.model_runner.ModelRunner.maybe_init_dwdp", HookType.REPLACE, set_up),
+    Hook("sglang.srt.model_executor.model_runner.ModelRunner.maybe_init_dwdp", HookType.REPLACE, check_arrived),
+    Hook("sglang.srt.managers.scheduler.Scheduler.maybe_init_draft_worker", HookType.AFTER, set_up),
     Hook("sglang.srt.model_executor.model_runner.ModelRunner.forward", HookType.AROUND, forward),
 )

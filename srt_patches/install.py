@@ -88,7 +88,7 @@ def _hooks(role: str, config: DwdpConfig, device: str | None) -> tuple[Hook, ...
         if device == "cuda":
             from sglang_dwdp.srt_patches import flashinfer_fp8, prefill_graphs
 
-            hooks = [*flashinfer_fp8.HOOKS, *prefill_graphs.HOOKS, *hooks]
+            hooks = [*flashinfer_fp8.HOOKS, *prefill_graphs.HOOKS, *steps.GPU_HOOKS, *hooks]
         if config.exchange == "auto":
             from sglang_dwdp.srt_patches import exchange
 

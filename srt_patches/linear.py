@@ -31,12 +31,15 @@ def unsharded_head(original: Callable[..., None], head: Any, *args: Any, **kwarg
     original(head, *args, **kwargs | {"use_attn_tp_group": kwargs.get("enable_tp", True)})
 
 
-def unsharded_model(architectures: Iterable[str] | None) -> AbstractContextManager[Any]:
+def unsharded_model(
+    architectures: Iterable[str] | None, *, is_dense_draft: bool = False
+) -> AbstractContextManager[Any]:
     """Where a model is constructed, which SGLang shards over all ranks for want of attention data parallelism.
 
     In here it finds a single rank, so that it makes all heads and the complete embedding, and sums nothing over ranks.
+    So does every draft model without experts, of which there is nothing to share.
     """
-    if not WITHOUT_DP_ATTENTION.intersection(architectures or ()):
+    if not is_dense_draft and not WITHOUT_DP_ATTENTION.intersection(architectures or ()):
         return nullcontext()
     parallel = get_parallel()
     sizes = dict.fromkeys(("tp_size", "attn_tp_size", "attn_dp_size", "moe_ep_size", "moe_dp_size", "moe_tp_size"), 1)

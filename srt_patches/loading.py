@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,11 +23,15 @@ from sglang_dwdp.srt_patches.checks import check_constructed, scheme_of
 from sglang_dwdp.srt_patches.experts import placement_of, rank_in_group
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.linear import keep_rows_of_tokens, unsharded_model
+from sglang_dwdp.support.models import expert_count
 from sglang_dwdp.support.unwritten import has_marks, mark, mark_uninitialized
 
 _ALL_EXPERTS = -1
 _ARRIVALS = "_dwdp_arrivals"  # of a FusedMoE layer
 _IS_LOADED = "_dwdp_is_loaded"  # of a model
+_IS_DRAFT = "_dwdp_is_draft"  # of a model
+# A draft model gets these from the model that it drafts for, after loading.
+_OF_TARGET = ("embed_tokens.weight", "lm_head.weight")
 _NAMED = 8  # tensors in a message
 # Experts' tensors that no checkpoint has: SGLang makes them after loading.
 _DERIVED = ("_g_idx_sort_indices", "_blockscale_swizzled")
@@ -42,17 +47,20 @@ def construct(
     Raises:
         DwdpConfigError: The model is unsupported.
     """
-    if load_config.load_format == LoadFormat.DUMMY:  # it fills all parameters, without `load_weights`
-        with unsharded_model(model_config.hf_config.architectures):
-            model = original(model_config, load_config, quant_config)
-        check_constructed(model)
-        keep_rows_of_tokens(model)
+    is_draft = bool(model_config.is_draft_model)
+    is_dense_draft = is_draft and expert_count(model_config.hf_text_config) is None
+    is_dummy = load_config.load_format == LoadFormat.DUMMY  # it fills all parameters, without `load_weights`
+    with (
+        nullcontext() if is_dummy else mark_uninitialized(),
+        unsharded_model(model_config.hf_config.architectures, is_dense_draft=is_dense_draft),
+    ):
+        model = original(model_config, load_config, quant_config)
+    check_constructed(model, is_draft=is_draft)
+    keep_rows_of_tokens(model)
+    if is_dummy:
         setattr(model, _IS_LOADED, True)
         return model
-    with mark_uninitialized(), unsharded_model(model_config.hf_config.architectures):
-        model = original(model_config, load_config, quant_config)
-    check_constructed(model)
-    keep_rows_of_tokens(model)
+    setattr(model, _IS_DRAFT, is_draft)
     for name, parameter in model.named_parameters():
         # These have a value from their constructor (a norm's ones), but never the one of a trained model. Others may
         # keep it: scales, for instance, that many checkpoints leave out.
@@ -99,8 +107,11 @@ def check_loaded(model: torch.nn.Module) -> None:
 def unwritten(model: torch.nn.Module) -> Iterator[str]:
     """The parameters of which something was not written."""
     tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    is_draft = getattr(model, _IS_DRAFT, False)
     for name, parameter in model.named_parameters():
         parent = name.rpartition(".")[0]
+        if is_draft and name.endswith(_OF_TARGET):
+            continue
         if tied and name.endswith("lm_head.weight"):  # some models keep one beside the embedding that they use
             continue
         if name.endswith(_DERIVED) or (name.endswith("g_idx") and not is_ordered(model.get_submodule(parent))):

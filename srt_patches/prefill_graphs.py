@@ -25,9 +25,6 @@ def is_capturing() -> bool:
 
 def capture_shape(original: Callable[..., None], runner: Any, size: int, **kwargs: Any) -> None:
     """Around `PrefillCudaGraphRunner.capture_one_shape`: the bucket decides the views, as it will at every replay."""
-    if runner.model_runner.is_draft_worker:
-        original(runner, size, **kwargs)
-        return
     with current_runtime().capture(size, is_capturing):
         original(runner, size, **kwargs)
 

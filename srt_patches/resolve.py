@@ -59,6 +59,12 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         model = model_config_of(server_args)
         num_experts = _check_model(config, model, view.model_path, group_size)
         _check_device(config, view.device)
+        if view.device == "cuda" and view.speculative_algorithm:
+            logger.warning(
+                "DWDP: --speculative-algorithm %s has been validated on the CPU engine alone. Compare some answers with "
+                "a server without --enable-dwdp first.",
+                view.speculative_algorithm,
+            )
         if view.device == "cuda":
             check_quantization(model.quantization, moe_backend.quantization_config(model))
         _check_hosts(config, view, group_size)
@@ -66,6 +72,12 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         if config.exchange == "auto" and view.disaggregation_mode == "prefill":
             raise DwdpConfigError(
                 "--dwdp-exchange auto is for servers that decode: drop it with --disaggregation-mode prefill."
+            )
+        elif config.exchange == "auto" and view.speculative_algorithm:
+            raise DwdpConfigError(
+                "--enable-dwdp cannot be used here: --dwdp-exchange auto with --speculative-algorithm "
+                f"{view.speculative_algorithm} is unsupported, since ranks decode one token a sequence together. Drop "
+                "one of them."
             )
         elif config.exchange == "off" and view.disaggregation_mode != "prefill":
             logger.info(

@@ -19,6 +19,12 @@ def is_local(_model_runner: Any) -> bool:
     return True
 
 
+def gathers_nothing(**_kwargs: Any) -> bool:
+    """In place of `require_mlp_tp_gather` and `require_gathered_buffer` where a draft model's graphs are made: they fit
+    the rank's own batch too."""
+    return False
+
+
 def decide_alone(_adapter: Any, batch: Any) -> Any:
     """In place of `SchedulerDPAttnAdapter.prepare_mlp_sync_batch`: what the all-gather would have told this rank if
     there were no other.  batch: a `ScheduleBatch`, or None in an idle step, which stays one."""
@@ -28,9 +34,16 @@ def decide_alone(_adapter: Any, batch: Any) -> Any:
         # --scheduler-recv-interval weighs prefills and decodes differently.
         batch.recv_skipper_forward_mode = SchedulerRecvSkipper.derive_forward_mode([mode.value])
         batch.can_run_decode_cuda_graph = mode.is_decode_or_idle() or mode.is_prebuilt()
+        batch.can_run_dp_draft_cuda_graph = batch.spec_info is None or batch.spec_info.cuda_graph_compatible
     return batch
 
 
+_DRAFT_RUNNERS = ("eagle_draft_cuda_graph_runner", "eagle_draft_extend_cuda_graph_runner")
+GPU_HOOKS = tuple(
+    Hook(f"sglang.srt.speculative.{module}.{name}", HookType.REPLACE, gathers_nothing)
+    for module in _DRAFT_RUNNERS
+    for name in ("require_mlp_tp_gather", "require_gathered_buffer")
+)
 HOOKS = (
     Hook(
         "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner._forward_is_dp_local",

@@ -40,10 +40,11 @@ class WeightUpdates:
         runtime: Of the target model.
         model: That model.
         secret: What only the ranks of this server know.
+        has_draft: Whether another model drafts for it, whose weights would have to follow: no update is taken.
     """
 
-    def __init__(self, runtime: DwdpRuntime, model: torch.nn.Module, secret: str) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: DwdpRuntime, model: torch.nn.Module, secret: str, *, has_draft: bool = False) -> None:
+        self.runtime, self._has_draft = runtime, has_draft
         self._model, self._secret = model, f"{secret}.weights"
         self._count = 0
         self._seconds = 0.0
@@ -146,7 +147,7 @@ class WeightUpdates:
         try:
             if self._session is not None:
                 raise DwdpUpdateError("another update was begun; end it with end_weight_update()")
-            check_format(self._model)
+            self._check()
             staged = self.stage()
             with staged.loading():
                 is_loaded, message = load(staged)
@@ -159,6 +160,13 @@ class WeightUpdates:
             return False, f"{NOT_TAKEN}{failure}"
         return True, message
 
+    def _check(self) -> None:
+        if self._has_draft:
+            raise DwdpUpdateError(
+                "updating weights is unsupported with --speculative-algorithm. Restart the server with the new weights."
+            )
+        check_format(self._model)
+
     def open(self) -> None:
         """Begin an update in several calls; all ranks call this.
 
@@ -167,7 +175,7 @@ class WeightUpdates:
         """
         self._error, self._last = None, None
         try:
-            check_format(self._model)
+            self._check()
             self._session = self.stage()
         except Exception as failure:  # noqa: BLE001  (the host may be out of memory, for instance)
             self._error = described(failure)
@@ -245,9 +253,9 @@ def check_format(model: torch.nn.Module) -> None:
 _current: list[WeightUpdates] = []  # of this process: none, or one
 
 
-def set_up(runtime: DwdpRuntime, model: torch.nn.Module, secret: str) -> None:
+def set_up(runtime: DwdpRuntime, model: torch.nn.Module, secret: str, *, has_draft: bool) -> None:
     """Let this scheduler's weights be updated."""
-    _current[:] = [WeightUpdates(runtime, model, secret)]
+    _current[:] = [WeightUpdates(runtime, model, secret, has_draft=has_draft)]
 
 
 def current_updates() -> WeightUpdates:

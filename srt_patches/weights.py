@@ -32,8 +32,9 @@ _EXPORT = (
     "from its peers. Take them from where they were trained, or serve without --enable-dwdp."
 )
 _MEMORY = (
-    f"Releasing and resuming the memory of weights is {_UNSUPPORTED} on several hosts, and with --dwdp-transport "
-    'cuda-ipc, whose addresses cannot be had again. Release the rest with tags ["kv_cache", "cuda_graph"].'
+    f"Releasing and resuming the memory of weights is {_UNSUPPORTED} on several hosts, with --speculative-algorithm, "
+    "and with --dwdp-transport cuda-ipc, whose addresses cannot be had again. Release the rest with tags "
+    '["kv_cache", "cuda_graph"].'
 )
 
 
@@ -123,7 +124,8 @@ async def explain_memory(original: Callable[..., Any], manager: Any, request: An
     config = config_of(manager.server_args)
     if config is None or not concerns_weights(request):
         return await original(manager, request, *args)
-    if config.transport == "cuda-ipc" or manager.server_args.nnodes > 1:
+    arguments = manager.server_args
+    if config.transport == "cuda-ipc" or arguments.nnodes > 1 or arguments.speculative_algorithm:
         raise ValueError(_MEMORY)
     return await original(manager, request, *args)
 

@@ -22,17 +22,21 @@ from sglang_dwdp.errors import DwdpError
 
 # A folder of packages that need not be imported; not a package itself.
 STUBS = Path(__file__).resolve().parent / "stubs"
-# SGLang's modules for the families of the demo and the tests (DeepSeek-V3's class is in V2's module).
+# SGLang's modules for the families of the demo and the tests (DeepSeek-V3's class is in V2's module), and for drafts.
 MODEL_MODULES = frozenset(
     (
+        "deepseek_nextn",
         "deepseek_v2",
         "ernie4",
         "glm4_moe",
+        "glm4_moe_nextn",
         "gpt_oss",
         "granite",
         "granitemoe",
         "hunyuan",
         "llama4",
+        "llama_eagle",
+        "llama_eagle3",
         "minimax_m2",
         "mixtral",
         "mllama4",

@@ -53,6 +53,10 @@ LOAD_FORMATS = frozenset(
 )
 
 
+# Of speculative decoding. NEXTN is EAGLE with the checkpoint's own draft layers (multi-token prediction).
+ALGORITHMS = ("NEXTN", "EAGLE", "EAGLE3")
+
+
 CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         ("tp_size",),
@@ -109,17 +113,17 @@ CONFLICTS: tuple[Conflict, ...] = (
         "Drop --attn-cp-size and --dcp-size.",
     ),
     Conflict(
-        ("moe_a2a_backend",),
-        lambda backend: (backend or "none") != "none",
+        ("moe_a2a_backend", "speculative_moe_a2a_backend"),
+        lambda *backends: any((backend or "none") != "none" for backend in backends),
         "--moe-a2a-backend {args.moe_a2a_backend} sends tokens to experts, and DWDP brings experts to tokens",
-        "Drop --moe-a2a-backend.",
+        "Drop --moe-a2a-backend and --speculative-moe-a2a-backend.",
     ),
     Conflict(
         ("enable_eplb", "ep_num_redundant_experts", "init_expert_location"),
         lambda eplb, redundant, location: bool(eplb or redundant or location not in (None, "trivial")),
         "EPLB and expert locations move experts between ranks while others read them in place",
-        "Drop --enable-eplb, --ep-num-redundant-experts and --init-expert-location: DWDP has no hot expert rank "
-        "to relieve, since every rank runs all experts of its own tokens.",
+        "Drop --enable-eplb, --ep-num-redundant-experts and --init-expert-location: every rank runs all experts of its "
+        "own tokens.",
     ),
     Conflict(
         ("elastic_ep_backend",),
@@ -128,17 +132,17 @@ CONFLICTS: tuple[Conflict, ...] = (
         "Drop --elastic-ep-backend.",
     ),
     Conflict(
-        ("speculative_algorithm",),
-        _is_set,
-        "--speculative-algorithm {args.speculative_algorithm}: draft workers run forwards of a second model whose "
-        "experts are not shared",
-        "Drop --speculative-algorithm.",
+        ("speculative_algorithm", "enable_multi_layer_eagle"),
+        lambda algorithm, layers: bool(algorithm and (layers or algorithm.upper() not in ALGORITHMS)),
+        "--speculative-algorithm {args.speculative_algorithm}: SGLang has no attention data parallelism for it "
+        "(STANDALONE, NGRAM), or it has not been run with DWDP (any other, and --enable-multi-layer-eagle)",
+        f"Use {' or '.join(ALGORITHMS)} with one draft layer.",
     ),
     Conflict(
         ("enable_two_batch_overlap", "enable_single_batch_overlap"),
         _is_set,
         "two-batch and single-batch overlap visit the MoE layers in an order that slots are not filled for",
-        "Drop --enable-two-batch-overlap and --enable-single-batch-overlap; there is no all-to-all left to hide.",
+        "Drop --enable-two-batch-overlap and --enable-single-batch-overlap.",
     ),
     Conflict(
         ("enable_lora", "lora_paths"),
@@ -159,11 +163,12 @@ CONFLICTS: tuple[Conflict, ...] = (
         "Drop the offload options (--cpu-offload-gb, --offload-group-size, --enable-paged-experts, --kt-*).",
     ),
     Conflict(
-        ("load_format",),
-        lambda load_format: load_format not in LOAD_FORMATS,
+        ("load_format", "speculative_draft_load_format"),
+        lambda load_format, draft: load_format not in LOAD_FORMATS or (draft or "auto") not in LOAD_FORMATS,
         "--load-format {args.load_format} loads past the model's own loader of weights, so DWDP could not tell whether "
         "every rank got its experts",
-        f"Use the checkpoint as it was published, with --load-format auto (or {', '.join(sorted(LOAD_FORMATS))}).",
+        f"Use the checkpoint as it was published, with --load-format auto (or {', '.join(sorted(LOAD_FORMATS))}), and "
+        "drop --speculative-draft-load-format.",
     ),
     Conflict(
         ("use_ray",),
@@ -202,7 +207,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         _is_set,
         "--enable-symm-mem allocates MoE outputs in memory that all ranks register together, and DWDP ranks do not "
         "wait for each other",
-        "Drop --enable-symm-mem: DWDP's forwards have no collectives that it could speed up.",
+        "Drop --enable-symm-mem.",
     ),
     Conflict(
         ("weight_cache_mode", "startup_weight_load_mode"),
@@ -228,7 +233,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         lambda mode: (mode or "off") != "off",
         "--expert-balancedness-report-mode sums over all ranks after every forward, and DWDP ranks do not wait for "
         "each other",
-        "Drop --expert-balancedness-report-mode: every rank runs all experts of its own tokens.",
+        "Drop --expert-balancedness-report-mode.",
     ),
     Conflict(
         ("expert_distribution_recorder_mode",),
@@ -317,12 +322,13 @@ def check_environment(variables: Mapping[str, str]) -> None:
     Raises:
         DwdpConfigError: It has something that DWDP does not support.
     """
-    name = "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS"
-    if variables.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on"):
-        raise DwdpConfigError(
-            f"--enable-dwdp cannot be used here: with {name} a rank's process does not see the GPUs that its peers' "
-            "experts lie on. Unset it."
-        )
+    reasons = {
+        "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "a rank does not see the GPUs that its peers' experts lie on",
+        "SGLANG_ENABLE_DP_SPEC_PREFILL_COORDINATION": "ranks would wait for each other in every step",
+    }
+    for name, reason in reasons.items():
+        if variables.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on"):
+            raise DwdpConfigError(f"--enable-dwdp cannot be used here: with {name} {reason}. Unset it.")
 
 
 def check_conflicts(args: Any, decided: Collection[str] = ()) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from tests.fixtures.families import Family
 from tests.fixtures.quantized import Quantization
@@ -46,6 +46,8 @@ class Case:
     logged: what a rank's log says of its layers.
     share_all: on 3 ranks scales and biases are shared like weights, however small they are.
     variation: a word for `dwdp`, which are options of the engines with DWDP only.
+    drafts: a word for how the model is drafted for, in `options`.
+    head: the draft model, where it is one of its own.
     """
 
     family: Family
@@ -59,6 +61,8 @@ class Case:
     environment: Mapping[str, str] = field(default_factory=dict)
     share_all: bool = False
     variation: str = ""
+    drafts: str = ""
+    head: Literal["", "eagle", "eagle3"] = ""
     dwdp: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -77,7 +81,7 @@ class Case:
     @property
     def name(self) -> str:
         """Such as "qwen3_moe-bf16-triton"."""
-        return "-".join(filter(None, (self.family, self.weights, self.backend, self.variation)))
+        return "-".join(filter(None, (self.family, self.weights, self.backend, self.drafts, self.variation)))
 
 
 _FP8 = {"fp8_gemm_runner_backend": "triton"}  # of the linear layers: DeepGEMM would compile for minutes
@@ -192,7 +196,43 @@ VARIATIONS = (
     ),
     replace(_MXFP4, ranks=(2,), variation="auto", dwdp={"moe_runner_backend": "auto"}),
 )
-BY_NAME = {case.name: case for case in ALL + VARIATIONS}
+# Speculative decoding.
+_DRAFT_LAYER = {**BASE, "draftable": 1, "draft_layers": 1}
+_CHAIN = {"speculative_num_steps": 3, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
+_TREE = {"speculative_num_steps": 3, "speculative_eagle_topk": 4, "speculative_num_draft_tokens": 8}
+_NEXTN = Case(
+    "deepseek_v3",
+    "bf16",
+    "triton",
+    "bf16 experts with triton",
+    {**_DRAFT_LAYER, **LATENT},
+    options={"speculative_algorithm": "NEXTN", **_CHAIN},
+    drafts="nextn",
+)
+_EAGLE = Case(
+    "qwen3_moe",
+    "bf16",
+    "triton",
+    "bf16 experts with triton",
+    {**BASE, "draftable": 1},
+    ranks=(2,),
+    options={"speculative_algorithm": "EAGLE", **_TREE},
+    drafts="eagle",
+    head="eagle",
+)
+DRAFTS = (
+    _NEXTN,
+    replace(
+        _NEXTN,
+        ranks=(2,),
+        options={**_NEXTN.options, "cuda_graph_backend_prefill": "breakable"},
+        drafts="nextn_prefill_graphs",
+    ),
+    replace(_NEXTN, ranks=(2,), family="glm4_moe", shape=_DRAFT_LAYER, drafts="nextn"),
+    _EAGLE,
+    replace(_EAGLE, options={"speculative_algorithm": "EAGLE3", **_CHAIN}, drafts="eagle3", head="eagle3"),
+)
+BY_NAME = {case.name: case for case in ALL + VARIATIONS + DRAFTS}
 # Models whose shared experts SGLang fuses into the routed ones by itself, which DWDP turns off. With each, two models
 # that differ in their MoE kernels alone, and so in how sums are rounded.
 FUSED = {

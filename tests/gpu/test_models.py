@@ -35,7 +35,7 @@ from benchmarks.one_gpu import one_gpu_environment
 from benchmarks.processes import RunError
 from benchmarks.variants import QUIET
 from sglang_dwdp.demo.server import fewer_models
-from tests.fixtures.families import make_checkpoint
+from tests.fixtures.families import make_checkpoint, make_head
 from tests.gpu.cases import ALL, BY_NAME, FUSED, LENGTHS, NEW_TOKENS, OPTIONS, VARIATIONS, Case, prompts
 
 RESUME = os.environ.get("DWDP_ENGINES_RESUME") == "1"
@@ -206,6 +206,8 @@ class Engines:
             "disable_shared_experts_fusion": not fused,
             **case.options,
         }
+        if case.head:
+            result["speculative_draft_model_path"] = str(self._models(case) / case.head)
         if ranks > 1:
             result |= {"enable_dwdp": True, "dwdp_direct_max_tokens": DIRECT_MAX_TOKENS, **case.dwdp}
         return result
@@ -233,6 +235,8 @@ def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         with lock:
             if not path.exists():
                 make_checkpoint(path, case.family, quantization=case.quantization, **case.shape)
+            if case.head and not (path / case.head).exists():
+                make_head(path / case.head, case.head, path)
         return path
 
     runner = Engines(directory, model)
@@ -278,7 +282,7 @@ def test_parity(engines: Engines, name: str, ranks: int) -> None:
     assert case.kernels is None or "this rank has the kernels that DWDP brings" in resident["log"]
     expected = resident["answers"][0]
     result = engines.result(case, ranks)
-    different = {tuple(tokens) for tokens, _, _ in expected}
+    different = {tuple(answer[0]) for answer in expected}
     assert len(different) > len(LENGTHS) // 2, "degenerate answers compare nothing"
     for rank, answers in enumerate(result["answers"]):
         for length, got, wanted in zip(LENGTHS, answers, expected, strict=True):
@@ -335,7 +339,7 @@ class Distance:
 
     def __init__(self, got: Answers, wanted: Answers) -> None:
         differences, gaps = [], [0.0]
-        for (tokens, chosen, _), (others, wanted_chosen, best) in zip(got, wanted, strict=True):
+        for (tokens, chosen, *_), (others, wanted_chosen, best, *_) in zip(got, wanted, strict=True):
             same = next((i for i, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b), len(tokens))
             differences += [abs(a - b) for a, b in zip(chosen[:same], wanted_chosen[:same], strict=True)]
             if same < len(tokens):

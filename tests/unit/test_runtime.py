@@ -67,6 +67,34 @@ def test_every_rank_sees_the_checkpoint(kind: Kind, size: int, num_experts: int,
     assert open_resources()[1] == 0
 
 
+@pytest.mark.parametrize("view", ["auto", "staged"])
+def test_a_draft_models_layer_runs_in_forwards_of_its_own(view: Any) -> None:
+    """In every order of forwards; a prefill, which the draft model follows, finds all of its experts fetched ahead."""
+    full = checkpoint(5, 8, TAILS)
+
+    def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> Any:
+        model, draft = layers[:-1], layers[-1:]
+
+        def both(tokens: int) -> bool:
+            return equal(forward(runtime, model, tokens) + forward(runtime, draft, tokens, draft=True), full)
+
+        same = [both(1000) for _ in range(3)]
+        late = runtime.report()["late_fills"]
+        same += [equal(forward(runtime, model, tokens), full[:-1]) for tokens in (1000, 1)]
+        same += [equal(forward(runtime, draft, tokens, draft=True), full[-1:]) for tokens in (1, 1000, 1000)]
+        same.append(both(1000))
+        report = runtime.report()
+        with pytest.raises(DwdpRuntimeError, match="visited 0 of 1 MoE layers"):
+            forward(runtime, [], 2, draft=True)
+        with pytest.raises(DwdpRuntimeError, match="visited 1 of 4 MoE layers"):
+            forward(runtime, draft, 2)
+        return same, late, report["direct_forwards"] + report["staged_forwards"], report["forward_tokens"]
+
+    config = DwdpConfig(view=view, depth=2, timeout_s=20)
+    # Only the model's own forwards are counted.
+    assert run_ranks(2, full, step, config, draft_layers=1) == [([True] * 9, 0, 6, 5001)] * 2
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("view", ["direct", "staged"])
 @pytest.mark.parametrize("local_experts", [5, 7, 9, 10])

@@ -68,7 +68,7 @@ def test_prompts_reach_their_ranks_in_turn(engine: EngineProcess) -> None:
     assert engine.ask(Request("batch", {0: [[1], [1, 1]], 1: [[2]]}, 1)) > 0
     assert engine.ask(REPORT) == [0, 1, 0]
     answers = engine.ask(Request("answers", {0: [[1, 1]], 1: [[1]]}, 1))
-    assert answers == {0: [([2, 0], [-0.5], [[-0.5, -1.5]])], 1: [([1, 1], [-0.5], [[-0.5, -1.5]])]}
+    assert answers == {0: [([2, 0], [-0.5], [[-0.5, -1.5]], None)], 1: [([1, 1], [-0.5], [[-0.5, -1.5]], None)]}
     timelines = engine.ask(Request("stream", {0: [[1]], 1: [[1]]}, 20))
     assert [count for _, count in timelines[0]] == list(range(1, 21))
     assert 20 < decode_rate(timelines) < 2 / 0.01

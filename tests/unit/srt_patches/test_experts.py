@@ -24,7 +24,7 @@ from sglang_dwdp.srt_patches.checks import (
     check_not_sharded,
     check_own_forward,
 )
-from sglang_dwdp.srt_patches.experts import rebuild_state
+from sglang_dwdp.srt_patches.experts import collect_all, rebuild_state
 from sglang_dwdp.support.backends import Status
 
 
@@ -152,6 +152,26 @@ def test_a_model_that_is_sharded_in_spite_of_data_parallelism() -> None:
 def test_a_model_without_moe_layers() -> None:
     with pytest.raises(DwdpConfigError, match="Linear has no FusedMoE layer"):
         check_constructed(torch.nn.Linear(2, 2))
+
+
+def test_a_draft_model_without_moe_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "get_parallel", lambda: SimpleNamespace(tp_size=2))
+    check_constructed(torch.nn.Linear(2, 2), is_draft=True)
+
+
+def test_layers_of_a_draft_model_are_numbered_after_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "placement_of", lambda _layer: None)
+
+    def model(*numbers: int) -> torch.nn.Module:
+        layers = [quantized(UnquantizedFusedMoEMethod()) for _ in numbers]
+        for moe, number in zip(layers, numbers, strict=True):
+            moe.layer_id, moe.w13_weight, moe.w2_weight = number, torch.ones(1), torch.ones(1)
+        return torch.nn.Sequential(*layers)
+
+    drafts = [model(0, 1), model(0), torch.nn.Linear(2, 2)]
+    layers = collect_all(model(1, 3), drafts, "cpu")
+    assert [layer.layer_id for layer in layers] == [1, 3, 4, 5, 6]
+    assert [layer.fused.layer_id for layer in layers] == [1, 3, 4, 5, 6]
 
 
 def test_a_model_whose_attention_is_divided_in_spite_of_data_parallelism() -> None:

@@ -34,7 +34,6 @@ class Runner:
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Any:
     result = SimpleNamespace(counted=0)
     result.reset_counts = lambda: setattr(result, "counted", 0)
-    result.watch_copies = lambda _on_stall: None
     monkeypatch.setattr(first_forward, "current_runtime", lambda: result)
     return result
 
@@ -56,6 +55,13 @@ def test_any_error_names_the_model_and_the_cause(runtime: Any) -> None:
 def test_an_error_of_dwdp_stays_as_it_is(runtime: Any) -> None:
     with pytest.raises(DwdpRuntimeError, match=r"^all_reduce over 2 ranks$"):
         first_forward.run_first_forward(None, Runner(runtime, DwdpRuntimeError("all_reduce over 2 ranks")))
+
+
+def test_copies_are_watched_when_the_scheduler_is_ready(runtime: Any) -> None:
+    watched: list[Any] = []
+    runtime.watch_copies = watched.append
+    assert first_forward.watch_copies({"status": "ready"}, None) == {"status": "ready"}
+    assert watched == [first_forward.end_stalled]
 
 
 def test_a_draft_model_runs_nothing(runtime: Any) -> None:

@@ -44,6 +44,7 @@ HOOKS = (
     *controller.HOOKS,
     *flashinfer_fp8.HOOKS,
     *steps.HOOKS,
+    *steps.GPU_HOOKS,
     *linear.HOOKS,
     *experts.HOOKS,
     *experts.AUDIT_HOOKS,

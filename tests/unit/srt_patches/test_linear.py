@@ -31,9 +31,16 @@ def test_heads_of_no_group_stay_as_they_are() -> None:
     assert made == [{"enable_tp": False, "use_attn_tp_group": False}]
 
 
-@pytest.mark.parametrize(("architectures", "alone"), [(["MixtralForCausalLM"], True), (["Qwen3MoeForCausalLM"], False)])
+@pytest.mark.parametrize(
+    ("architectures", "draft", "alone"),
+    [
+        (["MixtralForCausalLM"], False, True),
+        (["Qwen3MoeForCausalLM"], False, False),
+        (["LlamaForCausalLMEagle"], True, True),
+    ],
+)
 def test_models_without_data_parallel_attention_find_one_rank(
-    monkeypatch: pytest.MonkeyPatch, architectures: list[str], alone: bool
+    monkeypatch: pytest.MonkeyPatch, architectures: list[str], draft: bool, alone: bool
 ) -> None:
     seen: list[dict[str, Any]] = []
 
@@ -43,7 +50,7 @@ def test_models_without_data_parallel_attention_find_one_rank(
         yield
 
     monkeypatch.setattr(linear, "get_parallel", lambda: SimpleNamespace(override=override, attn_tp_group="own"))
-    with unsharded_model(architectures), unsharded_model(None):
+    with unsharded_model(architectures, is_dense_draft=draft), unsharded_model(None):
         assert len(seen) == alone
     for values in seen:
         assert values["tp_group"] == "own"

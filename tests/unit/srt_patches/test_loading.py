@@ -17,7 +17,10 @@ from sglang_dwdp.srt_patches.loading import check_loaded, construct, load, load_
 
 EXPERTS, HIDDEN, WIDTH = 5, 8, 6
 OWN = balanced(EXPERTS, 2).shard(1)
-MODEL_CONFIG = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Model"]))
+TEXT = SimpleNamespace(num_experts=8)
+MODEL_CONFIG = SimpleNamespace(
+    hf_config=SimpleNamespace(architectures=["Model"]), hf_text_config=TEXT, is_draft_model=False
+)
 
 
 class Moe(FusedMoE):
@@ -60,6 +63,12 @@ class Model(torch.nn.Module):
             write(self)
 
 
+class Drafting(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = torch.nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+
 def checkpoint() -> dict[str, Callable[[Model], None]]:
     """By name, what writes a tensor of the checkpoint into a model."""
 
@@ -85,7 +94,7 @@ def checkpoint() -> dict[str, Callable[[Model], None]]:
 def rank_1_of_2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "placement_of", lambda _layer: balanced(EXPERTS, 2))
     monkeypatch.setattr(loading, "rank_in_group", lambda: 1)
-    monkeypatch.setattr(loading, "check_constructed", lambda _model: None)
+    monkeypatch.setattr(loading, "check_constructed", lambda _model, **_how: None)
 
 
 def constructed(load_format: str = "auto") -> Model:
@@ -120,6 +129,18 @@ def test_an_experts_tensor_that_is_missing_is_named(shard: str) -> None:
     del weights[f"1.{OWN[0]}.{shard}"]
     with pytest.raises(DwdpSetupError, match=f"layer 1, {parameter}: {shard[:2]} of experts {OWN[0]} did not arrive"):
         constructed().load_weights(iter(weights.values()))
+
+
+@pytest.mark.parametrize("is_draft", [True, False])
+def test_a_draft_model_gets_its_embedding_from_the_model_that_it_drafts_for(is_draft: bool) -> None:
+    config = SimpleNamespace(**vars(MODEL_CONFIG) | {"is_draft_model": is_draft})
+    model = construct(lambda *_: Drafting(), config, SimpleNamespace(load_format="auto"))
+    if is_draft:
+        model.load_weights(iter(checkpoint().values()))
+        check_loaded(model)
+    else:
+        with pytest.raises(DwdpSetupError, match=r"embed_tokens\.weight was not loaded"):
+            model.load_weights(iter(checkpoint().values()))
 
 
 def test_experts_of_other_ranks_are_not_asked_for() -> None:

@@ -245,6 +245,7 @@ def test_models_and_devices_that_are_refused(model: str, tmp_path: Path) -> None
             hosts | {"dwdp_transport": "host-shm"},
             hosts | {"dwdp_exchange": "auto"},
             hosts | {"dwdp_group_size": 2, "dist_init_addr": running},
+            {"model_path": model, **plain, "dwdp_exchange": "auto", "speculative_algorithm": "EAGLE"},
         ]
         done = run(ERRORS, json.dumps(keywords))
     answers = json.loads(done.stdout.splitlines()[-1].removeprefix("RESULT "))
@@ -262,3 +263,4 @@ def test_models_and_devices_that_are_refused(model: str, tmp_path: Path) -> None
     assert f"--dwdp-transport host-shm does not cross hosts. {way_out}, or host-path." in answers[10]
     assert f"the ranks of a group have to be on one host. {way_out}, or drop --dwdp-exchange." in answers[11]
     assert f"a server is running at --dist-init-addr {running} already" in answers[12]
+    assert "--dwdp-exchange auto with --speculative-algorithm EAGLE is unsupported" in answers[13]

@@ -56,6 +56,7 @@ def test_as_a_single_rank_would(mode: ForwardMode, monkeypatch: pytest.MonkeyPat
     decided = decide_alone(None, batch(mode))
     assert decided.is_extend_in_batch == expected.is_extend_in_batch
     assert decided.can_run_decode_cuda_graph == expected.can_run_decode_cuda_graph
+    assert decided.can_run_dp_draft_cuda_graph == expected.can_run_dp_draft_cuda_graph
     assert decided.recv_skipper_forward_mode == expected.recv_skipper_forward_mode
 
 

@@ -18,8 +18,8 @@ from sglang_dwdp.srt_patches.arguments import attach
 UNSUPPORTED = "unsupported with --enable-dwdp"
 
 
-def manager(config: DwdpConfig | None, nnodes: int = 1) -> SimpleNamespace:
-    arguments = SimpleNamespace(device="cuda", tp_size=2, nnodes=nnodes)
+def manager(config: DwdpConfig | None, nnodes: int = 1, algorithm: str | None = None) -> SimpleNamespace:
+    arguments = SimpleNamespace(device="cuda", tp_size=2, nnodes=nnodes, speculative_algorithm=algorithm)
     attach(arguments, config)
     return SimpleNamespace(server_args=arguments)
 
@@ -47,6 +47,8 @@ def test_memory_whose_addresses_cannot_be_had_again_is_kept(tags: list[str] | No
         asyncio.run(weights.explain_memory(done, manager(DwdpConfig(transport="cuda-ipc")), request))
     with pytest.raises(ValueError, match="several hosts"):
         asyncio.run(weights.explain_memory(done, manager(DwdpConfig(), nnodes=2), request))
+    with pytest.raises(ValueError, match="with --speculative-algorithm"):
+        asyncio.run(weights.explain_memory(done, manager(DwdpConfig(), algorithm="EAGLE"), request))
     for config in (DwdpConfig(), None):
         assert asyncio.run(weights.explain_memory(done, manager(config), request)) == "done"
 

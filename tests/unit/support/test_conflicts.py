@@ -54,7 +54,12 @@ CASES = [
     ({"ep_num_redundant_experts": 8}, "EPLB"),
     ({"init_expert_location": "map.json"}, "EPLB"),
     ({"elastic_ep_backend": "mooncake"}, "--elastic-ep-backend"),
-    ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm EAGLE"),
+    ({"speculative_algorithm": "STANDALONE"}, "--speculative-algorithm STANDALONE"),
+    ({"speculative_algorithm": "ngram"}, "--speculative-algorithm ngram"),
+    ({"speculative_algorithm": "DFLASH"}, "--speculative-algorithm DFLASH"),
+    ({"speculative_algorithm": "EAGLE", "enable_multi_layer_eagle": True}, "--enable-multi-layer-eagle"),
+    ({"speculative_moe_a2a_backend": "deepep"}, "brings experts to tokens"),
+    ({"speculative_draft_load_format": "presharded"}, "drop --speculative-draft-load-format"),
     ({"enable_two_batch_overlap": True}, "overlap"),
     ({"enable_single_batch_overlap": True}, "overlap"),
     ({"enable_lora": True}, "LoRA"),
@@ -117,11 +122,13 @@ def test_what_dwdp_decided_is_not_judged() -> None:
         check_conflicts(arguments(tp_size=4, dwdp_size=2, enable_pdmux=True), decided={"dwdp_size"})
 
 
-def test_processes_that_see_one_gpu_alone() -> None:
+def test_variables_that_are_unsupported() -> None:
     check_environment({})
     check_environment({"SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "0"})
     with pytest.raises(DwdpConfigError, match="does not see the GPUs"):
         check_environment({"SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "true"})
+    with pytest.raises(DwdpConfigError, match="wait for each other"):
+        check_environment({"SGLANG_ENABLE_DP_SPEC_PREFILL_COORDINATION": "1"})
 
 
 def test_all_conflicts_are_named_at_once() -> None:
