@@ -61,8 +61,8 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         _check_device(config, view.device)
         if view.device == "cuda" and view.speculative_algorithm:
             logger.warning(
-                "DWDP: --speculative-algorithm %s has been validated on the CPU engine alone. Compare some answers with "
-                "a server without --enable-dwdp first.",
+                "DWDP: --speculative-algorithm %s has been validated on the CPU engine alone. Compare some answers "
+                "with a server without --enable-dwdp first.",
                 view.speculative_algorithm,
             )
         if view.device == "cuda":

@@ -53,8 +53,11 @@ VALIDATED_ON_CPU = frozenset(
     {
         "Ernie4_5_MoeForCausalLM",
         "GraniteMoeForCausalLM",
+        "GraniteMoeSharedForCausalLM",
+        "HunYuanMoEV1ForCausalLM",
         "MixtralForCausalLM",
         "OlmoeForCausalLM",
+        "PhiMoEForCausalLM",
     }
 )
 # By reading: each rank runs its requests alone, and experts are in FusedMoE layers that SGLang's code runs.
@@ -84,10 +87,8 @@ UNVALIDATED = frozenset(
         "GlmMoeDsaForCausalLM",
         "GraniteMoeHybridForCausalLM",
         "GraniteMoeSWAForCausalLM",
-        "GraniteMoeSharedForCausalLM",
         "HYV3ForCausalLM",
         "HYV4ForCausalLM",
-        "HunYuanMoEV1ForCausalLM",
         "IQuestQ1ForCausalLM",
         "InternS1ForConditionalGeneration",
         "InternS1ProForConditionalGeneration",
@@ -116,7 +117,6 @@ UNVALIDATED = frozenset(
         "NemotronH_Nano_Omni_Reasoning_V3",
         "NemotronH_Nano_VL_V2",
         "NemotronH_Omni_Reasoning_V3",
-        "PhiMoEForCausalLM",
         "PixtralForConditionalGeneration",
         "Qwen3NextForCausalLM",
         "Qwen3OmniMoeForConditionalGeneration",
