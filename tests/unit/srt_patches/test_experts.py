@@ -165,7 +165,8 @@ def test_layers_of_a_draft_model_are_numbered_after_the_models(monkeypatch: pyte
     def model(*numbers: int) -> torch.nn.Module:
         layers = [quantized(UnquantizedFusedMoEMethod()) for _ in numbers]
         for moe, number in zip(layers, numbers, strict=True):
-            moe.layer_id, moe.w13_weight, moe.w2_weight = number, torch.ones(1), torch.ones(1)
+            moe.layer_id = number
+            moe.w13_weight, moe.w2_weight = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
         return torch.nn.Sequential(*layers)
 
     drafts = [model(0, 1), model(0), torch.nn.Linear(2, 2)]
