@@ -125,7 +125,8 @@ def test_it_serves_on(server: Server, models: tuple[Path, Path]) -> None:
     change_weights(server, models, prompts, old, new)
     reports = server.reports()
     assert [report["weight_updates"] for report in reports] == [UPDATES + 2] * RANKS
-    joint = "joint_rounds" in reports[0] and min(report["joint_rounds"] for report in reports) > 0
+    joint = "joint_rounds" in reports[0]
+    assert not joint or min(report["joint_rounds"] for report in reports) > 0
     assert all(report["late_fills"] == 0 for report in reports)
     with Load(server, old, prompts=prompts, clients=CLIENTS, new_tokens=NEW_TOKENS) as load:
         time.sleep(USUAL_S)
