@@ -110,7 +110,8 @@ class Meeting:
             self._patient_from_us = (0,) * self.page.size  # all came
         elif waited_us:
             self.counters.withdrawn_rounds += 1
-            self._patient_from_us = after_waiting(state, rank, start, start + waited_us, self._patient_from_us)
+            in_vain_us = min(waited_us, int(self.times.alone_us(bucket)))  # no limit is longer
+            self._patient_from_us = after_waiting(state, rank, start + waited_us, in_vain_us, self._patient_from_us)
         else:
             self.counters.alone_rounds += 1
         return joint

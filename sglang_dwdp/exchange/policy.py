@@ -93,21 +93,21 @@ def deadline_us(
 
 
 def after_waiting(
-    state: Round, rank: int, start_us: int, now_us: int, patient_from_us: Sequence[int]
+    state: Round, rank: int, now_us: int, waited_us: int, patient_from_us: Sequence[int]
 ) -> tuple[int, ...]:
-    """The new `patient_from_us` of a rank that has waited in vain since `start_us`.
+    """The new `patient_from_us` of a rank that has waited in vain.
 
     Args:
         state: As the rank left it.
         rank: This rank.
-        start_us: When it came.
         now_us: When it left.
+        waited_us: How long it waited for peers; not for a core, which no peer can help.
         patient_from_us: As before.
 
     Returns:
         For each rank, when a wait for it may begin though it is overdue.
     """
-    again = now_us + PATIENCE * (now_us - start_us)
+    again = now_us + PATIENCE * waited_us
     return tuple(
         again if peer != rank and seat.phase is not Phase.ENTERED and seat.back_us <= now_us else before
         for peer, (seat, before) in enumerate(zip(state.seats, patient_from_us, strict=True))

@@ -21,6 +21,7 @@ from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family
 
 ROUNDS = ("joint_rounds", "helped_rounds", "alone_rounds", "withdrawn_rounds")
+HELP_S = 180.0  # on a host that runs other tests as well
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -19,7 +19,7 @@ from sglang_dwdp.exchange import lock as locks
 from sglang_dwdp.exchange import page as pages
 from sglang_dwdp.exchange.meeting import Meeting
 from sglang_dwdp.exchange.page import Page, create, share_page
-from sglang_dwdp.exchange.policy import StepTimes
+from sglang_dwdp.exchange.policy import PATIENCE, StepTimes
 from sglang_dwdp.exchange.round import Joint, Phase, Round
 from tests.unit.exchange.processes import HASTY, PATIENT, answer, open_meeting, ranks
 
@@ -374,6 +374,25 @@ def test_a_round_of_all_ends_impatience(fd: int) -> None:
     peer.change(lambda state: state.enter(1, 1))
     assert meeting.meet(1) is not None
     peer.change(lambda state: state.publish(1, 0))
+    assert meeting.meet(1) is None
+    assert meeting.counters.withdrawn_rounds == 2
+    meeting.close()
+    peer.close()
+
+
+def test_a_rank_that_gets_no_core_does_not_blame_its_peers(fd: int) -> None:
+    """A second in which the host ran something else is no sign that a peer stays away for long."""
+    now = [0]
+
+    def clock_us() -> int:
+        now[0] += 1_000_000 if now[0] == 20 else 10
+        return now[0]
+
+    times = StepTimes(alone=((1, 300.0),), joint=((1, 100.0),))
+    meeting, peer = Meeting(Page(fd, 0, 2), times, clock_us=clock_us), Page(fd, 1, 2)
+    assert meeting.meet(1) is None
+    assert meeting.counters.round_wait_us > 1_000_000
+    now[0] += PATIENCE * 300
     assert meeting.meet(1) is None
     assert meeting.counters.withdrawn_rounds == 2
     meeting.close()

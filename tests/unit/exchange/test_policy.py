@@ -46,7 +46,7 @@ def test_larger_buckets_of_peers_make_waiting_worth_less() -> None:
 
 def test_overdue_peers_are_not_waited_for_again_at_once() -> None:
     overdue, awaited = Round.start(2), Round.start(2).publish(1, 3_000)
-    patient = after_waiting(overdue, 0, 0, 100, NEW[:2])
+    patient = after_waiting(overdue, 0, 100, 100, NEW[:2])
     assert patient == (0, 100 + PATIENCE * 100)
     for state, waits in ((overdue, False), (awaited, True)):
         assert (deadline_us(state, 0, 8, patient[1] - 1, TIMES, patient) > patient[1] - 1) is waits
@@ -55,7 +55,7 @@ def test_overdue_peers_are_not_waited_for_again_at_once() -> None:
 
 def test_only_those_who_were_missing_and_overdue_lose_trust() -> None:
     state = Round.start(4).publish(1, 50).publish(2, 500).enter(3, 1)
-    assert after_waiting(state, 0, 0, 100, (1, 2, 3, 4)) == (1, 1700, 3, 4)
+    assert after_waiting(state, 0, 100, 100, (1, 2, 3, 4)) == (1, 1700, 3, 4)
 
 
 @given(
@@ -122,7 +122,7 @@ def decode(group: Group, rank: int, rows: int, served: Served) -> Steps:
             group.change(group.state.withdraw(rank))
             served.vain_us += env.now - start
             state, patient = group.state, served.patient_from[: len(group.state.seats)]
-            served.patient_from = after_waiting(state, rank, start, int(env.now), patient)
+            served.patient_from = after_waiting(state, rank, int(env.now), int(env.now) - start, patient)
         else:
             yield env.any_of([group.changed, env.timeout(deadline() - env.now)])
     if (joint := group.state.joint_of(rank)) and group.exchange:
