@@ -1,6 +1,6 @@
 """Exchange steps of one scheduler: joint forwards and their CUDA graphs, and the part of a rank that has no rows.
 
-A rank that is idle, or that waits for a prefill of its own, helps peers that want to decode: it replays the MoE layers
+A rank that is idle, or that waits for a prefill of its own, helps peers with a small forward: it replays the MoE layers
 alone, on a stream whose kernels go before those of the prefill.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -20,12 +20,14 @@ from sglang_dwdp.exchange.bells import Bells
 from sglang_dwdp.exchange.inbox import RowShape
 from sglang_dwdp.exchange.joint import JointForwards
 from sglang_dwdp.exchange.policy import StepTimes
+from sglang_dwdp.exchange.round import MAX_DECODE_ROWS
 from sglang_dwdp.srt_patches.shard_run import JointLayer
 
 logger = logging.getLogger(__name__)
 _TIMED_REPLAYS = 3
 _FIRST = -100  # a priority: torch takes the highest that there is
 _NAP_S = 20e-6
+_WITH_ATTENTION = 1.5  # of a forward's time over that of its MoE layers, about
 _MAX_HELPS = 1  # that run beside the next: peers are ahead of their GPUs by one forward, too
 
 
@@ -39,10 +41,28 @@ class ExchangeSteps:
     """
 
     def __init__(
-        self, forwards: JointForwards, bells: Bells, layers: Mapping[int, JointLayer], shape: RowShape, device: str
+        self,
+        forwards: JointForwards,
+        bells: Bells,
+        layers: Mapping[int, JointLayer],
+        shape: RowShape,
+        device: str,
+        prefill_buckets: Sequence[int] = (),
+        staged_us: float = 0.0,
     ) -> None:
-        """Steps of a rank with these layers, by layer id in the order in which a forward runs them."""
+        """Steps of a rank.
+
+        Args:
+            forwards: Decides with the peers which forwards are joint.
+            bells: By which peers wake this rank.
+            layers: By layer id, in the order in which a forward runs them.
+            shape: Of rows.
+            device: "cuda" or "cpu".
+            prefill_buckets: Sizes of joint prefills, rising; none without them. Those of CUDA graphs are captured.
+            staged_us: What a staged prefill takes at least.
+        """
         self.forwards, self.bells, self._layers, self._shape = forwards, bells, layers, shape
+        self.prefill_buckets, self._staged_us = tuple(prefill_buckets), staged_us
         self._on_gpu = device == "cuda"
         self._graphs: dict[int, Any] = {}  # by bucket: what a rank without rows replays
         self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
@@ -68,9 +88,21 @@ class ExchangeSteps:
         """Whether a layer's rows can travel."""
         return layer_id in self._layers
 
-    def bucket_of(self, rows: int) -> int:
-        """The size of the graph that so many rows are replayed in; `rows` without graphs."""
-        return min((size for size in self._graphs if size >= rows), default=rows)
+    def bucket_of(self, rows: int, *, is_decode: bool = True) -> int:
+        """The size of the graph that so many rows are replayed in, in a joint forward.
+
+        Args:
+            rows: Of a rank.
+            is_decode: Whether they are of a decode, whose size without graphs is `rows`.
+
+        Returns:
+            0 if the forward cannot be joint.
+        """
+        if not is_decode:
+            return min((size for size in self.prefill_buckets if size >= rows > 0), default=0)
+        if rows > MAX_DECODE_ROWS:
+            return 0
+        return min((size for size in self._graphs if MAX_DECODE_ROWS >= size >= rows), default=rows)
 
     def begin(self, rows: int, *, is_decode: bool) -> bool:
         """A forward of `rows` rows is about to run.
@@ -87,14 +119,17 @@ class ExchangeSteps:
                 *(self._capture_s, self._capture_bytes / 2**20),
             )
             self._capture_s = 0.0
-        if not is_decode:
+        bucket = self.bucket_of(rows, is_decode=is_decode)
+        while bucket and (joint := self.forwards.begin(bucket)):
+            if joint.buckets[self.forwards.rank]:
+                self._join(rows)
+                return True
+            self._end_helps(_MAX_HELPS)
+            self._run_help()  # with a prefill of peers
+        if not is_decode or not bucket:
             self._launch_start = time.monotonic()
-            self.forwards.begin(self._shape.max_bucket + 1, 1e6 * self._launch_s)
-            return False
-        if self.forwards.begin(self.bucket_of(rows)) is None:
-            return False
-        self._join(rows)
-        return True
+            self.forwards.go_away(1e6 * self._launch_s)
+        return False
 
     def end(self, *, is_joint: bool) -> None:
         """The forward has been launched on the current stream."""
@@ -150,9 +185,14 @@ class ExchangeSteps:
         self._end_helps(_MAX_HELPS)
         if self.forwards.begin(0) is None:
             return False
+        self._run_help()
+        return True
+
+    def _run_help(self) -> None:
+        """The MoE layers of the joint forward that has begun, without own rows."""
         with torch.cuda.stream(self._beside) if self._on_gpu else nullcontext():
             self._join(0)
-            graph = self._graphs.get(self.bucket_of(self.bucket))
+            graph = self._graphs.get(self.bucket)
             if graph is None:  # decode runs without graphs
                 self._run_layers(0)
             else:
@@ -160,7 +200,6 @@ class ExchangeSteps:
             if self._on_gpu:
                 self._last_joint = _event()
         self._helps.append(self.forwards.end(self._last_joint, helping=True))
-        return True
 
     def _end_helps(self, left: int) -> None:
         while len(self._helps) > left:
@@ -190,6 +229,14 @@ class ExchangeSteps:
             self._run_layers(bucket)
         self._graphs[bucket] = graph
 
+    def time_prefill(self, bucket: int) -> None:
+        """Time what a rank replays that helps with a prefill of this bucket; all ranks do it at the same time.
+
+        A prefill's own graph is in pieces, with attention to the batch's sequences between them.
+        """
+        self._num_rows.fill_(bucket)
+        self._set_times(bucket, self._staged_us, _WITH_ATTENTION * _replay_us(self._graphs[bucket].replay))
+
     @contextmanager
     def weighed(self) -> Iterator[None]:
         """Count what is captured in here; the sums are logged before the first forward."""
@@ -208,11 +255,14 @@ class ExchangeSteps:
         """
         self._num_rows.fill_(bucket)
         # Joint first: its kernels make the ranks begin together, as they read from each other in the other.
-        self._joint_us[bucket] = _replay_us(joint)
-        self._alone_us[bucket] = _replay_us(alone)
+        joint_us = _replay_us(joint)
+        self._set_times(bucket, _replay_us(alone), joint_us)
+
+    def _set_times(self, bucket: int, alone_us: float, joint_us: float) -> None:
+        self._alone_us[bucket], self._joint_us[bucket] = alone_us, joint_us
         self.forwards.times = StepTimes(sorted(self._alone_us.items()), sorted(self._joint_us.items()))
         logger.debug(
-            "DWDP: a decode forward of %d takes %.0f us alone, %.0f us as an exchange step",
+            "DWDP: a forward of %d takes %.0f us alone, %.0f us as an exchange step",
             bucket,
             self._alone_us[bucket],
             self._joint_us[bucket],
@@ -220,9 +270,14 @@ class ExchangeSteps:
 
     def _run_layers(self, num_rows: int) -> None:
         """All MoE layers, with so many rows of padding."""
+        if not self._layers:
+            return
         shape, device = self._shape, self._num_rows.device
         rows = torch.zeros((num_rows, shape.hidden_size), dtype=shape.dtype, device=device)
-        ids = torch.zeros((num_rows, shape.top_k), dtype=torch.int32, device=device)
+        # Spread over the experts, since the time of a graph with all of its rows is measured.
+        experts = max(len(layer.table) - 1 for layer in self._layers.values())
+        first = 5 * torch.arange(num_rows, dtype=torch.int32, device=device)[:, None]
+        ids = (first + experts // shape.top_k * torch.arange(shape.top_k, dtype=torch.int32, device=device)) % experts
         weights = torch.zeros((num_rows, shape.top_k), dtype=torch.float32, device=device)
         for layer_id in self._layers:
             self.run_layer(layer_id, rows, ids, weights)

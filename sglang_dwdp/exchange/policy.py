@@ -13,11 +13,26 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sglang_dwdp.exchange.round import Phase, Round
+from sglang_dwdp.exchange.round import MAX_DECODE_ROWS, Phase, Round
 
 PATIENCE = 16  # so waits in vain cost at most 1/16 of the time
 
+_PREFILL_ROWS = (512, 1024, 2048)  # larger prefills are faster by copies
+
 Points = Sequence[tuple[int, float]]
+
+
+def prefill_buckets(captured: Sequence[int]) -> tuple[int, ...]:
+    """Sizes of joint prefills: few, since each is a CUDA graph more.
+
+    Args:
+        captured: Sizes of the engine's own prefill graphs.
+
+    Returns:
+        The largest of them up to 512, 1,024 and 2,048 rows, rising; none where they are decodes' sizes.
+    """
+    found = {max((n for n in captured if MAX_DECODE_ROWS < n <= most), default=0) for most in _PREFILL_ROWS}
+    return tuple(sorted(found - {0}))
 
 
 def interpolate(points: Points, rows: int) -> float:

@@ -30,7 +30,7 @@ def test_ranks_decode_together(
 ) -> None:
     """The tokens are those of one rank: in float32 no two best tokens of these prompts are close."""
     expected = reference("qwen3_moe", 8)
-    flags = ("--enable-metrics", "--decode-log-interval", "5", "--chunked-prefill-size", "128")
+    flags = ("--enable-metrics", "--decode-log-interval", "5", "--chunked-prefill-size", "600")
     flags += ("--max-running-requests", str(6 * ranks))
     options: dict[str, Any] = {"dwdp": ("--dwdp-exchange", "auto"), "flags": flags}
     options["environment"] = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"}
@@ -61,11 +61,26 @@ def test_ranks_decode_together(
                 break
         else:
             raise AssertionError(f"idle ranks helped with few steps: {first}")
+        check_short_prefills(server)
         check_metrics(server)
         check_under_pressure(server, expected)
         assert not any(report["joint_rounds_ended"] for report in server.reports())
         if ranks == 3:
             check_survivors(server, expected)
+
+
+def check_short_prefills(server: Server) -> None:
+    """A short prompt is run with the help of idle ranks; a forward that ends with its first token is no decode."""
+    deadline, after = time.monotonic() + HELP_S, server.reports()[0]
+    while time.monotonic() < deadline:
+        before = after
+        server.generate(f"{before['forward_tokens']} {PROMPTS[12]}", 1, 0)
+        after = server.reports()[0]
+        if after["exchanged_rows"] > before["exchanged_rows"] + 100:
+            assert after["joint_rounds"] == before["joint_rounds"] + 1
+            return
+        time.sleep(0.7)
+    raise AssertionError("no short prefill was joint")
 
 
 def check_under_pressure(server: Server, expected: Answers) -> None:
@@ -105,6 +120,8 @@ def check_survivors(server: Server, expected: Answers) -> None:
 
 def check_metrics(server: Server) -> None:
     """/metrics has every rank's counters, under DWDP's and SGLang's labels, as they were a moment ago."""
+    for number in range(8 * server.ranks):  # too long to be joint
+        server.generate(f"{number} {PROMPTS[14]} {PROMPTS[15]}", 1, number % server.ranks)
     text = requests.get(f"{server.url}/metrics", timeout=30).text
     samples = {
         (sample.name, int(sample.labels["dp_rank"]), sample.labels.get("kind", sample.labels.get("outcome"))): sample
