@@ -64,7 +64,7 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     layers: list[Any] = runtime.layers()
     rank, size = rank_in_group(), runtime.size
     config = runner.model_config
-    buckets = _graph_sizes() if runner.device == "cuda" else _CPU_PREFILLS
+    buckets = _graph_sizes(size) if runner.device == "cuda" else _CPU_PREFILLS
     shape = RowShape(max(MAX_DECODE_ROWS, *buckets), layers[0].fused.hidden_size, layers[0].fused.top_k, config.dtype)
     why = "a group over several hosts has no memory for it" if hosts.is_group_across() else None
     why = why or why_alone(layers, size, shape, runner.device)
@@ -99,10 +99,10 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     )
 
 
-def _graph_sizes() -> tuple[int, ...]:
+def _graph_sizes(ranks: int) -> tuple[int, ...]:
     """Sizes of joint prefills, which have to be graphs: an eager one takes as long as a staged one in a graph."""
     graphs = get_exec().graph.cuda_graph_config.prefill
-    return () if graphs.backend == Backend.DISABLED else prefill_buckets(graphs.bs or ())
+    return () if graphs.backend == Backend.DISABLED else prefill_buckets(graphs.bs or (), ranks)
 
 
 def _inbox(

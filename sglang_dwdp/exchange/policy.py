@@ -18,20 +18,24 @@ from sglang_dwdp.exchange.round import MAX_DECODE_ROWS, Phase, Round
 PATIENCE = 16  # so waits in vain cost at most 1/16 of the time
 
 _PREFILL_ROWS = (512, 1024, 2048)  # larger prefills are faster by copies
+_MOST_RECEIVED = 8192  # rows in a layer, which take as much memory as those of SGLang's usual chunk
 
 Points = Sequence[tuple[int, float]]
 
 
-def prefill_buckets(captured: Sequence[int]) -> tuple[int, ...]:
+def prefill_buckets(captured: Sequence[int], ranks: int) -> tuple[int, ...]:
     """Sizes of joint prefills: few, since each is a CUDA graph more.
 
     Args:
         captured: Sizes of the engine's own prefill graphs.
+        ranks: Of the group, each of which may send as many rows to one.
 
     Returns:
-        The largest of them up to 512, 1,024 and 2,048 rows, rising; none where they are decodes' sizes.
+        The largest of them up to 512, 1,024 and 2,048 rows (fewer with more than four ranks), rising; none where they
+        are decodes' sizes.
     """
-    found = {max((n for n in captured if MAX_DECODE_ROWS < n <= most), default=0) for most in _PREFILL_ROWS}
+    limits = [min(rows, _MOST_RECEIVED // ranks) for rows in _PREFILL_ROWS]
+    found = {max((n for n in captured if MAX_DECODE_ROWS < n <= most), default=0) for most in limits}
     return tuple(sorted(found - {0}))
 
 

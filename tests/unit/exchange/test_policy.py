@@ -40,17 +40,21 @@ def test_a_rank_waits_only_where_that_is_sooner(back_us: int, expected: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("captured", "buckets"),
+    ("captured", "ranks", "buckets"),
     [
-        ((4, 256, 384, 512, 1024, 2048, 8192), (512, 1024, 2048)),
-        ((320, 448, 900, 1500), (448, 900, 1500)),
-        ((256, 4096), ()),
-        ((300,), (300,)),
-        ((), ()),
+        ((4, 256, 384, 512, 1024, 2048, 8192), 2, (512, 1024, 2048)),
+        ((4, 256, 384, 512, 1024, 2048, 8192), 8, (512, 1024)),
+        ((320, 448, 900, 1500), 4, (448, 900, 1500)),
+        ((256, 4096), 2, ()),
+        ((300, 512), 64, ()),
+        ((300,), 2, (300,)),
+        ((), 2, ()),
     ],
 )
-def test_joint_prefills_take_few_of_the_engine_s_sizes(captured: tuple[int, ...], buckets: tuple[int, ...]) -> None:
-    assert prefill_buckets(captured) == buckets
+def test_joint_prefills_take_few_of_the_engine_s_sizes(
+    captured: tuple[int, ...], ranks: int, buckets: tuple[int, ...]
+) -> None:
+    assert prefill_buckets(captured, ranks) == buckets
 
 
 def test_larger_buckets_of_peers_make_waiting_worth_less() -> None:
