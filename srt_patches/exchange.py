@@ -1,9 +1,10 @@
-"""Exchange steps (--dwdp-exchange auto): SGLang's small forwards that a group of ranks runs together.
+"""Exchange steps (--dwdp-exchange): SGLang's small forwards that a group of ranks runs together.
 
-A rank meets its peers before a decode or a short prefill. In a joint one, `FusedMoE.forward_impl` sends rows instead of
-reading experts; on GPUs that is a second CUDA graph of each decode bucket and of some prefill buckets, captured beside
-the first (`exchange_graphs.py`). An idle rank looks for peers that wait where SGLang's scheduler would sleep or spin,
-and computes their rows without a batch of its own. What is shared between these hooks is in `exchange_steps.py`.
+A rank meets its peers before a decode and, with `all`, before a short prefill. In a joint one, `FusedMoE.forward_impl`
+sends rows instead of reading experts; on GPUs that is a second CUDA graph of each decode bucket and of some prefill
+buckets, captured beside the first (`exchange_graphs.py`). An idle rank looks for peers that wait where SGLang's
+scheduler would sleep or spin, and computes their rows without a batch of its own. What is shared between these hooks is
+in `exchange_steps.py`.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     layers: list[Any] = runtime.layers()
     rank, size = rank_in_group(), runtime.size
     config = runner.model_config
-    buckets = _graph_sizes(size) if runner.device == "cuda" else _CPU_PREFILLS
+    buckets = _prefill_sizes(size, runner.device) if runtime.config.exchange == "all" else ()
     shape = RowShape(max(MAX_DECODE_ROWS, *buckets), layers[0].fused.hidden_size, layers[0].fused.top_k, config.dtype)
     why = "a group over several hosts has no memory for it" if hosts.is_group_across() else None
     why = why or why_alone(layers, size, shape, runner.device)
@@ -99,8 +100,10 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     )
 
 
-def _graph_sizes(ranks: int) -> tuple[int, ...]:
+def _prefill_sizes(ranks: int, device: str) -> tuple[int, ...]:
     """Sizes of joint prefills, which have to be graphs: an eager one takes as long as a staged one in a graph."""
+    if device != "cuda":
+        return _CPU_PREFILLS
     graphs = get_exec().graph.cuda_graph_config.prefill
     return () if graphs.backend == Backend.DISABLED else prefill_buckets(graphs.bs or (), ranks)
 

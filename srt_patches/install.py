@@ -89,7 +89,7 @@ def _hooks(role: str, config: DwdpConfig, device: str | None) -> tuple[Hook, ...
             from sglang_dwdp.srt_patches import flashinfer_fp8, prefill_graphs
 
             hooks = [*flashinfer_fp8.HOOKS, *prefill_graphs.HOOKS, *steps.GPU_HOOKS, *hooks]
-        if config.exchange == "auto":
+        if config.exchange != "off":
             from sglang_dwdp.srt_patches import exchange, exchange_graphs
 
             hooks += (*exchange.HOOKS, *(exchange_graphs.HOOKS if device == "cuda" else ()))

@@ -1,4 +1,4 @@
-"""--dwdp-exchange auto on real servers: decode forwards that ranks run together, and idle ranks that help."""
+"""--dwdp-exchange on real servers: forwards that ranks run together, and idle ranks that help."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ ROUNDS = ("joint_rounds", "helped_rounds", "alone_rounds", "withdrawn_rounds")
 HELP_S = 180.0  # on a host that runs other tests as well
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("ranks", "mode", "chunk"), [(2, "auto", 128), (3, "all", 600)])
 def test_ranks_decode_together(
-    running: Running, models: Callable[[Family, int], Path], reference: Reference, ranks: int
+    running: Running, models: Callable[[Family, int], Path], reference: Reference, ranks: int, mode: str, chunk: int
 ) -> None:
     """The tokens are those of one rank: in float32 no two best tokens of these prompts are close."""
     expected = reference("qwen3_moe", 8)
-    flags = ("--enable-metrics", "--decode-log-interval", "5", "--chunked-prefill-size", "600")
+    flags = ("--enable-metrics", "--decode-log-interval", "5", "--chunked-prefill-size", str(chunk))
     flags += ("--max-running-requests", str(6 * ranks))
-    options: dict[str, Any] = {"dwdp": ("--dwdp-exchange", "auto"), "flags": flags}
+    options: dict[str, Any] = {"dwdp": ("--dwdp-exchange", mode), "flags": flags}
     options["environment"] = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"}
     with running(models("qwen3_moe", 8), ranks, **options) as server:
 
@@ -61,7 +61,7 @@ def test_ranks_decode_together(
                 break
         else:
             raise AssertionError(f"idle ranks helped with few steps: {first}")
-        check_short_prefills(server)
+        check_short_prefills(server, joint=mode == "all")
         check_metrics(server)
         check_under_pressure(server, expected)
         assert not any(report["joint_rounds_ended"] for report in server.reports())
@@ -69,8 +69,14 @@ def test_ranks_decode_together(
             check_survivors(server, expected)
 
 
-def check_short_prefills(server: Server) -> None:
-    """A short prompt is run with the help of idle ranks; a forward that ends with its first token is no decode."""
+def check_short_prefills(server: Server, *, joint: bool) -> None:
+    """A short prompt is run with the help of idle ranks, or alone. A forward that ends with its first token is no
+    decode."""
+    if not joint:
+        before = server.reports()[0]
+        server.generate(PROMPTS[12], 1, 0)
+        assert server.reports()[0]["joint_rounds"] == before["joint_rounds"]
+        return
     deadline, after = time.monotonic() + HELP_S, server.reports()[0]
     while time.monotonic() < deadline:
         before = after
