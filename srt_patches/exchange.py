@@ -66,7 +66,7 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     rank, size = rank_in_group(), runtime.size
     config = runner.model_config
     buckets = _prefill_sizes(size, runner.device) if runtime.config.exchange == "all" else ()
-    shape = RowShape(max(MAX_DECODE_ROWS, *buckets), layers[0].fused.hidden_size, layers[0].fused.top_k, config.dtype)
+    shape = RowShape(max((MAX_DECODE_ROWS, *buckets)), layers[0].fused.hidden_size, layers[0].fused.top_k, config.dtype)
     why = "a group over several hosts has no memory for it" if hosts.is_group_across() else None
     why = why or why_alone(layers, size, shape, runner.device)
     if why is not None:
