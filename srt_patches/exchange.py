@@ -36,12 +36,12 @@ from sglang_dwdp.srt_patches import hosts
 from sglang_dwdp.srt_patches.exchange_steps import ExchangeSteps
 from sglang_dwdp.srt_patches.forward import current_runtime
 from sglang_dwdp.srt_patches.hooks import Hook
+from sglang_dwdp.srt_patches.joint_layers import JointLayers
 from sglang_dwdp.srt_patches.shard_run import JointLayer, ShardRun, why_alone
 
 logger = logging.getLogger(__name__)
 # On the CPU engine, which has no graphs, computing takes longer than reading, so that only very short prefills gain.
 _CPU_PREFILLS = (512,)
-_COPIED_PER_US = 376_000  # bytes between two H100: only how long a rank waits depends on it
 _WAIT_LIMIT_S = 10.0
 _NEXT_STEP_MS = 100  # after which an idle rank that has helped looks after itself again
 # Where forwards are not graphs, which are timed at start. Ranks of the CPU engine share few cores, so a peer may be
@@ -89,8 +89,7 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     }
     meeting = Meeting(page, _UNTIMED, bells, serves=runner.device == "cuda")
     forwards = JointForwards(meeting, inbox, _WAIT_LIMIT_S)
-    staged_us = runtime.remote_bytes() / _COPIED_PER_US
-    _current[:] = [ExchangeSteps(forwards, bells, joint, shape, runner.device, buckets, staged_us)]
+    _current[:] = [ExchangeSteps(forwards, bells, JointLayers(forwards, joint, shape, runner.device), buckets)]
     runtime.add_part(forwards.report, forwards.close)
     logger.info(
         "DWDP: decodes of up to %d sequences a rank%s may be exchange steps; rows travel by %s",
@@ -214,12 +213,12 @@ def before_result(_scheduler: Any, batch: Any, *_args: Any, **_kwargs: Any) -> N
 
 def run_layer(original: Callable[..., Any], layer: Any, hidden_states: Any, topk_output: Any, **kwargs: Any) -> Any:
     """Around `FusedMoE.forward_impl`: in a joint forward rows travel."""
-    if not _current or not _current[0].bucket or not _current[0].has_layer(layer.layer_id):
+    if not _current or not _current[0].bucket or layer.layer_id not in _current[0].layers:
         return original(layer, hidden_states, topk_output, **kwargs)
     if not TopKOutputChecker.format_is_standard(topk_output):
         raise DwdpSetupError(f"layer {layer.layer_id}: this MoE runner routes by itself; use --dwdp-exchange off.")
     current_runtime().visit(layer.layer_id)
-    return _current[0].run_layer(layer.layer_id, hidden_states, topk_output.topk_ids, topk_output.topk_weights)
+    return _current[0].layers.run(layer.layer_id, hidden_states, topk_output.topk_ids, topk_output.topk_weights)
 
 
 HOOKS = (

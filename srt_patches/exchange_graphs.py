@@ -20,6 +20,7 @@ from sglang_dwdp.srt_patches.forward import current_runtime
 from sglang_dwdp.srt_patches.hooks import Hook
 
 _VARIANT = "dwdp_exchange"
+_COPIED_PER_US = 376_000  # bytes between two H100: only how long a rank waits depends on it
 
 
 def capture_decode(original: Callable[..., None], runner: Any, size: int, *args: Any, **kwargs: Any) -> None:
@@ -29,9 +30,9 @@ def capture_decode(original: Callable[..., None], runner: Any, size: int, *args:
     if steps is None or runner.model_runner.is_draft_worker or size > MAX_DECODE_ROWS:
         return
     forward_fn, stream_idx = args[0], args[1] if len(args) > 1 else None
-    with steps.weighed(), steps.capture(size):
+    with steps.layers.capture(size):
         original(runner, size, forward_fn, stream_idx, _VARIANT)
-        steps.capture_help(size)
+        steps.layers.capture_help(size)
     if size & (size - 1) == 0:  # the times of others lie between theirs
         _time(steps, runner, size, args)
 
@@ -43,7 +44,9 @@ def _time(steps: ExchangeSteps, runner: Any, size: int, args: Sequence[Any]) -> 
     joint = runner._make_graph_key(size, stream_idx, _VARIANT, *variants[1:])
     ids = runner.buffers.input_ids[: size * runner.captured_req_width]
     ids.random_(0, runner.model_runner.model_config.vocab_size)
-    steps.time(size, lambda: runner.backend.replay(alone, None), lambda: runner.backend.replay(joint, None))
+    steps.layers.time_decode(
+        size, lambda: runner.backend.replay(alone, None), lambda: runner.backend.replay(joint, None)
+    )
 
 
 def decode_variant(original: Callable[..., Any], runner: Any, forward_batch: Any) -> Any:
@@ -61,12 +64,12 @@ def capture_prefill(original: Callable[..., None], runner: Any, size: int, **kwa
     runtime = current_runtime()
     runtime.in_exchange_step = True
     try:
-        with steps.weighed(), steps.capture(size):
+        with steps.layers.capture(size):
             original(runner, size, **kwargs)
-            steps.capture_help(size)
+            steps.layers.capture_help(size)
     finally:
         runtime.in_exchange_step = False
-    steps.time_prefill(size)
+    steps.layers.time_prefill(size, runtime.remote_bytes() / _COPIED_PER_US)
 
 
 def capture_key(original: Callable[..., None], backend: Any, key: Any, *args: Any, **kwargs: Any) -> None:

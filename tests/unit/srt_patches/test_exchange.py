@@ -14,6 +14,7 @@ from sglang_dwdp.exchange.inbox import RowShape
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.srt_patches.exchange import why_alone
 from sglang_dwdp.srt_patches.exchange_steps import ExchangeSteps
+from sglang_dwdp.srt_patches.joint_layers import JointLayers
 
 SHAPE = RowShape(8, 64, 8, torch.bfloat16)
 
@@ -116,7 +117,8 @@ class Rounds(Forwards):
 
 def exchange_steps(forwards: Forwards) -> ExchangeSteps:
     shape = RowShape(max_bucket=1024, hidden_size=4, top_k=2, dtype=torch.float32)
-    return ExchangeSteps(forwards, None, {}, shape, "cpu", (512, 1024))  # type: ignore[arg-type]
+    layers = JointLayers(forwards, {}, shape, "cpu")  # type: ignore[arg-type]
+    return ExchangeSteps(forwards, None, layers, (512, 1024))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("rounds", "looks", "helped"), [(0, 3, 0), (5, 20, 5), (20, 5, 5), (3, 0, 0)])

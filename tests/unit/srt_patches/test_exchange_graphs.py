@@ -16,23 +16,19 @@ JOINT = ShapeKey(512, variant_label="dwdp_exchange")
 
 
 class Steps:
-    """Of a rank: `bucket` is that of the joint forward under way."""
+    """Of a rank, with its layers: `bucket` is that of the joint forward under way."""
 
     prefill_buckets = (512, 1024)
 
     def __init__(self) -> None:
         self.bucket, self.helps, self.timed = 0, list[int](), list[int]()
-        self.forwards = SimpleNamespace(apart=self.apart)
+        self.forwards, self.layers = SimpleNamespace(apart=self.apart), self
 
     @contextmanager
     def apart(self) -> Iterator[None]:
         bucket, self.bucket = self.bucket, 0
         yield
         self.bucket = bucket
-
-    @contextmanager
-    def weighed(self) -> Iterator[None]:
-        yield
 
     @contextmanager
     def capture(self, bucket: int) -> Iterator[None]:
@@ -44,8 +40,9 @@ class Steps:
         assert self.bucket == bucket
         self.helps.append(bucket)
 
-    def time_prefill(self, bucket: int) -> None:
+    def time_prefill(self, bucket: int, alone_us: float) -> None:
         assert self.bucket == 0
+        assert alone_us == 1000
         self.timed.append(bucket)
 
 
@@ -75,7 +72,7 @@ def test_a_joint_prefill_has_a_graph_of_its_own(steps: Steps) -> None:
 def test_some_prefill_buckets_are_captured_twice(
     monkeypatch: pytest.MonkeyPatch, steps: Steps, size: int, drafts: bool, graphs: int
 ) -> None:
-    runtime = SimpleNamespace(in_exchange_step=False)
+    runtime = SimpleNamespace(in_exchange_step=False, remote_bytes=lambda: 376_000_000)
     monkeypatch.setattr(exchange_graphs, "current_runtime", lambda: runtime)
     captured: list[tuple[int, bool]] = []
 
