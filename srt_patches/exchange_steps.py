@@ -88,7 +88,7 @@ class ExchangeSteps:
             self._end_helps(_MAX_HELPS)
             self._run_help()  # with a prefill of peers
         if not is_decode or not bucket:
-            self._launch_start = time.monotonic()
+            self._launch_start = None if is_decode else time.monotonic()
             self.forwards.go_away(1e6 * self._launch_s)
         return False
 
