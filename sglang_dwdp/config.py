@@ -11,7 +11,7 @@ from sglang_dwdp.errors import DwdpConfigError
 
 ViewMode = Literal["auto", "direct", "staged"]
 Transport = Literal["auto", "host-shm", "host-path", "cuda-vmm", "cuda-fabric", "cuda-ipc"]
-ExchangeMode = Literal["off", "auto"]
+ExchangeMode = Literal["off", "auto", "all"]
 OnRankLoss = Literal["continue", "exit"]
 
 ENABLE = "enable_dwdp"
@@ -120,7 +120,7 @@ class DwdpConfig:
         "Whether ranks may decode together, by sending tokens to the experts instead of reading the experts. auto: "
         "where all ranks of a group are about to decode, and that is sooner than each alone; tokens are then those of "
         "another batch size, as in expert parallelism, not bitwise a single rank's. Turns --enable-mixed-chunk on. "
-        "off: a rank waits for nobody.",
+        "all: short prefills too (validated on the CPU engine alone). off: a rank waits for nobody.",
     )
     depth: int = _option(2, "Slots for staged experts, each with room for the remote experts of one MoE layer.")
     transport: Transport = _option(
@@ -176,7 +176,7 @@ class DwdpConfig:
             self._reject("memory_gib", "must be a number of GiB above 0")
         if self.memory_gib is not None and self.local_experts is not None:
             self._reject("memory_gib", "decides the same as --dwdp-local-experts: give one of them only")
-        if self.exchange == "auto" and not self.views().direct:
+        if self.exchange != "off" and not self.views().direct:
             self._reject("exchange", "needs experts that can be read in place: use --dwdp-view auto or direct")
         if not self._maps and self.view == "direct":
             self._reject("view", f"needs mapped memory; with --dwdp-transport {self.transport} use auto or staged")

@@ -183,7 +183,7 @@ class DwdpRuntime:
             DwdpRuntimeError: the experts' memory was released.
         """
         self.weights.check_not_released()
-        self._direct = self._views.is_direct(num_tokens)
+        self._direct = self.in_exchange_step or self._views.is_direct(num_tokens)
         self._visited.clear()
         self._staged_replay = False
         self._in_draft = draft
@@ -218,6 +218,10 @@ class DwdpRuntime:
     def layers(self) -> list[ExpertLayer]:
         """The MoE layers whose experts are shared, in the order in which a forward runs them."""
         return [shared.layer for shared in self._shared.layers]
+
+    def remote_bytes(self) -> int:
+        """What a staged forward copies, in bytes."""
+        return sum(shared.copy_bytes for shared in self._shared.layers)
 
     def add_part(self, report: Callable[[], Mapping[str, int | float | str]], close: Callable[[], None]) -> None:
         """Let something that builds on the shared experts report with this runtime, and end before it."""

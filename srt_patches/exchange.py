@@ -1,9 +1,10 @@
-"""Exchange steps (--dwdp-exchange auto): SGLang's small forwards that a group of ranks runs together.
+"""Exchange steps (--dwdp-exchange): SGLang's small forwards that a group of ranks runs together.
 
-A rank meets its peers before a decode forward. In a joint one, `FusedMoE.forward_impl` sends rows instead of reading
-experts; on GPUs that is a second CUDA graph of each decode bucket, captured beside the direct one. An idle rank looks
-for peers that wait where SGLang's scheduler would sleep or spin, and computes their rows without a batch of its own.
-What is shared between these hooks is in `exchange_steps.py`.
+A rank meets its peers before a decode and, with `all`, before a short prefill. In a joint one, `FusedMoE.forward_impl`
+sends rows instead of reading experts; on GPUs that is a second CUDA graph of each decode bucket and of some prefill
+buckets, captured beside the first (`exchange_graphs.py`). An idle rank looks for peers that wait where SGLang's
+scheduler would sleep or spin, and computes their rows without a batch of its own. What is shared between these hooks is
+in `exchange_steps.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any
 import zmq
 from sglang.srt.layers.moe.topk import TopKOutputChecker
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.runtime_context import get_exec
 
 from sglang_dwdp.errors import DwdpRuntimeError, DwdpSetupError
 from sglang_dwdp.exchange.bells import share_bells
@@ -25,23 +28,25 @@ from sglang_dwdp.exchange.joint import JointForwards
 from sglang_dwdp.exchange.layer import shard_table
 from sglang_dwdp.exchange.meeting import Meeting
 from sglang_dwdp.exchange.page import share_page
-from sglang_dwdp.exchange.policy import StepTimes
+from sglang_dwdp.exchange.policy import StepTimes, prefill_buckets
+from sglang_dwdp.exchange.round import MAX_DECODE_ROWS
 from sglang_dwdp.memory.handshake import Exchange
 from sglang_dwdp.runtime import DwdpRuntime
 from sglang_dwdp.srt_patches import hosts
 from sglang_dwdp.srt_patches.exchange_steps import ExchangeSteps
 from sglang_dwdp.srt_patches.forward import current_runtime
 from sglang_dwdp.srt_patches.hooks import Hook
+from sglang_dwdp.srt_patches.joint_layers import JointLayers
 from sglang_dwdp.srt_patches.shard_run import JointLayer, ShardRun, why_alone
 
 logger = logging.getLogger(__name__)
-_VARIANT = "dwdp_exchange"
-_MAX_ROWS = 256
+# On the CPU engine, which has no graphs, computing takes longer than reading, so that only very short prefills gain.
+_CPU_PREFILLS = (512,)
 _WAIT_LIMIT_S = 10.0
 _NEXT_STEP_MS = 100  # after which an idle rank that has helped looks after itself again
 # Where forwards are not graphs, which are timed at start. Ranks of the CPU engine share few cores, so a peer may be
 # milliseconds late.
-_UNTIMED = StepTimes(((1, 40_000.0),), ((1, 4_000.0),))
+_UNTIMED = StepTimes(((1, 40_000.0), (2048, 40_000.0)), ((1, 4_000.0), (2048, 4_000.0)))
 
 
 _current: list[ExchangeSteps] = []  # of this process: none, or one
@@ -60,7 +65,8 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     layers: list[Any] = runtime.layers()
     rank, size = rank_in_group(), runtime.size
     config = runner.model_config
-    shape = RowShape(_MAX_ROWS, layers[0].fused.hidden_size, layers[0].fused.top_k, config.dtype)
+    buckets = _prefill_sizes(size, runner.device) if runtime.config.exchange == "all" else ()
+    shape = RowShape(max((MAX_DECODE_ROWS, *buckets)), layers[0].fused.hidden_size, layers[0].fused.top_k, config.dtype)
     why = "a group over several hosts has no memory for it" if hosts.is_group_across() else None
     why = why or why_alone(layers, size, shape, runner.device)
     if why is not None:
@@ -81,16 +87,24 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
         )
         for layer in layers
     }
-    forwards = JointForwards(
-        Meeting(page, _UNTIMED, bells, serves=runner.device == "cuda"), inbox, _MAX_ROWS, _WAIT_LIMIT_S
-    )
-    _current[:] = [ExchangeSteps(forwards, bells, joint, shape, runner.device)]
+    meeting = Meeting(page, _UNTIMED, bells, serves=runner.device == "cuda")
+    forwards = JointForwards(meeting, inbox, _WAIT_LIMIT_S)
+    _current[:] = [ExchangeSteps(forwards, bells, JointLayers(forwards, joint, shape, runner.device), buckets)]
     runtime.add_part(forwards.report, forwards.close)
     logger.info(
-        "DWDP: decode forwards of up to %d sequences a rank may be exchange steps; rows travel by %s",
-        _MAX_ROWS,
+        "DWDP: decodes of up to %d sequences a rank%s may be exchange steps; rows travel by %s",
+        MAX_DECODE_ROWS,
+        f" and prefills of up to {buckets[-1]} tokens" if buckets else "",
         type(inbox).__name__,
     )
+
+
+def _prefill_sizes(ranks: int, device: str) -> tuple[int, ...]:
+    """Sizes of joint prefills, which have to be graphs: an eager one takes as long as a staged one in a graph."""
+    if device != "cuda":
+        return _CPU_PREFILLS
+    graphs = get_exec().graph.cuda_graph_config.prefill
+    return () if graphs.backend == Backend.DISABLED else prefill_buckets(graphs.bs or (), ranks)
 
 
 def _inbox(
@@ -107,7 +121,7 @@ def _inbox(
 
 
 def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around `ModelRunner.forward`: meet the peers before a decode forward."""
+    """Around `ModelRunner.forward`: meet the peers before a small forward."""
     if not _current or runner.is_draft_worker:
         return original(runner, forward_batch, *args, **kwargs)
     steps, mode = _current[0], forward_batch.forward_mode
@@ -199,12 +213,12 @@ def before_result(_scheduler: Any, batch: Any, *_args: Any, **_kwargs: Any) -> N
 
 def run_layer(original: Callable[..., Any], layer: Any, hidden_states: Any, topk_output: Any, **kwargs: Any) -> Any:
     """Around `FusedMoE.forward_impl`: in a joint forward rows travel."""
-    if not _current or not _current[0].bucket or not _current[0].has_layer(layer.layer_id):
+    if not _current or not _current[0].bucket or layer.layer_id not in _current[0].layers:
         return original(layer, hidden_states, topk_output, **kwargs)
     if not TopKOutputChecker.format_is_standard(topk_output):
         raise DwdpSetupError(f"layer {layer.layer_id}: this MoE runner routes by itself; use --dwdp-exchange off.")
     current_runtime().visit(layer.layer_id)
-    return _current[0].run_layer(layer.layer_id, hidden_states, topk_output.topk_ids, topk_output.topk_weights)
+    return _current[0].layers.run(layer.layer_id, hidden_states, topk_output.topk_ids, topk_output.topk_weights)
 
 
 HOOKS = (
@@ -216,48 +230,6 @@ HOOKS = (
 )
 
 
-def capture_shape(original: Callable[..., None], runner: Any, size: int, *args: Any, **kwargs: Any) -> None:
-    """Around `DecodeCudaGraphRunner.capture_one_shape`: each bucket is captured once more, as a joint forward."""
-    original(runner, size, *args, **kwargs)
-    if not _current or runner.model_runner.is_draft_worker or size > _MAX_ROWS:
-        return
-    forward_fn, stream_idx = args[0], args[1] if len(args) > 1 else None
-    with _current[0].weighed(), _current[0].capture(size):
-        original(runner, size, forward_fn, stream_idx, _VARIANT)
-        _current[0].capture_help(size)
-    if size & (size - 1) == 0:  # the times of others lie between theirs
-        _time(runner, size, args)
-
-
-def _time(runner: Any, size: int, args: Sequence[Any]) -> None:
-    """Time the two graphs of a bucket, with tokens that differ: equal ones would read the same few experts."""
-    stream_idx, *variants = (*args[1:], None, None, None)[:3]
-    alone = runner._make_graph_key(size, stream_idx, *variants)
-    joint = runner._make_graph_key(size, stream_idx, _VARIANT, *variants[1:])
-    ids = runner.buffers.input_ids[: size * runner.captured_req_width]
-    ids.random_(0, runner.model_runner.model_config.vocab_size)
-    _current[0].time(size, lambda: runner.backend.replay(alone, None), lambda: runner.backend.replay(joint, None))
-
-
-def graph_variant(original: Callable[..., Any], runner: Any, forward_batch: Any) -> Any:
-    """Around `DecodeCudaGraphRunner._resolve_lora_variant`: which of a bucket's two graphs is replayed."""
-    if _current and _current[0].bucket:
-        return _VARIANT
-    return original(runner, forward_batch)
-
-
-def padded_size(original: Callable[..., int], raw_size: int, buckets: Sequence[int]) -> int:
-    """Around `BaseCudaGraphRunner._pad_to_bucket`: in a joint forward all ranks take the largest bucket."""
-    return original(max(raw_size, _current[0].bucket) if _current else raw_size, buckets)
-
-
-_RUNNER = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
-GPU_HOOKS = (
-    Hook(f"{_RUNNER}.capture_one_shape", HookType.AROUND, capture_shape),
-    Hook(f"{_RUNNER}._resolve_lora_variant", HookType.AROUND, graph_variant),
-    Hook(
-        "sglang.srt.model_executor.runner.base_cuda_graph_runner.BaseCudaGraphRunner._pad_to_bucket",
-        HookType.AROUND,
-        padded_size,
-    ),
-)
+def current_steps() -> ExchangeSteps | None:
+    """The exchange steps of this process; None without them."""
+    return _current[0] if _current else None

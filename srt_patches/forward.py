@@ -77,7 +77,7 @@ def set_up(_result: None, scheduler: Any) -> None:
     runtime.setup(layers, name, hosts.place_of_group(), draft_layers=draft_layers)
     hosts.watch()
     set_global_dwdp_manager(Manager(runtime))
-    if config.exchange == "auto":
+    if config.exchange != "off":
         from sglang_dwdp.srt_patches import exchange
 
         exchange.set_up(runtime, runner, name)

@@ -89,10 +89,10 @@ def _hooks(role: str, config: DwdpConfig, device: str | None) -> tuple[Hook, ...
             from sglang_dwdp.srt_patches import flashinfer_fp8, prefill_graphs
 
             hooks = [*flashinfer_fp8.HOOKS, *prefill_graphs.HOOKS, *steps.GPU_HOOKS, *hooks]
-        if config.exchange == "auto":
-            from sglang_dwdp.srt_patches import exchange
+        if config.exchange != "off":
+            from sglang_dwdp.srt_patches import exchange, exchange_graphs
 
-            hooks += (*exchange.HOOKS, *(exchange.GPU_HOOKS if device == "cuda" else ()))
+            hooks += (*exchange.HOOKS, *(exchange_graphs.HOOKS if device == "cuda" else ()))
         return (*hooks, *(experts.AUDIT_HOOKS if config.audit else ()))
     if role == "dp_controller":
         from sglang_dwdp.srt_patches import controller, load_lock, ports, rank_traffic, reports, sessions

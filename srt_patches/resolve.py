@@ -65,17 +65,23 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
                 "with a server without --enable-dwdp first.",
                 view.speculative_algorithm,
             )
+        if view.device == "cuda" and config.exchange == "all":
+            logger.warning(
+                "DWDP: prefills that ranks run together (--dwdp-exchange all) have been validated on the CPU engine "
+                "alone. Compare some answers, and times, with --dwdp-exchange auto first."
+            )
         if view.device == "cuda":
             check_quantization(model.quantization, moe_backend.quantization_config(model))
         _check_hosts(config, view, group_size)
         check_graph_backends(view)
-        if config.exchange == "auto" and view.disaggregation_mode == "prefill":
+        if config.exchange != "off" and view.disaggregation_mode == "prefill":
             raise DwdpConfigError(
-                "--dwdp-exchange auto is for servers that decode: drop it with --disaggregation-mode prefill."
+                f"--dwdp-exchange {config.exchange} is for servers that decode: drop it with "
+                "--disaggregation-mode prefill."
             )
-        elif config.exchange == "auto" and view.speculative_algorithm:
+        elif config.exchange != "off" and view.speculative_algorithm:
             raise DwdpConfigError(
-                "--enable-dwdp cannot be used here: --dwdp-exchange auto with --speculative-algorithm "
+                f"--enable-dwdp cannot be used here: --dwdp-exchange {config.exchange} with --speculative-algorithm "
                 f"{view.speculative_algorithm} is unsupported, since ranks decode one token a sequence together. Drop "
                 "one of them."
             )
@@ -95,7 +101,7 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         # And custom all-reduce, which is for GPUs, would be tried and warned of.
         declare_resolution(server_args, _SOURCE, sleep_on_idle=True, disable_custom_all_reduce=True)
     declare_resolution(server_args, _SOURCE, **graph_arguments(view, has_direct=config.views().direct))
-    if config.exchange == "auto":
+    if config.exchange != "off":
         # A rank that prefills is missing to its peers' joint steps, so its own decodes ride along. With no load that
         # was measured did this cost anything (docs/performance.md).
         declare_resolution(server_args, _SOURCE, enable_mixed_chunk=True)
@@ -170,10 +176,10 @@ def _check_hosts(config: DwdpConfig, view: Any, group_size: int) -> None:
                 f"--enable-dwdp cannot be used here: --dwdp-transport {config.transport} does not cross hosts. "
                 f"{way_out}, or {' or '.join(transports)}."
             )
-        if config.exchange == "auto":
+        if config.exchange != "off":
             raise DwdpConfigError(
-                "--enable-dwdp cannot be used here: with --dwdp-exchange auto the ranks of a group have to be on one "
-                f"host. {way_out}, or drop --dwdp-exchange."
+                f"--enable-dwdp cannot be used here: with --dwdp-exchange {config.exchange} the ranks of a group have "
+                f"to be on one host. {way_out}, or drop --dwdp-exchange."
             )
     there = NetworkAddress.parse(view.dist_init_addr)
     with suppress(OSError), socket.create_connection((there.host, there.port), _CONNECT_S):

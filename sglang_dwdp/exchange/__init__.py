@@ -17,7 +17,7 @@ Set-up, by all ranks together, over a connected handshake:
 
     meeting = Meeting(share_page(handshake), times, share_bells(handshake))
     inbox = FlashInferInbox(handshake, num_experts, shape, layer_ids, meeting.page.lost)
-    joint = JointForwards(meeting, inbox, max_bucket, limit_s)
+    joint = JointForwards(meeting, inbox, limit_s)
 
 Capture, for each bucket after its direct graph, on all ranks in one order: `with joint.capturing(bucket): …`. In a MoE
 layer, `joint.bucket is not None` says that the forward is joint: call `joint.layer(…)` in place of its own experts,

@@ -20,28 +20,28 @@ class JointForwards:
     """What the engine calls around its forwards, and in MoE layers of joint ones. Owns the meeting and the inbox.
 
     Attributes:
+        rank: Of this process in its group.
         bucket: Of the joint forward that runs, or is captured; None in one that the rank runs alone.
         until: Waits for the event of a forward that the rank runs alone. It may help peers meanwhile.
     """
 
-    def __init__(self, meeting: Meeting, inbox: Inbox, max_bucket: int, limit_s: float) -> None:
+    def __init__(self, meeting: Meeting, inbox: Inbox, limit_s: float) -> None:
         """Run joint forwards.
 
         Args:
             meeting: This rank's.
             inbox: What rows travel by.
-            max_bucket: Larger forwards are never joint.
             limit_s: Seconds that a joint forward waits for a peer on a GPU.
         """
         self.bucket: int | None = None
+        self.rank = meeting.page.rank
         self.until: Callable[[Any], None] = lambda done: done.synchronize()
         self._meeting = meeting
         self._inbox = inbox
-        self._max_bucket = max_bucket
         self._limit_s = limit_s
         self._alone: Any = None  # event after the last own forward, if that was not joint
 
-    def begin(self, bucket: int, away_us: float = 0) -> Joint | None:
+    def begin(self, bucket: int) -> Joint | None:
         """A forward is about to run.
 
         A small one first waits until the GPU has run the one before, unless that was joint too: the host is ahead of
@@ -50,18 +50,15 @@ class JointForwards:
         Args:
             bucket: Its rows, as the CUDA graph takes them. 0 to look whether peers wait, in a rank that is idle or
                 waits for a forward of its own.
-            away_us: How long this rank is expected to take no part in rounds, if the forward is too large to be joint.
 
         Returns:
-            The joint round to run; None: run alone, or go on waiting.
+            The joint round to run; None: run alone, or go on waiting. If this rank has no rows in the round, though
+            it came with some, it helps peers with a prefill, and begins again.
 
         Raises:
             DwdpRuntimeError: A peer is stopped while it holds the page.
         """
-        joint = None
-        if bucket > self._max_bucket:
-            self._meeting.go_away(away_us)
-        elif bucket:
+        if bucket:
             if self._alone is not None and self._meeting.times.may_save(bucket):
                 self.until(self._alone)
             joint = self._meeting.meet(bucket)
@@ -69,6 +66,23 @@ class JointForwards:
             joint = self._meeting.help()
         self.bucket = joint.bucket if joint else None
         return joint
+
+    def go_away(self, away_us: float) -> None:
+        """A forward is about to be launched that takes so many microseconds of it, and is not joint.
+
+        Raises:
+            DwdpRuntimeError: As `begin`.
+        """
+        self._meeting.go_away(away_us)
+
+    @contextmanager
+    def apart(self) -> Generator[None]:
+        """What is decided in here is decided as in a forward that is not joint."""
+        bucket, self.bucket = self.bucket, None
+        try:
+            yield
+        finally:
+            self.bucket = bucket
 
     @property
     def times(self) -> StepTimes:

@@ -32,7 +32,7 @@ class RoundCounters:
 
     Attributes:
         joint_rounds: Joint rounds that this rank had rows in.
-        helped_rounds: Joint rounds that it joined without rows.
+        helped_rounds: Joint rounds in which it had none.
         alone_rounds: Small forwards that it ran alone without waiting.
         withdrawn_rounds: Small forwards that it ran alone after waiting in vain.
         round_wait_us: Microseconds waited, in vain or not.
@@ -88,7 +88,8 @@ class Meeting:
         """A forward of `bucket` rows is about to run.
 
         Returns:
-            The joint round that it is part of: run `bucket` of it, with all peers. None: run alone.
+            The joint round that it is part of: run `bucket` of it, with all peers. This rank's own may be 0 in it:
+            help with a prefill of peers, and meet again. None: run alone.
 
         Raises:
             DwdpRuntimeError: A peer is stopped while it holds the page (see `Page.change`).
@@ -106,7 +107,7 @@ class Meeting:
         joint = state.joint_of(rank)
         self.counters.round_wait_us += waited_us
         if joint is not None:
-            self.counters.joint_rounds += 1
+            self._count(joint)
             self._patient_from_us = (0,) * self.page.size  # all came
         elif waited_us:
             self.counters.withdrawn_rounds += 1
@@ -142,9 +143,15 @@ class Meeting:
         self.counters.round_wait_us += waited_us
         joint = state.joint_of(rank)
         if joint is not None:
+            self._count(joint)
+        return joint
+
+    def _count(self, joint: Joint) -> None:
+        if joint.buckets[self.page.rank]:
+            self.counters.joint_rounds += 1
+        else:
             self.counters.helped_rounds += 1
             self.counters.helped_rows += sum(joint.buckets)
-        return joint
 
     def go_away(self, duration_us: float) -> None:
         """A forward that is not small is launched; peers need not wait for this rank before it is back.

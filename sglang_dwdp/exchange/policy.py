@@ -13,11 +13,30 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sglang_dwdp.exchange.round import Phase, Round
+from sglang_dwdp.exchange.round import MAX_DECODE_ROWS, Phase, Round
 
 PATIENCE = 16  # so waits in vain cost at most 1/16 of the time
 
+_PREFILL_ROWS = (512, 1024, 2048)  # larger prefills are faster by copies
+_MOST_RECEIVED = 8192  # rows in a layer, which take as much memory as those of SGLang's usual chunk
+
 Points = Sequence[tuple[int, float]]
+
+
+def prefill_buckets(captured: Sequence[int], ranks: int) -> tuple[int, ...]:
+    """Sizes of joint prefills: few, since each is a CUDA graph more.
+
+    Args:
+        captured: Sizes of the engine's own prefill graphs.
+        ranks: Of the group, each of which may send as many rows to one.
+
+    Returns:
+        The largest of them up to 512, 1,024 and 2,048 rows (fewer with more than four ranks), rising; none where they
+        are decodes' sizes.
+    """
+    limits = [min(rows, _MOST_RECEIVED // ranks) for rows in _PREFILL_ROWS]
+    found = {max((n for n in captured if MAX_DECODE_ROWS < n <= most), default=0) for most in limits}
+    return tuple(sorted(found - {0}))
 
 
 def interpolate(points: Points, rows: int) -> float:

@@ -13,6 +13,9 @@ Each method is one atomic change; whoever stores the state (`page.py`) applies c
   nothing and answers with that round;
 - nobody has to wait: `withdraw` is possible at any time.
 
+A decode and a prefill cannot be one forward: their graphs differ. Where ranks have entered with both, the round is that
+of the prefills; ranks that were about to decode help with it, and enter anew.
+
 There is no clock in here. Times are passed in, in microseconds of one clock that all ranks read.
 """
 
@@ -20,6 +23,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
+
+MAX_DECODE_ROWS = 256  # a larger bucket is a prefill's
 
 
 class Phase(IntEnum):
@@ -52,7 +57,8 @@ class Joint:
 
     Attributes:
         number: Counts joint rounds from 1.
-        buckets: Rows that each rank entered with, in rank order; 0 for an idle one.
+        buckets: Rows that each rank has in it, in rank order; 0 for one that is idle, or that entered to decode while
+            a peer has a prefill.
     """
 
     number: int
@@ -124,7 +130,9 @@ class Round:
         buckets = tuple(seat.bucket for seat in entered.seats)
         if not any(buckets) or any(seat.phase is not Phase.ENTERED for seat in entered.seats):
             return entered
-        joint = tuple(Seat(Phase.JOINT, seat.bucket) for seat in entered.seats)
+        if max(buckets) > MAX_DECODE_ROWS:
+            buckets = tuple(bucket if bucket > MAX_DECODE_ROWS else 0 for bucket in buckets)
+        joint = tuple(Seat(Phase.JOINT, bucket) for bucket in buckets)
         return Round(joint, Joint(self.last.number + 1, buckets))
 
     def withdraw(self, rank: int) -> Round:

@@ -1,4 +1,4 @@
-"""--dwdp-exchange auto on real servers: decode forwards that ranks run together, and idle ranks that help."""
+"""--dwdp-exchange on real servers: forwards that ranks run together, and idle ranks that help."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ ROUNDS = ("joint_rounds", "helped_rounds", "alone_rounds", "withdrawn_rounds")
 HELP_S = 180.0  # on a host that runs other tests as well
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("ranks", "mode", "chunk"), [(2, "auto", 128), (3, "all", 600)])
 def test_ranks_decode_together(
-    running: Running, models: Callable[[Family, int], Path], reference: Reference, ranks: int
+    running: Running, models: Callable[[Family, int], Path], reference: Reference, ranks: int, mode: str, chunk: int
 ) -> None:
     """The tokens are those of one rank: in float32 no two best tokens of these prompts are close."""
     expected = reference("qwen3_moe", 8)
-    flags = ("--enable-metrics", "--decode-log-interval", "5", "--chunked-prefill-size", "128")
+    flags = ("--enable-metrics", "--decode-log-interval", "5", "--chunked-prefill-size", str(chunk))
     flags += ("--max-running-requests", str(6 * ranks))
-    options: dict[str, Any] = {"dwdp": ("--dwdp-exchange", "auto"), "flags": flags}
+    options: dict[str, Any] = {"dwdp": ("--dwdp-exchange", mode), "flags": flags}
     options["environment"] = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"}
     with running(models("qwen3_moe", 8), ranks, **options) as server:
 
@@ -63,11 +63,32 @@ def test_ranks_decode_together(
                 break
             assert time.monotonic() < deadline, f"idle ranks helped with few steps: {first}"
             time.sleep(0.7)
+        check_short_prefills(server, joint=mode == "all")
         check_metrics(server)
         check_under_pressure(server, expected)
         assert not any(report["joint_rounds_ended"] for report in server.reports())
         if ranks == 3:
             check_survivors(server, expected)
+
+
+def check_short_prefills(server: Server, *, joint: bool) -> None:
+    """A short prompt is run with the help of idle ranks, or alone. A forward that ends with its first token is no
+    decode."""
+    if not joint:
+        before = server.reports()[0]
+        server.generate(PROMPTS[12], 1, 0)
+        assert server.reports()[0]["joint_rounds"] == before["joint_rounds"]
+        return
+    deadline, after = time.monotonic() + HELP_S, server.reports()[0]
+    while time.monotonic() < deadline:
+        before = after
+        server.generate(f"{before['forward_tokens']} {PROMPTS[12]}", 1, 0)
+        after = server.reports()[0]
+        if after["exchanged_rows"] > before["exchanged_rows"] + 100:
+            assert after["joint_rounds"] == before["joint_rounds"] + 1
+            return
+        time.sleep(0.7)
+    raise AssertionError("no short prefill was joint")
 
 
 def check_under_pressure(server: Server, expected: Answers) -> None:
@@ -107,6 +128,8 @@ def check_survivors(server: Server, expected: Answers) -> None:
 
 def check_metrics(server: Server) -> None:
     """/metrics has every rank's counters, under DWDP's and SGLang's labels, as they were a moment ago."""
+    for number in range(8 * server.ranks):  # too long to be joint
+        server.generate(f"{number} {PROMPTS[14]} {PROMPTS[15]}", 1, number % server.ranks)
     text = requests.get(f"{server.url}/metrics", timeout=30).text
     samples = {
         (sample.name, int(sample.labels["dp_rank"]), sample.labels.get("kind", sample.labels.get("outcome"))): sample

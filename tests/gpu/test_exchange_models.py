@@ -1,4 +1,4 @@
-"""Exchange steps of models between two GPUs: answers of ranks that decode together beside those that decode alone.
+"""Exchange steps of models between two GPUs: answers of ranks that run together beside those that run alone.
 
 Sums are rounded in another order, as in expert parallelism, whose answers say how much that changes.
 
@@ -24,6 +24,7 @@ from tests.gpu.test_models import Distance
 pytestmark = [pytest.mark.gpus(2), pytest.mark.models]
 SIZE, READY_S = 2, 300.0
 # Large enough that decoding together is the faster way, or else ranks would never choose it.
+PREFILL = 512  # tokens of the prefill graph, of which there is a joint one
 LARGE = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "top_k": 8}
 
 
@@ -36,8 +37,8 @@ LARGE = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, 
         ("qwen3_moe-bf16-flashinfer_cutlass", False),
     ],
 )
-def test_answers_are_those_of_decoding_alone(tmp_path: Path, name: str, joint: bool) -> None:
-    """They are no further from those of decoding alone than expert parallelism's are. Other runners decode alone."""
+def test_answers_are_those_of_running_alone(tmp_path: Path, name: str, joint: bool) -> None:
+    """They are no further from those of running alone than expert parallelism's are. Other runners run alone."""
     case = BY_NAME[name]
     if case.kernels is not None:
         from sglang_dwdp.support import flashinfer_modules
@@ -54,11 +55,11 @@ def test_answers_are_those_of_decoding_alone(tmp_path: Path, name: str, joint: b
         "model_path": str(model),
         "tp_size": SIZE,
         "moe_runner_backend": case.backend,
-        "cuda_graph_backend_prefill": "disabled",
+        "cuda_graph_bs_prefill": [PREFILL],
         "mem_fraction_static": 0.25,
     }
     found: dict[str, Any] = {}
-    kinds: dict[str, dict[str, Any]] = {mode: {"enable_dwdp": True, "dwdp_exchange": mode} for mode in ("off", "auto")}
+    kinds: dict[str, dict[str, Any]] = {mode: {"enable_dwdp": True, "dwdp_exchange": mode} for mode in ("off", "all")}
     if joint:
         kinds["ep"] = {"dp_size": SIZE, "enable_dp_attention": True, "ep_size": SIZE}
     engines = {
@@ -69,15 +70,19 @@ def test_answers_are_those_of_decoding_alone(tmp_path: Path, name: str, joint: b
         with closing(engine):
             engine.wait_ready(READY_S)
             found[mode] = engine.ask(Request("answers", dict.fromkeys(range(SIZE), prompts()), NEW_TOKENS))
-            if mode == "auto":
+            if mode == "all":
+                before = [state["dwdp"] for state in engine.ask(REPORT)]
+                engine.ask(Request("answers", {0: [[11] * (PREFILL - 12)]}, 1))  # the other rank is idle
                 reports = [state["dwdp"] for state in engine.ask(REPORT)]
     if not joint:
-        assert "ranks decode alone" in engines["auto"].log.read_text(errors="replace")
-        assert found["auto"] == found["off"]
+        assert "ranks decode alone" in engines["all"].log.read_text(errors="replace")
+        assert found["all"] == found["off"]
         return
     assert all(report["joint_rounds"] > 0 and not report["joint_rounds_ended"] for report in reports)
+    assert reports[0]["exchanged_rows"] == before[0]["exchanged_rows"] + PREFILL - 12
+    assert reports[1]["helped_rounds"] == before[1]["helped_rounds"] + 1
     for rank in range(SIZE):
-        distance, usual = (Distance(found[name][rank], found["off"][rank]) for name in ("auto", "ep"))
+        distance, usual = (Distance(found[name][rank], found["off"][rank]) for name in ("all", "ep"))
         assert distance.tokens > usual.tokens / 1.5, (distance, usual)
         assert distance.rms < 1.5 * usual.rms, (distance, usual)
         assert distance.gap < 2 * max(distance.largest, usual.largest), (distance, usual)

@@ -37,13 +37,17 @@ class Engine:
     def __init__(self, rank: int, size: int, page_fd: int, inbox_fd: int, limit_s: float) -> None:
         meeting = Meeting(page.Page(page_fd, rank, size), TIMES)
         inbox = HostInbox(inbox_fd, rank, size, SHAPE, limit_s, meeting.page.lost)
-        self.forwards = JointForwards(meeting, inbox, SHAPE.max_bucket, limit_s)
+        self.forwards = JointForwards(meeting, inbox, limit_s)
         shard = balanced(EXPERTS, size).shard(rank)
         self.shard, self.table = WEIGHTS.shard(shard).experts(), shard_table(EXPERTS, shard, "cpu", local=True)
         self.joint = 0
 
     def step(self, rows: torch.Tensor) -> torch.Tensor:
-        joint = self.forwards.begin(len(rows), away_us=5_000)
+        joint = None
+        if len(rows) > SHAPE.max_bucket:
+            self.forwards.go_away(5_000)
+        else:
+            joint = self.forwards.begin(len(rows))
         if joint is None and not len(rows):
             return rows
         for layer in range(LAYERS):
@@ -129,7 +133,7 @@ def test_a_rank_that_fails_in_a_joint_forward_is_named_and_the_others_go_on_alon
 
     def work(rank: int, engine: Engine) -> Any:
         if rank == 1:
-            assert engine.forwards.begin(2, 0) is not None
+            assert engine.forwards.begin(2) is not None
             engine.forwards.close()  # its process ends
             return None
         with pytest.raises(DwdpRuntimeError, match="MoE layer 0 of a joint forward: rank 1 sent no rows: its process"):
@@ -176,7 +180,7 @@ def test_a_rank_enters_when_its_gpu_is_free() -> None:
 
     with engines(2) as made:
         engine, peer = made
-        engine.forwards.begin(99, away_us=1000)
+        engine.forwards.go_away(1000)
         engine.forwards.end(Event(log, "large"))
         assert log == []
         on_all(made, joint)
@@ -196,7 +200,7 @@ def test_a_rank_helps_while_its_gpu_runs_a_forward_of_its_own() -> None:
 
     with engines(2) as made:
         engine, peer = made
-        engine.forwards.begin(99, away_us=0)
+        engine.forwards.go_away(0)
         engine.forwards.end(Event(log, "large"))
         peer.forwards._meeting.page.change(lambda state: state.enter(1, 1))
         helped = engine.forwards.begin(0)

@@ -11,7 +11,7 @@ import simpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dwdp.exchange.policy import PATIENCE, StepTimes, after_waiting, deadline_us, interpolate
+from sglang_dwdp.exchange.policy import PATIENCE, StepTimes, after_waiting, deadline_us, interpolate, prefill_buckets
 from sglang_dwdp.exchange.round import Phase, Round
 
 # Decoding alone is bound by a link, decoding together by memory; no machine's measurement.
@@ -37,6 +37,24 @@ def test_times_between_measurements() -> None:
 def test_a_rank_waits_only_where_that_is_sooner(back_us: int, expected: int) -> None:
     state = Round.start(2).publish(1, back_us)
     assert deadline_us(state, 0, 8, 10_000, TIMES, NEW) == expected
+
+
+@pytest.mark.parametrize(
+    ("captured", "ranks", "buckets"),
+    [
+        ((4, 256, 384, 512, 1024, 2048, 8192), 2, (512, 1024, 2048)),
+        ((4, 256, 384, 512, 1024, 2048, 8192), 8, (512, 1024)),
+        ((320, 448, 900, 1500), 4, (448, 900, 1500)),
+        ((256, 4096), 2, ()),
+        ((300, 512), 64, ()),
+        ((300,), 2, (300,)),
+        ((), 2, ()),
+    ],
+)
+def test_joint_prefills_take_few_of_the_engine_s_sizes(
+    captured: tuple[int, ...], ranks: int, buckets: tuple[int, ...]
+) -> None:
+    assert prefill_buckets(captured, ranks) == buckets
 
 
 def test_larger_buckets_of_peers_make_waiting_worth_less() -> None:

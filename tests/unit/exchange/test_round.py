@@ -10,7 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sglang_dwdp.exchange.round import Joint, Phase, Round, Seat
+from sglang_dwdp.exchange.round import MAX_DECODE_ROWS, Joint, Phase, Round, Seat
+
+PREFILL = MAX_DECODE_ROWS + 1
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class World:
         for joint in self.history:
             assert len(joint.buckets) == len(self.ranks)
             assert joint.bucket > 0
+            assert len({bucket >= PREFILL for bucket in joint.buckets if bucket}) == 1  # decodes, or prefills
         assert self.round.ended == any(rank.dead for rank in self.ranks)
 
     def next(self, buckets: tuple[int, ...], deaths: bool) -> Iterator[World]:
@@ -98,7 +101,7 @@ class World:
                 yield from (self.enter(index, bucket) for bucket in buckets)
 
 
-@pytest.mark.parametrize(("size", "attempts", "buckets"), [(2, 3, (0, 1, 2)), (3, 2, (0, 1))])
+@pytest.mark.parametrize(("size", "attempts", "buckets"), [(2, 3, (0, 1, 2)), (2, 3, (0, 1, PREFILL)), (3, 2, (0, 1))])
 def test_every_interleaving_is_safe(size: int, attempts: int, buckets: tuple[int, ...]) -> None:
     start = World(Round.start(size), (Rank(attempts),) * size)
     seen, todo = {start}, [start]
@@ -128,7 +131,7 @@ class Interleavings(RuleBasedStateMachine):
         ranks = [i for i, r in enumerate(self.world.ranks) if not r.dead and (r.since is not None) is entered]
         return data.draw(st.sampled_from(ranks)) if ranks else None
 
-    @rule(data=st.data(), bucket=st.integers(0, 64))
+    @rule(data=st.data(), bucket=st.sampled_from((0, 1, 2, 64, PREFILL, 1024)))
     def arrive(self, data: st.DataObject, bucket: int) -> None:
         if (index := self.pick(data, entered=False)) is not None:
             self.world = self.world.enter(index, bucket)
@@ -138,7 +141,7 @@ class Interleavings(RuleBasedStateMachine):
         """All but perhaps one, so that joint rounds are not rare in large groups."""
         ranks = [i for i, r in enumerate(self.world.ranks) if not r.dead and r.since is None]
         for index in ranks[: len(ranks) - late]:
-            self.world = self.world.enter(index, data.draw(st.integers(0, 4)))
+            self.world = self.world.enter(index, data.draw(st.sampled_from((0, 1, 2, 3, 4, PREFILL))))
 
     @rule(data=st.data())
     def look(self, data: st.DataObject) -> None:
@@ -184,6 +187,14 @@ def test_the_largest_bucket_counts_and_idle_ranks_help() -> None:
     assert joint.bucket == 16
     # The first to come back does not take the round from those who have yet to look.
     assert state.enter(0, 2).joint_of(1) == joint
+
+
+def test_ranks_that_decode_help_a_prefill_first() -> None:
+    state = Round.start(3).enter(0, 8).enter(1, PREFILL).enter(2, 0)
+    assert state.joint_of(0) == Joint(1, (0, PREFILL, 0))
+    state = state.enter(0, 8).publish(1, 100).enter(2, 4)
+    assert state.joint_of(0) is None
+    assert state.enter(1, 1).joint_of(0) == Joint(2, (8, 1, 4))
 
 
 def test_idle_ranks_alone_make_no_round() -> None:

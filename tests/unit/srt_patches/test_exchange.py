@@ -14,6 +14,7 @@ from sglang_dwdp.exchange.inbox import RowShape
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.srt_patches.exchange import why_alone
 from sglang_dwdp.srt_patches.exchange_steps import ExchangeSteps
+from sglang_dwdp.srt_patches.joint_layers import JointLayers
 
 SHAPE = RowShape(8, 64, 8, torch.bfloat16)
 
@@ -68,19 +69,22 @@ class Forwards:
         self.rounds, self.looks = rounds, looks
         self.bucket: int | None = None
         self.until: Callable[[Any], None] = lambda done: None
-        self.running = self.most = self.helped = 0
+        self.running = self.most = self.helped = self.away = 0
 
     def query(self) -> bool:
         self.looks -= 1
         return self.looks < 0
 
-    def begin(self, bucket: int, away_us: float = 0) -> object | None:
+    def begin(self, bucket: int) -> object | None:
         assert bucket == 0
         if self.rounds == 0:
             return None
         self.rounds -= 1
         self.bucket = 4
         return object()
+
+    def go_away(self, away_us: float) -> None:
+        self.away += 1
 
     def end(self, done: Any, *, helping: bool) -> Callable[[], None]:
         assert helping
@@ -95,9 +99,26 @@ class Forwards:
         return wait
 
 
+class Rounds(Forwards):
+    """Rounds as the peers make them: the buckets of each that this rank, of number 0, comes to with rows."""
+
+    rank = 0
+
+    def __init__(self, *rounds: tuple[int, int] | None) -> None:
+        super().__init__(rounds=0, looks=0)
+        self.coming, self.began = list(rounds), list[int]()
+
+    def begin(self, bucket: int) -> Any:
+        self.began.append(bucket)
+        buckets = self.coming.pop(0)
+        self.bucket = max(buckets) if buckets else None
+        return SimpleNamespace(buckets=buckets) if buckets else None
+
+
 def exchange_steps(forwards: Forwards) -> ExchangeSteps:
-    shape = RowShape(max_bucket=8, hidden_size=4, top_k=2, dtype=torch.float32)
-    return ExchangeSteps(forwards, None, {}, shape, "cpu")  # type: ignore[arg-type]
+    shape = RowShape(max_bucket=1024, hidden_size=4, top_k=2, dtype=torch.float32)
+    layers = JointLayers(forwards, {}, shape, "cpu")  # type: ignore[arg-type]
+    return ExchangeSteps(forwards, None, layers, (512, 1024))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("rounds", "looks", "helped"), [(0, 3, 0), (5, 20, 5), (20, 5, 5), (3, 0, 0)])
@@ -133,3 +154,32 @@ def test_a_peer_that_leaves_while_it_is_helped_costs_no_own_forward() -> None:
     exchange_steps(forwards)
     forwards.until(forwards)
     assert ended == ["help", "help", "own"]
+
+
+def test_a_rank_that_decodes_helps_prefills_and_comes_again() -> None:
+    forwards = Rounds((0, 1024), (0, 512), (4, 8))
+    assert exchange_steps(forwards).begin(4, is_decode=True)
+    assert forwards.began == [4, 4, 4]
+    assert forwards.helped == 2
+    forwards = Rounds((0, 1024), None)
+    assert not exchange_steps(forwards).begin(4, is_decode=True)
+    assert forwards.helped == 1
+
+
+def test_a_short_prefill_takes_the_next_bucket() -> None:
+    forwards = Rounds((512, 4), (1024, 0), None)
+    steps = exchange_steps(forwards)
+    assert steps.begin(5, is_decode=False)
+    assert steps.begin(513, is_decode=False)
+    assert forwards.away == 0
+    assert not steps.begin(600, is_decode=False)
+    assert forwards.began == [512, 1024, 1024]
+    assert forwards.away == 1
+
+
+@pytest.mark.parametrize("rows", [0, 1025])
+def test_a_prefill_of_another_size_meets_nobody(rows: int) -> None:
+    forwards = Rounds()
+    assert not exchange_steps(forwards).begin(rows, is_decode=False)
+    assert forwards.began == []
+    assert forwards.away == 1
