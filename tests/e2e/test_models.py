@@ -52,17 +52,35 @@ def _without_norms_of_queries_and_keys(model: torch.nn.Module) -> None:
 
 CHANGES = {
     "gpt_oss": _without_sinks,
+    "mimo_v2_flash": _without_sinks,
     "minimax_m2": _without_norms_of_queries_and_keys,
     "phimoe": _without_bias_of_the_head,
 }
 PLUGINS = {
     "kimi_k2": ("mla_on_cpu", MLA_PLUGIN),
+    "glm4_moe_lite": ("mla_on_cpu", MLA_PLUGIN),
+    "longcat_flash": ("mla_on_cpu", MLA_PLUGIN),
     "gpt_oss": ("no_sinks", NO_SINKS_PLUGIN),
+    "mimo_v2_flash": ("no_sinks", NO_SINKS_PLUGIN),
 }
+WITH_DP_ATTENTION: tuple[Family, ...] = (
+    "glm4_moe",
+    "kimi_k2",
+    "gpt_oss",
+    "minimax_m2",
+    "glm4_moe_lite",
+    "exaone_moe",
+    "laguna",
+    "mellum",
+    "mimo_v2_flash",
+    "longcat_flash",
+    "bailing_moe_v2",
+    "sarvam_moe",
+)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("family", ["glm4_moe", "kimi_k2", "gpt_oss", "minimax_m2", *ALONE])
+@pytest.mark.parametrize("family", [*WITH_DP_ATTENTION, *ALONE])
 def test_parity(
     running: Running,
     models: Models,
