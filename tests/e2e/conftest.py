@@ -45,6 +45,8 @@ ALONE: tuple[Family, ...] = (
 )
 SHAPES: dict[Family, dict[str, int]] = {
     "gpt_oss": {"moe_intermediate_size": 96},
+    "laguna": _HEADS,  # which says for each layer how many it has
+    "mimo_v2_flash": {"num_heads": 12, "num_kv_heads": 6},  # and 12 where it attends to a window
     **dict.fromkeys(ALONE, _HEADS),
 }
 STOPS = cycle((signal.SIGTERM, signal.SIGINT))
@@ -159,9 +161,9 @@ def reference(models: Callable[[Family, int], Path]) -> Reference:
     known: dict[tuple[Family, int], Answers] = {}
 
     def answers(family: Family, num_experts: int, change: Callable[[torch.nn.Module], None] | None = None) -> Answers:
-        key = (TWINS.get(family, family), num_experts)
+        key = (family, num_experts)
         if key not in known:
-            known[key] = greedy_tokens(models(*key), PROMPTS, MAX_NEW_TOKENS, change)
+            known[key] = greedy_tokens(models(TWINS.get(family, family), num_experts), PROMPTS, MAX_NEW_TOKENS, change)
             different = {tuple(tokens) for tokens in known[key]}
             assert len(different) > len(PROMPTS) // 2, "degenerate answers compare nothing"
         return known[key]

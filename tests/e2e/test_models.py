@@ -50,9 +50,32 @@ def _without_norms_of_queries_and_keys(model: torch.nn.Module) -> None:
             module.q_norm, module.k_norm = torch.nn.Identity(), torch.nn.Identity()
 
 
+def _with_windows_as_in_sglang(model: torch.nn.Module) -> None:
+    """SGLang takes these models' windows for the tokens before a token, transformers for all that it attends to."""
+    config: Any = model.config
+    config.sliding_window += 1
+
+
+def _without_factor_of_experts(model: torch.nn.Module) -> None:
+    """SGLang's kernels for the CPU leave it to the models, and this model leaves it to the kernels."""
+    for module in model.modules():
+        if hasattr(module, "routed_scaling_factor"):
+            module.routed_scaling_factor = 1.0
+
+
+def _without_sinks_and_windows_as_in_sglang(model: torch.nn.Module) -> None:
+    _without_sinks(model)
+    _with_windows_as_in_sglang(model)
+
+
 CHANGES = {
+    "bailing_moe_v2": _without_factor_of_experts,
+    "cohere2_moe": _with_windows_as_in_sglang,
+    "exaone_moe": _with_windows_as_in_sglang,
+    "granitemoe_swa": _without_sinks,
+    "sarvam_moe": _without_factor_of_experts,
     "gpt_oss": _without_sinks,
-    "mimo_v2_flash": _without_sinks,
+    "mimo_v2_flash": _without_sinks_and_windows_as_in_sglang,
     "minimax_m2": _without_norms_of_queries_and_keys,
     "phimoe": _without_bias_of_the_head,
 }
@@ -62,6 +85,7 @@ PLUGINS = {
     "longcat_flash": ("mla_on_cpu", MLA_PLUGIN),
     "gpt_oss": ("no_sinks", NO_SINKS_PLUGIN),
     "mimo_v2_flash": ("no_sinks", NO_SINKS_PLUGIN),
+    "granitemoe_swa": ("no_sinks", NO_SINKS_PLUGIN),
 }
 WITH_DP_ATTENTION: tuple[Family, ...] = (
     "glm4_moe",
