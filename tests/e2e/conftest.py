@@ -20,7 +20,7 @@ from sglang_dwdp.demo import server as demo_server
 from sglang_dwdp.demo.server import Server
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family, make_checkpoint
-from tests.fixtures.family_configs import TWINS
+from tests.fixtures.family_shapes import TWINS
 from tests.fixtures.reference import greedy_tokens
 
 # float32: in bf16 two tokens of a random model tie now and then.

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from sglang_dwdp.demo.checkpoint import NUM_FILES, VOCAB_SIZE, make_tokenizer
 from tests.fixtures.families import Family, Shape, make_checkpoint
-from tests.fixtures.family_configs import TWINS
+from tests.fixtures.family_shapes import TWINS
 
 FAMILIES = get_args(Family)
 DENSE_FIRST = (
