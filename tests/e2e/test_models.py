@@ -46,7 +46,6 @@ def register():
     for name in ("fused_gdn_gating_cpu", "fused_sigmoid_gating_delta_rule_update_cpu"):
         torch.library.define(f"sgl_kernel::{name}", "() -> ()")
 """
-WITH_STATES = ("lfm2_moe", "granitemoehybrid")
 STATES = {"TRITON_INTERPRET": "1", "SGLANG_MAMBA_CONV_DTYPE": "float32"}
 
 
@@ -104,7 +103,7 @@ PLUGINS = {
     "gpt_oss": ("no_sinks", NO_SINKS_PLUGIN),
     "mimo_v2_flash": ("no_sinks", NO_SINKS_PLUGIN),
     "granitemoe_swa": ("no_sinks", NO_SINKS_PLUGIN),
-    **dict.fromkeys(WITH_STATES, ("states_on_cpu", STATES_PLUGIN)),
+    "lfm2_moe": ("states_on_cpu", STATES_PLUGIN),
 }
 WITH_DP_ATTENTION: tuple[Family, ...] = (
     "glm4_moe",
@@ -133,7 +132,7 @@ def test_parity(
     ranks: int,
 ) -> None:
     how: Mapping[str, Any] = {"environment": plugin(*PLUGINS[family])} if family in PLUGINS else {}
-    if family in WITH_STATES:
+    if family == "lfm2_moe":
         # Else SGLang takes most of the host's memory for states, on each rank.
         how = {"environment": how["environment"] | STATES, "flags": ("--max-mamba-cache-size", "64")}
     if family == "gpt_oss":  # SGLang's choice for it lays experts out in a way that its loader for the CPU does not
