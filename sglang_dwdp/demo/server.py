@@ -25,18 +25,29 @@ STUBS = Path(__file__).resolve().parent / "stubs"
 # SGLang's modules for the families of the demo and the tests (DeepSeek-V3's class is in V2's module), and for drafts.
 MODEL_MODULES = frozenset(
     (
+        "bailing_moe",
+        "cohere2_moe",
         "deepseek_nextn",
         "deepseek_v2",
         "ernie4",
+        "exaone_moe",
         "glm4_moe",
+        "glm4_moe_lite",
         "glm4_moe_nextn",
         "gpt_oss",
         "granite",
         "granitemoe",
+        "granitemoehybrid",
         "hunyuan",
+        "hunyuan_v3",
+        "laguna",
+        "lfm2_moe",
         "llama4",
         "llama_eagle",
         "llama_eagle3",
+        "longcat_flash",
+        "mellum",
+        "mimo_v2",
         "minimax_m2",
         "mixtral",
         "mllama4",
@@ -44,6 +55,7 @@ MODEL_MODULES = frozenset(
         "phimoe",
         "qwen2_moe",
         "qwen3_moe",
+        "sarvam_moe",
     )
 )
 # Below the range from which the system hands out ports by itself. Tests that run beside each other divide it.

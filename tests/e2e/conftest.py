@@ -20,6 +20,7 @@ from sglang_dwdp.demo import server as demo_server
 from sglang_dwdp.demo.server import Server
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family, make_checkpoint
+from tests.fixtures.family_shapes import TWINS
 from tests.fixtures.reference import greedy_tokens
 
 # float32: in bf16 two tokens of a random model tie now and then.
@@ -36,9 +37,16 @@ ALONE: tuple[Family, ...] = (
     "ernie4_5_moe",
     "hunyuan_v1_moe",
     "phimoe",
+    "lfm2_moe",
+    "hy_v3",
+    "cohere2_moe",
+    "granitemoe_swa",
+    "granitemoehybrid",
 )
 SHAPES: dict[Family, dict[str, int]] = {
     "gpt_oss": {"moe_intermediate_size": 96},
+    "laguna": _HEADS,  # which says for each layer how many it has
+    "mimo_v2_flash": {"num_heads": 12, "num_kv_heads": 6},  # and 12 where it attends to a window
     **dict.fromkeys(ALONE, _HEADS),
 }
 STOPS = cycle((signal.SIGTERM, signal.SIGINT))
@@ -155,7 +163,7 @@ def reference(models: Callable[[Family, int], Path]) -> Reference:
     def answers(family: Family, num_experts: int, change: Callable[[torch.nn.Module], None] | None = None) -> Answers:
         key = (family, num_experts)
         if key not in known:
-            known[key] = greedy_tokens(models(*key), PROMPTS, MAX_NEW_TOKENS, change)
+            known[key] = greedy_tokens(models(TWINS.get(family, family), num_experts), PROMPTS, MAX_NEW_TOKENS, change)
             different = {tuple(tokens) for tokens in known[key]}
             assert len(different) > len(PROMPTS) // 2, "degenerate answers compare nothing"
         return known[key]

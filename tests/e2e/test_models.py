@@ -31,6 +31,23 @@ def register():
         HookRegistry.register(path + name, without, HookType.AROUND)
 """
 
+# Where a model has layers with a state, SGLang imports kernels for AMX. LFM2's convolutions do not use them: they are
+# in Triton, which the CPU can only interpret.
+STATES_PLUGIN = """
+def register():
+    import sys
+    import types
+
+    import torch
+
+    kernels = types.ModuleType("sgl_kernel.mamba")
+    kernels.__getattr__ = lambda name: None
+    sys.modules[kernels.__name__] = kernels
+    for name in ("fused_gdn_gating_cpu", "fused_sigmoid_gating_delta_rule_update_cpu"):
+        torch.library.define(f"sgl_kernel::{name}", "() -> ()")
+"""
+STATES = {"TRITON_INTERPRET": "1", "SGLANG_MAMBA_CONV_DTYPE": "float32"}
+
 
 def _without_sinks(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
@@ -50,19 +67,62 @@ def _without_norms_of_queries_and_keys(model: torch.nn.Module) -> None:
             module.q_norm, module.k_norm = torch.nn.Identity(), torch.nn.Identity()
 
 
+def _with_windows_as_in_sglang(model: torch.nn.Module) -> None:
+    """In SGLang's code of these models a window counts the tokens before a token, in transformers the token too."""
+    config: Any = model.config
+    config.sliding_window += 1
+
+
+def _without_factor_of_experts(model: torch.nn.Module) -> None:
+    """SGLang's kernels for the CPU leave it to the models, and this model leaves it to the kernels."""
+    for module in model.modules():
+        if hasattr(module, "routed_scaling_factor"):
+            module.routed_scaling_factor = 1.0
+
+
+def _without_sinks_and_windows_as_in_sglang(model: torch.nn.Module) -> None:
+    _without_sinks(model)
+    _with_windows_as_in_sglang(model)
+
+
 CHANGES = {
+    "bailing_moe_v2": _without_factor_of_experts,
+    "sarvam_moe": _without_factor_of_experts,
+    "cohere2_moe": _with_windows_as_in_sglang,
+    "exaone_moe": _with_windows_as_in_sglang,
     "gpt_oss": _without_sinks,
+    "granitemoe_swa": _without_sinks,
+    "mimo_v2_flash": _without_sinks_and_windows_as_in_sglang,
     "minimax_m2": _without_norms_of_queries_and_keys,
     "phimoe": _without_bias_of_the_head,
 }
 PLUGINS = {
     "kimi_k2": ("mla_on_cpu", MLA_PLUGIN),
+    "glm4_moe_lite": ("mla_on_cpu", MLA_PLUGIN),
+    "longcat_flash": ("mla_on_cpu", MLA_PLUGIN),
     "gpt_oss": ("no_sinks", NO_SINKS_PLUGIN),
+    "mimo_v2_flash": ("no_sinks", NO_SINKS_PLUGIN),
+    "granitemoe_swa": ("no_sinks", NO_SINKS_PLUGIN),
+    "lfm2_moe": ("states_on_cpu", STATES_PLUGIN),
 }
+WITH_DP_ATTENTION: tuple[Family, ...] = (
+    "glm4_moe",
+    "kimi_k2",
+    "gpt_oss",
+    "minimax_m2",
+    "glm4_moe_lite",
+    "exaone_moe",
+    "laguna",
+    "mellum",
+    "mimo_v2_flash",
+    "longcat_flash",
+    "bailing_moe_v2",
+    "sarvam_moe",
+)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("family", ["glm4_moe", "kimi_k2", "gpt_oss", "minimax_m2", *ALONE])
+@pytest.mark.parametrize("family", [*WITH_DP_ATTENTION, *ALONE])
 def test_parity(
     running: Running,
     models: Models,
@@ -72,6 +132,9 @@ def test_parity(
     ranks: int,
 ) -> None:
     how: Mapping[str, Any] = {"environment": plugin(*PLUGINS[family])} if family in PLUGINS else {}
+    if family == "lfm2_moe":
+        # Else SGLang takes most of the host's memory for states, on each rank.
+        how = {"environment": how["environment"] | STATES, "flags": ("--max-mamba-cache-size", "64")}
     if family == "gpt_oss":  # SGLang's choice for it lays experts out in a way that its loader for the CPU does not
         how = {**how, "flags": ("--moe-runner-backend", "triton")}
     expected = reference(family, 8, CHANGES.get(family))

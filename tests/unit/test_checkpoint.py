@@ -11,9 +11,22 @@ from transformers import AutoConfig, AutoTokenizer
 
 from sglang_dwdp.demo.checkpoint import NUM_FILES, VOCAB_SIZE, make_tokenizer
 from tests.fixtures.families import Family, Shape, make_checkpoint
+from tests.fixtures.family_shapes import TWINS
 
 FAMILIES = get_args(Family)
-DENSE_FIRST = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe", "ernie4_5_moe")
+DENSE_FIRST = (
+    "deepseek_v2",
+    "deepseek_v3",
+    "kimi_k2",
+    "glm4_moe",
+    "ernie4_5_moe",
+    "glm4_moe_lite",
+    "exaone_moe",
+    "mimo_v2_flash",
+    "cohere2_moe",
+    "laguna",
+    *TWINS,
+)
 NAMED_OTHERWISE = (
     "mixtral",
     "minimax_m2",
@@ -23,6 +36,11 @@ NAMED_OTHERWISE = (
     "granitemoeshared",
     "hunyuan_v1_moe",
     "phimoe",
+    "lfm2_moe",
+    "longcat_flash",
+    "hy_v3",
+    "granitemoe_swa",
+    "granitemoehybrid",
 )
 NAMED_ALIKE = [family for family in FAMILIES if family not in NAMED_OTHERWISE]
 
@@ -73,8 +91,8 @@ def test_the_tokenizer_is_the_same_every_time(tmp_path: Path) -> None:
     assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
 
 
-# Kimi K2's type comes with its own checkpoint; SGLang knows it.
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "kimi_k2"])
+# Kimi K2's type comes with its own checkpoint; SGLang knows it. So does that of those that are made from others.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("kimi_k2", *TWINS)])
 def test_transformers_knows_every_family_and_its_tokenizer(family: Family, tmp_path: Path) -> None:
     make_checkpoint(tmp_path, family, num_layers=2)
     assert AutoConfig.from_pretrained(tmp_path).model_type == family
@@ -139,6 +157,14 @@ def test_gpt_oss_has_all_experts_in_one_tensor(tmp_path: Path) -> None:
         ("deepseek_v2", "self_attn.q_proj.weight"),
         ("deepseek_v3", "self_attn.q_b_proj.weight"),
         ("deepseek_v3", "mlp.gate.e_score_correction_bias"),
+        ("glm4_moe_lite", "self_attn.q_b_proj.weight"),
+        ("lfm2_moe", "feed_forward.expert_bias"),
+        ("mimo_v2_flash", "self_attn.attention_sink_bias"),
+        ("longcat_flash", "mlps.1.down_proj.weight"),
+        ("hy_v3", "mlp.shared_mlp.down_proj.weight"),
+        ("laguna", "self_attn.g_proj.weight"),
+        ("bailing_moe_v2", "attention.query_key_value.bias"),
+        ("sarvam_moe", "mlp.gate.expert_bias"),
     ],
 )
 def test_what_a_family_is_known_for(family: Family, name: str, tmp_path: Path) -> None:
