@@ -44,6 +44,8 @@ MODEL_MODULES = frozenset(
         "phimoe",
         "qwen2_moe",
         "qwen3_moe",
+        "qwen3_vl",
+        "qwen3_vl_moe",
     )
 )
 # Below the range from which the system hands out ports by itself. Tests that run beside each other divide it.

@@ -58,6 +58,7 @@ VALIDATED_ON_CPU = frozenset(
         "MixtralForCausalLM",
         "OlmoeForCausalLM",
         "PhiMoEForCausalLM",
+        "Qwen3VLMoeForConditionalGeneration",  # with images
     }
 )
 # By reading: each rank runs its requests alone, and experts are in FusedMoE layers that SGLang's code runs.
@@ -120,7 +121,6 @@ UNVALIDATED = frozenset(
         "PixtralForConditionalGeneration",
         "Qwen3NextForCausalLM",
         "Qwen3OmniMoeForConditionalGeneration",
-        "Qwen3VLMoeForConditionalGeneration",
         "Qwen3_5MoeForCausalLM",
         "Qwen3_5MoeForConditionalGeneration",
         "Qwen4ExpForConditionalGeneration",

@@ -1,0 +1,55 @@
+"""Prompts with images: every rank runs the vision tower for its own requests, and gives the tokens of transformers. Run
+by `make test-models`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sglang_dwdp.demo.server import Server
+from tests.e2e.conftest import Plugin, Running
+from tests.e2e.prompts import PROMPTS
+from tests.fixtures import vision
+
+pytestmark = pytest.mark.models
+NEW_TOKENS = 8
+FIRST, SECOND, THIRD = vision.image(1, 96, 64), vision.image(2, 128, 96), vision.image(3, 64, 160)
+# The same text with other images, two images in both orders, and none.
+ASKED: Sequence[tuple[str, Sequence[Image.Image]]] = (
+    (f"What is in {vision.IMAGE} this picture?", [FIRST]),
+    (f"What is in {vision.IMAGE} this picture?", [SECOND]),
+    (PROMPTS[3], []),
+    (f"Compare {vision.IMAGE} with {vision.IMAGE} and", [SECOND, THIRD]),
+    (f"Compare {vision.IMAGE} with {vision.IMAGE} and", [THIRD, SECOND]),
+    (f"{PROMPTS[11]} {vision.IMAGE} {PROMPTS[10]}", [THIRD]),
+)
+
+
+def ask(server: Server, number: int, rank: int) -> list[int]:
+    text, images = ASKED[number]
+    body: dict[str, Any] = {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS}}
+    body |= {"image_data": [vision.as_url(image) for image in images]} if images else {}
+    tokens: list[int] = server.post("/generate", body | {"routed_dp_rank": rank})["output_ids"]
+    return tokens
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_qwen3_vl_moe(running: Running, plugin: Plugin, tmp_path: Path, ranks: int) -> None:
+    vision.make_checkpoint(tmp_path, num_experts=8)
+    expected = vision.greedy_tokens(tmp_path, ASKED, NEW_TOKENS)
+    assert len({tuple(tokens) for tokens in expected}) == len(ASKED), "images that change nothing compare nothing"
+    environment = plugin("vision_on_cpu", vision.PROCESSOR_PLUGIN)
+    with running(tmp_path, ranks, dwdp=("--dwdp-direct-max-tokens", "16"), environment=environment) as server:
+        for first in range(len(ASKED)):
+            # Another prompt on each rank at the same time, so that no rank sees the images of another.
+            numbers = [(first + rank) % len(ASKED) for rank in range(ranks)]
+            with ThreadPoolExecutor(ranks) as pool:
+                answers = list(pool.map(ask, [server] * ranks, numbers, range(ranks)))
+            assert answers == [expected[number] for number in numbers], first
+        for report in server.reports():
+            assert min(report[k] for k in ("bytes_copied", "direct_forwards", "staged_forwards")) > 0
