@@ -44,7 +44,6 @@ MODEL_MODULES = frozenset(
         "phimoe",
         "qwen2_moe",
         "qwen3_moe",
-        "qwen3_vl",
         "qwen3_vl_moe",
     )
 )

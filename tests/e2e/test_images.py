@@ -3,6 +3,7 @@ by `make test-models`."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,13 +12,24 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sglang_dwdp.demo.server import Server
+from sglang_dwdp.demo.server import Server, ServerFailed
 from tests.e2e.conftest import Plugin, Running
 from tests.e2e.prompts import PROMPTS
 from tests.fixtures import vision
 
 pytestmark = pytest.mark.models
 NEW_TOKENS = 8
+# A vision tower whose ranks would wait for each other.
+REDUCER = """
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def reduced(output, *_args, **_kwargs):
+        from sglang.srt.distributed import tensor_model_parallel_all_reduce
+        return tensor_model_parallel_all_reduce(output)
+
+    HookRegistry.register("sglang.srt.models.qwen3_vl.Qwen3VLMoeVisionModel.forward", reduced, HookType.AFTER)
+"""
 FIRST, SECOND, THIRD = vision.image(1, 96, 64), vision.image(2, 128, 96), vision.image(3, 64, 160)
 # The same text with other images, two images in both orders, and none.
 ASKED: Sequence[tuple[str, Sequence[Image.Image]]] = (
@@ -53,3 +65,18 @@ def test_qwen3_vl_moe(running: Running, plugin: Plugin, tmp_path: Path, ranks: i
             assert answers == [expected[number] for number in numbers], first
         for report in server.reports():
             assert min(report[k] for k in ("bytes_copied", "direct_forwards", "staged_forwards")) > 0
+
+
+def test_a_vision_tower_with_a_collective_ends_the_server(plugin: Plugin, tmp_path: Path) -> None:
+    """In SGLang's warm-up, which has an image, since the first forward has none."""
+    model = tmp_path / "model"
+    vision.make_checkpoint(model, num_experts=8)
+    plugins = plugin("vision_on_cpu", vision.PROCESSOR_PLUGIN), plugin("reducer", REDUCER)
+    environment = {"PYTHONPATH": os.pathsep.join(one["PYTHONPATH"] for one in plugins)}
+    server = Server(model, 2, tmp_path / "log", dwdp=(), environment=environment)
+    try:
+        with pytest.raises(ServerFailed, match="the server ended with exit code"):
+            server.wait()
+    finally:
+        server.kill()
+    assert "DwdpRuntimeError: all_reduce over 2 ranks was called in a forward" in server.log.read_text()
