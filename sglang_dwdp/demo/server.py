@@ -30,6 +30,7 @@ MODEL_MODULES = frozenset(
         "ernie4",
         "glm4_moe",
         "glm4_moe_nextn",
+        "glm4v_moe",
         "gpt_oss",
         "granite",
         "granitemoe",

@@ -52,6 +52,7 @@ VALIDATED = frozenset(
 VALIDATED_ON_CPU = frozenset(
     {
         "Ernie4_5_MoeForCausalLM",
+        "Glm4vMoeForConditionalGeneration",  # with images
         "GraniteMoeForCausalLM",
         "GraniteMoeSharedForCausalLM",
         "HunYuanMoEV1ForCausalLM",
@@ -83,7 +84,6 @@ UNVALIDATED = frozenset(
         "ExaoneMoeForCausalLM",
         "GigaChat35ForCausalLM",
         "Glm4MoeLiteForCausalLM",
-        "Glm4vMoeForConditionalGeneration",
         "Glm5NextForConditionalGeneration",
         "GlmMoeDsaForCausalLM",
         "GraniteMoeHybridForCausalLM",

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from PIL import Image
@@ -33,17 +33,17 @@ def register():
 FIRST, SECOND, THIRD = vision.image(1, 96, 64), vision.image(2, 128, 96), vision.image(3, 64, 160)
 # The same text with other images, two images in both orders, and none.
 ASKED: Sequence[tuple[str, Sequence[Image.Image]]] = (
-    (f"What is in {vision.IMAGE} this picture?", [FIRST]),
-    (f"What is in {vision.IMAGE} this picture?", [SECOND]),
+    ("What is in IMAGE this picture?", [FIRST]),
+    ("What is in IMAGE this picture?", [SECOND]),
     (PROMPTS[3], []),
-    (f"Compare {vision.IMAGE} with {vision.IMAGE} and", [SECOND, THIRD]),
-    (f"Compare {vision.IMAGE} with {vision.IMAGE} and", [THIRD, SECOND]),
-    (f"{PROMPTS[11]} {vision.IMAGE} {PROMPTS[10]}", [THIRD]),
+    ("Compare IMAGE with IMAGE and", [SECOND, THIRD]),
+    ("Compare IMAGE with IMAGE and", [THIRD, SECOND]),
+    (f"{PROMPTS[11]} IMAGE {PROMPTS[10]}", [THIRD]),
 )
 
 
-def ask(server: Server, number: int, rank: int) -> list[int]:
-    text, images = ASKED[number]
+def ask(server: Server, asked: tuple[str, Sequence[Image.Image]], rank: int) -> list[int]:
+    text, images = asked
     body: dict[str, Any] = {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS}}
     body |= {"image_data": [vision.as_url(image) for image in images]} if images else {}
     tokens: list[int] = server.post("/generate", body | {"routed_dp_rank": rank})["output_ids"]
@@ -51,18 +51,20 @@ def ask(server: Server, number: int, rank: int) -> list[int]:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_qwen3_vl_moe(running: Running, plugin: Plugin, tmp_path: Path, ranks: int) -> None:
-    vision.make_checkpoint(tmp_path, num_experts=8)
-    expected = vision.greedy_tokens(tmp_path, ASKED, NEW_TOKENS)
-    assert len({tuple(tokens) for tokens in expected}) == len(ASKED), "images that change nothing compare nothing"
+@pytest.mark.parametrize("family", get_args(vision.VisionFamily))
+def test_parity(running: Running, plugin: Plugin, tmp_path: Path, family: vision.VisionFamily, ranks: int) -> None:
+    vision.make_checkpoint(tmp_path, family, num_experts=8)
+    asked = [(text.replace("IMAGE", vision.image_text(family)), images) for text, images in ASKED]
+    expected = vision.greedy_tokens(tmp_path, asked, NEW_TOKENS)
+    assert len({tuple(tokens) for tokens in expected}) == len(asked), "images that change nothing compare nothing"
     environment = plugin("vision_on_cpu", vision.PROCESSOR_PLUGIN)
     with running(tmp_path, ranks, dwdp=("--dwdp-direct-max-tokens", "16"), environment=environment) as server:
-        for first in range(len(ASKED)):
+        for first in range(len(asked)):
             # Another prompt on each rank at the same time, so that no rank sees the images of another.
-            numbers = [(first + rank) % len(ASKED) for rank in range(ranks)]
+            numbers = [(first + rank) % len(asked) for rank in range(ranks)]
             with ThreadPoolExecutor(ranks) as pool:
-                answers = list(pool.map(ask, [server] * ranks, numbers, range(ranks)))
-            assert answers == [expected[number] for number in numbers], first
+                answers = list(pool.map(ask, [server] * ranks, [asked[n] for n in numbers], range(ranks)))
+            assert answers == [expected[n] for n in numbers], first
         for report in server.reports():
             assert min(report[k] for k in ("bytes_copied", "direct_forwards", "staged_forwards")) > 0
 
@@ -70,7 +72,7 @@ def test_qwen3_vl_moe(running: Running, plugin: Plugin, tmp_path: Path, ranks: i
 def test_a_vision_tower_with_a_collective_ends_the_server(plugin: Plugin, tmp_path: Path) -> None:
     """In SGLang's warm-up, which has an image, since the first forward has none."""
     model = tmp_path / "model"
-    vision.make_checkpoint(model, num_experts=8)
+    vision.make_checkpoint(model, "qwen3_vl_moe", num_experts=8)
     plugins = plugin("vision_on_cpu", vision.PROCESSOR_PLUGIN), plugin("reducer", REDUCER)
     environment = {"PYTHONPATH": os.pathsep.join(one["PYTHONPATH"] for one in plugins)}
     server = Server(model, 2, tmp_path / "log", dwdp=(), environment=environment)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import get_args
 
 from sglang_dwdp.support.conflicts import CONFLICTS
 from sglang_dwdp.support.models import VALIDATED_ON_CPU
 from tests.e2e.conftest import ALONE
-from tests.fixtures import model_table
+from tests.fixtures import model_table, vision
 from tests.fixtures.conflict_table import rows
 from tests.fixtures.families import Shape, config
 from tests.fixtures.support_table import (
@@ -105,8 +106,11 @@ def test_models_validated_on_the_cpu_engine_have_passed() -> None:
         if (evidence(record, rf"{MODELS}test_parity\[{family}-") or "").startswith("validated")
         for name in config(family, Shape())["architectures"]
     }
-    if (evidence(record, rf"{IMAGES}test_qwen3_vl_moe\[") or "").startswith("validated"):
-        passed.add("Qwen3VLMoeForConditionalGeneration")
+    passed |= {
+        vision.architecture(family)
+        for family in get_args(vision.VisionFamily)
+        if (evidence(record, rf"{IMAGES}test_parity\[{family}-") or "").startswith("validated")
+    }
     assert passed == VALIDATED_ON_CPU
 
 
