@@ -43,6 +43,7 @@ GAINS: Mapping[str, float] = {
     "down_proj.weight": 2.0,
     "": 1.5,
 }
+_EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,11 @@ def qwen3_moe_config(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def random_weights(
-    config: Mapping[str, Any], gains: Mapping[str, float], seed: int, dtype: torch.dtype
+    config: Mapping[str, Any],
+    gains: Mapping[str, float],
+    seed: int,
+    dtype: torch.dtype,
+    auto_class: str = "AutoModelForCausalLM",
 ) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, by the name that it has in released ones.
 
@@ -132,13 +137,14 @@ def random_weights(
         gains: scales of the weights, by the end of their names.
         seed: of the random numbers.
         dtype: of the tensors.
+        auto_class: transformers' name of the class that knows the model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
     from transformers.core_model_loading import revert_weight_conversion
 
-    known = AutoConfig.for_model(**copy.deepcopy(dict(config)))  # which changes what is nested in it
+    known = transformers.AutoConfig.for_model(**copy.deepcopy(dict(config)))  # which changes what is nested in it
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(known)
+        model = getattr(transformers, auto_class).from_config(known)
     # transformers keeps all experts of a layer in one tensor, and released checkpoints mostly do not.
     empty = revert_weight_conversion(model, model.state_dict())
 
@@ -146,9 +152,11 @@ def random_weights(
         gain = next(gain for end, gain in gains.items() if name.endswith(end))
         size = empty[name].shape
         noise = torch.randn(size, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode())))
-        if name.endswith("norm.weight") or (name.endswith("weight") and len(size) == 1):  # LongCat numbers its norms
+        if name.endswith("norm.weight") or (
+            name.endswith("weight") and len(size) == 1
+        ):  # some models number their norms
             return (gain * (1 + 0.1 * noise)).to(dtype)
-        inputs = 1 if name == "model.embed_tokens.weight" or name.endswith("bias") or len(size) == 1 else size[1]
+        inputs = 1 if name in _EMBEDDINGS or name.endswith("bias") or len(size) == 1 else size[1]
         is_float32 = name.endswith("e_score_correction_bias")  # in every released DeepSeek checkpoint
         return (noise * (gain / math.sqrt(inputs))).to(torch.float32 if is_float32 else dtype)
 

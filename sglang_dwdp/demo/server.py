@@ -34,6 +34,7 @@ MODEL_MODULES = frozenset(
         "glm4_moe",
         "glm4_moe_lite",
         "glm4_moe_nextn",
+        "glm4v_moe",
         "gpt_oss",
         "granite",
         "granitemoe",
@@ -55,6 +56,7 @@ MODEL_MODULES = frozenset(
         "phimoe",
         "qwen2_moe",
         "qwen3_moe",
+        "qwen3_vl_moe",
         "sarvam_moe",
     )
 )

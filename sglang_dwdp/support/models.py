@@ -56,6 +56,7 @@ VALIDATED_ON_CPU = frozenset(
         "Ernie4_5_MoeForCausalLM",
         "ExaoneMoeForCausalLM",
         "Glm4MoeLiteForCausalLM",
+        "Glm4vMoeForConditionalGeneration",  # with images
         "GraniteMoeForCausalLM",
         "GraniteMoeHybridForCausalLM",
         "GraniteMoeSWAForCausalLM",
@@ -70,6 +71,7 @@ VALIDATED_ON_CPU = frozenset(
         "MixtralForCausalLM",
         "OlmoeForCausalLM",
         "PhiMoEForCausalLM",
+        "Qwen3VLMoeForConditionalGeneration",  # with images
         "SarvamMoEForCausalLM",
     }
 )
@@ -91,7 +93,6 @@ UNVALIDATED = frozenset(
         "DotsVLMForCausalLM",
         "ExaoneMoEForCausalLM",
         "GigaChat35ForCausalLM",
-        "Glm4vMoeForConditionalGeneration",
         "Glm5NextForConditionalGeneration",
         "GlmMoeDsaForCausalLM",
         "HYV4ForCausalLM",
@@ -121,7 +122,6 @@ UNVALIDATED = frozenset(
         "PixtralForConditionalGeneration",
         "Qwen3NextForCausalLM",
         "Qwen3OmniMoeForConditionalGeneration",
-        "Qwen3VLMoeForConditionalGeneration",
         "Qwen3_5MoeForCausalLM",
         "Qwen3_5MoeForConditionalGeneration",
         "Qwen4ExpForConditionalGeneration",

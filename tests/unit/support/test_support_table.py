@@ -9,13 +9,14 @@ from typing import get_args
 
 from sglang_dwdp.support.conflicts import CONFLICTS
 from sglang_dwdp.support.models import VALIDATED, VALIDATED_ON_CPU
-from tests.fixtures import model_table
+from tests.fixtures import model_table, vision
 from tests.fixtures.conflict_table import rows
 from tests.fixtures.families import Family, Shape, config
 from tests.fixtures.support_table import (
     BY_MODELS,
     FAMILIES,
     GPU_MODELS,
+    IMAGES,
     MODELS,
     MODELS_PAGE,
     PAGE,
@@ -103,6 +104,11 @@ def test_models_validated_on_the_cpu_engine_have_passed() -> None:
         for family in get_args(Family)
         if (evidence(record, rf"{MODELS}test_parity\[{family}-") or "").startswith("validated")
         for name in config(family, Shape())["architectures"]
+    }
+    passed |= {
+        vision.architecture(family)
+        for family in get_args(vision.VisionFamily)
+        if (evidence(record, rf"{IMAGES}test_parity\[{family}-") or "").startswith("validated")
     }
     assert passed - VALIDATED == VALIDATED_ON_CPU
 
