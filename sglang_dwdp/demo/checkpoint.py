@@ -152,9 +152,8 @@ def random_weights(
         gain = next(gain for end, gain in gains.items() if name.endswith(end))
         size = empty[name].shape
         noise = torch.randn(size, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode())))
-        if name.endswith("norm.weight") or (
-            name.endswith("weight") and len(size) == 1
-        ):  # some models number their norms
+        # Some models number their norms.
+        if name.endswith("norm.weight") or (name.endswith("weight") and len(size) == 1):
             return (gain * (1 + 0.1 * noise)).to(dtype)
         inputs = 1 if name in _EMBEDDINGS or name.endswith("bias") or len(size) == 1 else size[1]
         is_float32 = name.endswith("e_score_correction_bias")  # in every released DeepSeek checkpoint
