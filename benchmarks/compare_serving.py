@@ -16,7 +16,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,7 +36,7 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--time-limit", type=float, default=1e9, metavar="SECONDS", help="nothing is begun after it")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     begin = time.monotonic()
     try:
         scenario = load_scenario(args.scenario)
@@ -74,10 +73,6 @@ def main() -> int:
     variants = comparison.result["variants"].values()
     different = scenario.same_tokens and any(variant.get("same_tokens") != 1 for variant in variants)
     return 1 if different or any("error" in variant for variant in variants) else 0
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -59,9 +59,8 @@ def run_ranks(ranks: int, cpu: bool, logs: Path, timeout_s: float) -> dict[str, 
         command = [sys.executable, str(Path(__file__).resolve()), *(["--cpu"] if cpu else []), "--ranks", str(ranks)]
         processes = []
         for rank in range(ranks):
-            job = ["--out", str(out), "--rank", str(rank), "--group", name]
-            variables = with_repository(os.environ) | QUIET
-            process = Process(f"rank {rank}", command + job, variables, logs / f"links_{rank}.log")
+            job = [*command, "--out", str(out), "--rank", str(rank), "--group", name]
+            process = Process(f"rank {rank}", job, with_repository(os.environ) | QUIET, logs / f"links_{rank}.log")
             processes.append(process)
             stack.callback(process.stop, 0)
         error = None

@@ -26,22 +26,20 @@ def register():
 """
 
 
-def one_gpu_environment(directory: Path, base: Mapping[str, str] | None = None) -> dict[str, str]:
+def one_gpu_environment(directory: Path, base: Mapping[str, str]) -> dict[str, str]:
     """Variables under which all ranks of a server take GPU 0 and talk through gloo.
 
     Args:
         directory: Where the plugin is written.
-        base: The variables that these are added to; this process's by default.
+        base: The variables that these are added to.
     """
-    base = os.environ if base is None else base
     (directory / f"{NAME}.py").write_text(PLUGIN)
     info = directory / f"{NAME}-0.dist-info"
     info.mkdir(exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 0\n")
     (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{NAME} = {NAME}:register\n")
-    path = os.pathsep.join(filter(None, (str(directory), base.get("PYTHONPATH"))))
     return {
-        "PYTHONPATH": path,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(directory), base.get("PYTHONPATH")))),
         "SGLANG_NCCL_SO_PATH": str(directory / "no-nccl"),
         # It compares what is free on the ranks' GPUs, which changes under way where others load on the same GPU.
         "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",

@@ -97,9 +97,8 @@ def problems(model: ModelShape, sizes: tuple[int, ...]) -> list[Problem]:
 
 def fractions(points: list[tuple[Problem, float]], gpu: Gpu) -> dict[str, float]:
     """Fractions of the matrix peak that the largest problem of each kind reached."""
-    names = {"dense": "dense_gemm", "grouped": "grouped_gemm", "attention": "attention"}
     found = {}
-    for kind, name in names.items():
+    for kind, name in {"dense": "dense_gemm", "grouped": "grouped_gemm", "attention": "attention"}.items():
         problem, seconds = max((p for p in points if p[0].kind == kind), key=lambda p: p[0].flops)
         fraction = problem.flops / seconds / gpu.peak(FORMATS["bf16"])
         if kind == "grouped":  # the planner takes a short inner dimension into account itself
@@ -122,12 +121,11 @@ def main() -> None:
     points = []
     for name in args.models:
         for problem in problems(load_model(name), tuple(args.tokens)):
-            points.append((problem, problem.measured(args.device)))
-            ratio = problem.predicted(gpu) / points[-1][1]
+            seconds = problem.measured(args.device)
+            points.append((problem, seconds))
+            ratio = problem.predicted(gpu) / seconds
             shape = " x ".join(map(str, list(asdict(problem).values())[1:]))
-            sys.stdout.write(
-                f"{problem.kind:<10}{shape:<34}{points[-1][1] * 1e3:9.3f} ms, predicted {ratio:.2f} of it\n"
-            )
+            sys.stdout.write(f"{problem.kind:<10}{shape:<34}{seconds * 1e3:9.3f} ms, predicted {ratio:.2f} of it\n")
     if args.json:
         rows = [[*asdict(problem).values(), float(f"{seconds:.4g}")] for problem, seconds in points]
         args.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")

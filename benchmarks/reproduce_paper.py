@@ -33,9 +33,8 @@ def main() -> None:
         figures = {}
         for row in (row for row in rows if row.table == title):
             limit = "-" if row.limit is None else f"{row.limit:g} {row.unit}"
-            holds = {None: "-", True: "yes", False: "no"}[row.holds]
-            planned = f"{row.planned:.4g}"
-            table.add_row(row.case, f"{row.published:.4g}", planned, f"{row.error:+.2f} {row.unit}", limit, holds)
+            cells = f"{row.published:.4g}", f"{row.planned:.4g}", f"{row.error:+.2f} {row.unit}", limit
+            table.add_row(row.case, *cells, {None: "-", True: "yes", False: "no"}[row.holds])
             figures[row.case] = [row.published, float(f"{row.planned:.6g}")]
         console.print(table)
         lines.append(f" {json.dumps(title)}: {json.dumps(figures)}")

@@ -219,7 +219,7 @@ class DwdpRuntime:
         """The MoE layers whose experts are shared, in the order in which a forward runs them."""
         return [shared.layer for shared in self._shared.layers]
 
-    def remote_bytes(self) -> int:
+    def copy_bytes(self) -> int:
         """What a staged forward copies, in bytes."""
         return sum(shared.copy_bytes for shared in self._shared.layers)
 

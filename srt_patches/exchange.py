@@ -46,7 +46,7 @@ _WAIT_LIMIT_S = 10.0
 _NEXT_STEP_MS = 100  # after which an idle rank that has helped looks after itself again
 # Where forwards are not graphs, which are timed at start. Ranks of the CPU engine share few cores, so a peer may be
 # milliseconds late.
-_UNTIMED = StepTimes(((1, 40_000.0), (2048, 40_000.0)), ((1, 4_000.0), (2048, 4_000.0)))
+_UNTIMED = StepTimes(*([(rows, us) for rows in (1, *_CPU_PREFILLS)] for us in (40_000.0, 4_000.0)))
 
 
 _current: list[ExchangeSteps] = []  # of this process: none, or one
@@ -66,6 +66,8 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     rank, size = rank_in_group(), runtime.size
     config = runner.model_config
     buckets = _prefill_sizes(size, runner.device) if runtime.config.exchange == "all" else ()
+    if runtime.config.exchange == "all" and not buckets:
+        logger.warning("DWDP: ranks run no prefills together: those need CUDA graphs of 257 to 2,048 tokens.")
     shape = RowShape(max((MAX_DECODE_ROWS, *buckets)), layers[0].fused.hidden_size, layers[0].fused.top_k, config.dtype)
     why = "a group over several hosts has no memory for it" if hosts.is_group_across() else None
     why = why or why_alone(layers, size, shape, runner.device)

@@ -69,7 +69,7 @@ def capture_prefill(original: Callable[..., None], runner: Any, size: int, **kwa
             steps.layers.capture_help(size)
     finally:
         runtime.in_exchange_step = False
-    steps.layers.time_prefill(size, runtime.remote_bytes() / _COPIED_PER_US)
+    steps.layers.time_prefill(size, runtime.copy_bytes() / _COPIED_PER_US)
 
 
 def capture_key(original: Callable[..., None], backend: Any, key: Any, *args: Any, **kwargs: Any) -> None:

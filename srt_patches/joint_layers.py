@@ -19,7 +19,8 @@ from sglang_dwdp.srt_patches.shard_run import JointLayer
 logger = logging.getLogger(__name__)
 _TIMED_REPLAYS = 3
 _FIRST = -100  # a priority: torch takes the highest that there is
-_WITH_ATTENTION = 1.5  # of a forward's time over that of its MoE layers, about
+# A guess of a forward's time over that of its MoE layers. Only how long a rank waits depends on it.
+_WITH_ATTENTION = 1.5
 
 
 class JointLayers:

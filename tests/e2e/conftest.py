@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -54,8 +54,9 @@ STOPS = cycle((signal.SIGTERM, signal.SIGINT))
 Running = Callable[..., AbstractContextManager[Server]]
 Answers = list[list[int]]
 Reference = Callable[..., Answers]
-# Installs a plugin of SGLang's, of a name and with a source; the result is the environment in which it is found.
-Plugin = Callable[[str, str], dict[str, str]]
+# Installs a plugin of SGLang's, of a name and with a source, beside those of an environment; the result is the
+# environment in which they are found.
+Plugin = Callable[..., dict[str, str]]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -173,15 +174,16 @@ def reference(models: Callable[[Family, int], Path]) -> Reference:
 
 @pytest.fixture(scope="session")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Plugin:
-    """Installs a plugin of SGLang's for one server; returns the environment in which it is found."""
+    """Installs a plugin of SGLang's for one server; returns the environment in which it is found, beside those of
+    `base`."""
 
-    def install(name: str, source: str) -> dict[str, str]:
+    def install(name: str, source: str, base: Mapping[str, str] = os.environ) -> dict[str, str]:
         folder = tmp_path_factory.mktemp("plugin")
         (folder / f"{name}.py").write_text(source)
         info = folder / f"{name}-0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
         (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {name}:register\n")
-        return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
+        return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), base.get("PYTHONPATH"))))}
 
     return install

@@ -155,12 +155,9 @@ def test_prefill_with_drafts(plugin: Plugin, tmp_path: Path) -> None:
     make_checkpoint(model, "deepseek_v3", dtype=torch.float32, draftable=1, draft_layers=1)
     make_checkpoint(plain, "deepseek_v3", dtype=torch.float32, draftable=1)  # transformers has no draft layers
     tokens = greedy_tokens(plain, PROMPTS, NEW_TOKENS)
-    plugins = (
-        plugin("nixl_on_cpu", HOST_MEMORY),
-        plugin("cpu_drafts", Path(cpu_drafts.__file__).read_text()),
-        plugin("mla_on_cpu", MLA_PLUGIN),
-    )
-    environment = {"PYTHONPATH": os.pathsep.join(one["PYTHONPATH"] for one in plugins)}
+    environment = plugin("nixl_on_cpu", HOST_MEMORY)
+    environment = plugin("cpu_drafts", Path(cpu_drafts.__file__).read_text(), environment)
+    environment = plugin("mla_on_cpu", MLA_PLUGIN, environment)
     flags = ("--speculative-algorithm", "NEXTN", *STEPS, "--disable-shared-experts-fusion")
 
     def answers(url: str) -> list[tuple[list[int], int]]:

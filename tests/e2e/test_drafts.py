@@ -48,7 +48,7 @@ def test_parity(running: Running, plugin: Plugin, tmp_path: Path, algorithm: str
         flags += ("--speculative-draft-model-path", str(head))
     environment: Mapping[str, str] = plugin("cpu_drafts", Path(cpu_drafts.__file__).read_text())
     if algorithm == "NEXTN":
-        environment = {"PYTHONPATH": f"{environment['PYTHONPATH']}:{plugin('mla_on_cpu', MLA_PLUGIN)['PYTHONPATH']}"}
+        environment = plugin("mla_on_cpu", MLA_PLUGIN, environment)
 
     tokens = greedy_tokens(plain, PROMPTS, NEW_TOKENS)
     one_rank = (*FLAGS, *flags, "--disable-shared-experts-fusion")

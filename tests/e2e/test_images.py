@@ -3,7 +3,6 @@ by `make test-models`."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,8 +72,7 @@ def test_a_vision_tower_with_a_collective_ends_the_server(plugin: Plugin, tmp_pa
     """In SGLang's warm-up, which has an image, since the first forward has none."""
     model = tmp_path / "model"
     vision.make_checkpoint(model, "qwen3_vl_moe", num_experts=8)
-    plugins = plugin("vision_on_cpu", vision.PROCESSOR_PLUGIN), plugin("reducer", REDUCER)
-    environment = {"PYTHONPATH": os.pathsep.join(one["PYTHONPATH"] for one in plugins)}
+    environment = plugin("reducer", REDUCER, plugin("vision_on_cpu", vision.PROCESSOR_PLUGIN))
     server = Server(model, 2, tmp_path / "log", dwdp=(), environment=environment)
     try:
         with pytest.raises(ServerFailed, match="the server ended with exit code"):

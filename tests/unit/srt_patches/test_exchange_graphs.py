@@ -72,7 +72,7 @@ def test_a_joint_prefill_has_a_graph_of_its_own(steps: Steps) -> None:
 def test_some_prefill_buckets_are_captured_twice(
     monkeypatch: pytest.MonkeyPatch, steps: Steps, size: int, drafts: bool, graphs: int
 ) -> None:
-    runtime = SimpleNamespace(in_exchange_step=False, remote_bytes=lambda: 376_000_000)
+    runtime = SimpleNamespace(in_exchange_step=False, copy_bytes=lambda: 376_000_000)
     monkeypatch.setattr(exchange_graphs, "current_runtime", lambda: runtime)
     captured: list[tuple[int, bool]] = []
 
