@@ -11,7 +11,7 @@ from sglang_dwdp.errors import DwdpConfigError
 
 ViewMode = Literal["auto", "direct", "staged"]
 Transport = Literal["auto", "host-shm", "host-path", "cuda-vmm", "cuda-fabric", "cuda-ipc"]
-ExchangeMode = Literal["off", "auto", "all"]
+ExchangeMode = Literal["off", "auto"]
 OnRankLoss = Literal["continue", "exit"]
 
 ENABLE = "enable_dwdp"
@@ -117,10 +117,10 @@ class DwdpConfig:
     )
     exchange: ExchangeMode = _option(
         "off",
-        "Whether ranks may decode together, by sending tokens to the experts instead of reading the experts. auto: "
-        "where all ranks of a group are about to decode, and that is sooner than each alone; tokens are then those of "
-        "another batch size, as in expert parallelism, not bitwise a single rank's. Turns --enable-mixed-chunk on. "
-        "all: short prefills too (validated on the CPU engine alone). off: a rank waits for nobody.",
+        "Whether ranks may run decodes and short prefills together, by sending tokens to the experts instead of "
+        "reading the experts. auto: where that is sooner than each alone; tokens are then those of another batch size, "
+        "as in expert parallelism, not bitwise a single rank's. Turns --enable-mixed-chunk on. off: a rank waits for "
+        "nobody.",
     )
     depth: int = _option(2, "Slots for staged experts, each with room for the remote experts of one MoE layer.")
     transport: Transport = _option(

@@ -58,6 +58,7 @@ class GraphSegment:
         self._runtime.enter_segment(self._positions)
         self._graph.replay()
         self._runtime.leave_segment(self._positions)
+        self._runtime.between_segments()
 
 
 class DwdpRuntime:
@@ -100,6 +101,7 @@ class DwdpRuntime:
         self.in_forward = False
         self.weights = ServedWeights(memory, self._shared, rank, size, self._forget_slots)
         self.in_exchange_step = False  # said by what runs them, before the forward begins
+        self.between_segments: Callable[[], None] = lambda: None  # what else to do while a staged forward is launched
 
     def setup(
         self, layers: Sequence[ExpertLayer], name: str, place: Place | None = None, *, draft_layers: int = 0

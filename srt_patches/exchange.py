@@ -1,6 +1,6 @@
 """Exchange steps (--dwdp-exchange): SGLang's small forwards that a group of ranks runs together.
 
-A rank meets its peers before a decode and, with `all`, before a short prefill. In a joint one, `FusedMoE.forward_impl`
+A rank meets its peers before a decode, and before a short prefill. In a joint one, `FusedMoE.forward_impl`
 sends rows instead of reading experts; on GPUs that is a second CUDA graph of each decode bucket and of some prefill
 buckets, captured beside the first (`exchange_graphs.py`). An idle rank looks for peers that wait where SGLang's
 scheduler would sleep or spin, and computes their rows without a batch of its own. What is shared between these hooks is
@@ -65,8 +65,8 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     layers: list[Any] = runtime.layers()
     rank, size = rank_in_group(), runtime.size
     config = runner.model_config
-    buckets = _prefill_sizes(size, runner.device) if runtime.config.exchange == "all" else ()
-    if runtime.config.exchange == "all" and not buckets:
+    buckets = _prefill_sizes(size, runner.device)
+    if not buckets:
         logger.warning("DWDP: ranks run no prefills together: those need CUDA graphs of 257 to 2,048 tokens.")
     shape = RowShape(max((MAX_DECODE_ROWS, *buckets)), layers[0].fused.hidden_size, layers[0].fused.top_k, config.dtype)
     why = "a group over several hosts has no memory for it" if hosts.is_group_across() else None
@@ -91,7 +91,8 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     }
     meeting = Meeting(page, _UNTIMED, bells, serves=runner.device == "cuda")
     forwards = JointForwards(meeting, inbox, _WAIT_LIMIT_S)
-    _current[:] = [ExchangeSteps(forwards, bells, JointLayers(forwards, joint, shape, runner.device), buckets)]
+    steps = ExchangeSteps(forwards, bells, JointLayers(forwards, joint, shape, runner.device), buckets)
+    _current[:], runtime.between_segments = [steps], steps.between_pieces
     runtime.add_part(forwards.report, forwards.close)
     logger.info(
         "DWDP: decodes of up to %d sequences a rank%s may be exchange steps; rows travel by %s",

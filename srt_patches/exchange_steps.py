@@ -1,7 +1,7 @@
 """Exchange steps of one scheduler: which of its forwards are joint, and its part in joint forwards of others.
 
-A rank that is idle, or that waits for a prefill of its own, helps peers with a small forward: it runs the MoE layers
-alone (`joint_layers.py`).
+A rank that is idle, or that launches a long prefill of its own or waits for it, helps peers with a small forward: it
+runs the MoE layers alone (`joint_layers.py`).
 """
 
 from __future__ import annotations
@@ -44,10 +44,13 @@ class ExchangeSteps:
         self.forwards, self.bells, self.layers = forwards, bells, layers
         self.prefill_buckets = tuple(prefill_buckets)
         self._last_joint: Any = None  # event after the last joint forward
-        self._launch_s = 0.0  # of the last prefill: while it is launched, this rank helps nobody
-        self._launch_start: float | None = None
+        # While a piece of a prefill is launched, this rank helps nobody: seconds of the longest piece of the last one.
+        self._launch_s = 0.0
+        self._longest_s = 0.0  # so far, of the one that is being launched
+        self._piece_start: float | None = None  # None: none is launched
         self._waits: deque[Callable[[], None]] = deque()  # of forwards whose results were not asked for yet
-        self._helps: deque[Callable[[], None]] = deque()  # of joint forwards without own rows that may still run
+        # Of joint forwards without own rows that may still run: what ends them, and an event after each.
+        self._helps: deque[tuple[Callable[[], None], Any]] = deque()
         forwards.until = self._help_until
 
     @property
@@ -88,7 +91,7 @@ class ExchangeSteps:
             self._end_helps(_MAX_HELPS)
             self._run_help()  # with a prefill of peers
         if not is_decode or not bucket:
-            self._launch_start = None if is_decode else time.monotonic()
+            self._piece_start, self._longest_s = None if is_decode else time.monotonic(), 0.0
             self.forwards.go_away(1e6 * self._launch_s)
         return False
 
@@ -99,9 +102,10 @@ class ExchangeSteps:
             done = _event()
             if is_joint:
                 self._last_joint = done
-            if self._launch_start is not None:
-                self._launch_s = time.monotonic() - self._launch_start
-        self._launch_start = None
+            if self._piece_start is not None:
+                self._end_piece()
+                self._launch_s = self._longest_s
+        self._piece_start = None
         self._waits.append(self.forwards.end(done))
 
     def wait(self) -> None:
@@ -127,6 +131,26 @@ class ExchangeSteps:
         self._end_helps(0)
         return False
 
+    def between_pieces(self) -> None:
+        """A piece of a prefill has been launched, and others follow: help peers that wait for this rank.
+
+        Never waits for a GPU, which would keep the next piece from it.
+        """
+        if self._piece_start is not None:
+            self._end_piece()
+        try:
+            while self._helps and (self._helps[0][1] is None or self._helps[0][1].query()):
+                self._end_helps(len(self._helps) - 1)
+            if len(self._helps) <= _MAX_HELPS:
+                self._help()
+        except DwdpRuntimeError as error:
+            self._help_no_more(error)
+
+    def _end_piece(self) -> None:
+        assert self._piece_start is not None
+        now = time.monotonic()
+        self._longest_s, self._piece_start = max(self._longest_s, now - self._piece_start), now
+
     def _help_until(self, done: Any) -> None:
         """Wait for a forward of this rank, and help peers meanwhile. That a peer leaves what it wanted help with makes
         this rank's own forward no worse."""
@@ -136,11 +160,14 @@ class ExchangeSteps:
                     time.sleep(_NAP_S)
             self._end_helps(0)
         except DwdpRuntimeError as error:
-            logger.warning("DWDP: this rank decodes alone from here on: %s", error)
-            while self._helps:  # their kernels wait for the peer until they are told not to
-                with suppress(DwdpRuntimeError):
-                    self._helps.popleft()()
+            self._help_no_more(error)
             done.synchronize()
+
+    def _help_no_more(self, error: DwdpRuntimeError) -> None:
+        logger.warning("DWDP: this rank decodes alone from here on: %s", error)
+        while self._helps:  # their kernels wait for the peer until they are told not to
+            with suppress(DwdpRuntimeError):
+                self._helps.popleft()[0]()
 
     def _help(self) -> bool:
         self._end_helps(_MAX_HELPS)
@@ -157,11 +184,11 @@ class ExchangeSteps:
             self.layers.run_all(self.bucket)
             if beside is not None:
                 self._last_joint = _event()
-        self._helps.append(self.forwards.end(self._last_joint, helping=True))
+        self._helps.append((self.forwards.end(self._last_joint, helping=True), self._last_joint))
 
     def _end_helps(self, left: int) -> None:
         while len(self._helps) > left:
-            self._helps.popleft()()
+            self._helps.popleft()[0]()
 
     def _join(self, rows: int) -> None:
         """The current stream is about to run a joint forward with so many own rows."""

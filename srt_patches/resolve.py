@@ -65,11 +65,6 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
                 "with a server without --enable-dwdp first.",
                 view.speculative_algorithm,
             )
-        if view.device == "cuda" and config.exchange == "all":
-            logger.warning(
-                "DWDP: prefills that ranks run together (--dwdp-exchange all) have been validated on the CPU engine "
-                "alone. Compare some answers, and times, with --dwdp-exchange auto first."
-            )
         if view.device == "cuda":
             check_quantization(model.quantization, moe_backend.quantization_config(model))
         _check_hosts(config, view, group_size)

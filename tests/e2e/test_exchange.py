@@ -24,15 +24,15 @@ ROUNDS = ("joint_rounds", "helped_rounds", "alone_rounds", "withdrawn_rounds")
 HELP_S = 180.0  # on a host that runs other tests as well
 
 
-@pytest.mark.parametrize(("ranks", "mode", "chunk"), [(2, "auto", 128), (3, "all", 600)])
+@pytest.mark.parametrize(("ranks", "chunk"), [(2, 128), (3, 600)])
 def test_ranks_decode_together(
-    running: Running, models: Callable[[Family, int], Path], reference: Reference, ranks: int, mode: str, chunk: int
+    running: Running, models: Callable[[Family, int], Path], reference: Reference, ranks: int, chunk: int
 ) -> None:
     """The tokens are those of one rank: in float32 no two best tokens of these prompts are close."""
     expected = reference("qwen3_moe", 8)
     flags = ("--enable-metrics", "--decode-log-interval", "5", "--chunked-prefill-size", str(chunk))
     flags += ("--max-running-requests", str(6 * ranks))
-    options: dict[str, Any] = {"dwdp": ("--dwdp-exchange", mode), "flags": flags}
+    options: dict[str, Any] = {"dwdp": ("--dwdp-exchange", "auto"), "flags": flags}
     options["environment"] = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"}
     with running(models("qwen3_moe", 8), ranks, **options) as server:
 
@@ -63,7 +63,7 @@ def test_ranks_decode_together(
                 break
             assert time.monotonic() < deadline, f"idle ranks helped with few steps: {first}"
             time.sleep(0.7)
-        check_short_prefills(server, joint=mode == "all")
+        check_short_prefills(server)
         check_metrics(server)
         check_under_pressure(server, expected)
         assert not any(report["joint_rounds_ended"] for report in server.reports())
@@ -71,21 +71,15 @@ def test_ranks_decode_together(
             check_survivors(server, expected)
 
 
-def check_short_prefills(server: Server, *, joint: bool) -> None:
-    """A short prompt is run with the help of idle ranks, or alone. A forward that ends with its first token is no
-    decode."""
-    if not joint:
-        before = server.reports()[0]
-        server.generate(PROMPTS[12], 1, 0)
-        assert server.reports()[0]["joint_rounds"] == before["joint_rounds"]
-        return
+def check_short_prefills(server: Server) -> None:
+    """A short prompt is run with the help of idle ranks. A forward that ends with its first token is no decode."""
     deadline, after = time.monotonic() + HELP_S, server.reports()[0]
     while time.monotonic() < deadline:
         before = after
         server.generate(f"{before['forward_tokens']} {PROMPTS[12]}", 1, 0)
         after = server.reports()[0]
         if after["exchanged_rows"] > before["exchanged_rows"] + 100:
-            assert after["joint_rounds"] == before["joint_rounds"] + 1
+            assert after["joint_rounds"] > before["joint_rounds"]
             return
         time.sleep(0.7)
     raise AssertionError("no short prefill was joint")

@@ -59,7 +59,7 @@ def test_answers_are_those_of_running_alone(tmp_path: Path, name: str, joint: bo
         "mem_fraction_static": 0.25,
     }
     found: dict[str, Any] = {}
-    kinds: dict[str, dict[str, Any]] = {mode: {"enable_dwdp": True, "dwdp_exchange": mode} for mode in ("off", "all")}
+    kinds: dict[str, dict[str, Any]] = {mode: {"enable_dwdp": True, "dwdp_exchange": mode} for mode in ("off", "auto")}
     if joint:
         kinds["ep"] = {"dp_size": SIZE, "enable_dp_attention": True, "ep_size": SIZE}
     engines = {
@@ -70,19 +70,19 @@ def test_answers_are_those_of_running_alone(tmp_path: Path, name: str, joint: bo
         with closing(engine):
             engine.wait_ready(READY_S)
             found[mode] = engine.ask(Request("answers", dict.fromkeys(range(SIZE), prompts()), NEW_TOKENS))
-            if mode == "all":
+            if mode == "auto":
                 before = [state["dwdp"] for state in engine.ask(REPORT)]
                 engine.ask(Request("answers", {0: [[11] * (PREFILL - 12)]}, 1))  # the other rank is idle
                 reports = [state["dwdp"] for state in engine.ask(REPORT)]
     if not joint:
-        assert "ranks decode alone" in engines["all"].log.read_text(errors="replace")
-        assert found["all"] == found["off"]
+        assert "ranks decode alone" in engines["auto"].log.read_text(errors="replace")
+        assert found["auto"] == found["off"]
         return
     assert all(report["joint_rounds"] > 0 and not report["joint_rounds_ended"] for report in reports)
     assert reports[0]["exchanged_rows"] == before[0]["exchanged_rows"] + PREFILL - 12
     assert reports[1]["helped_rounds"] == before[1]["helped_rounds"] + 1
     for rank in range(SIZE):
-        distance, usual = (Distance(found[name][rank], found["off"][rank]) for name in ("all", "ep"))
+        distance, usual = (Distance(found[name][rank], found["off"][rank]) for name in ("auto", "ep"))
         assert distance.tokens > usual.tokens / 1.5, (distance, usual)
         assert distance.rms < 1.5 * usual.rms, (distance, usual)
         assert distance.gap < 2 * max(distance.largest, usual.largest), (distance, usual)

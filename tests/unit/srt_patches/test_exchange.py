@@ -12,6 +12,7 @@ import torch
 from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.exchange.inbox import RowShape
 from sglang_dwdp.experts.placement import balanced
+from sglang_dwdp.srt_patches import exchange_steps as exchange_steps_module
 from sglang_dwdp.srt_patches.exchange import why_alone
 from sglang_dwdp.srt_patches.exchange_steps import ExchangeSteps
 from sglang_dwdp.srt_patches.joint_layers import JointLayers
@@ -70,6 +71,7 @@ class Forwards:
         self.bucket: int | None = None
         self.until: Callable[[Any], None] = lambda done: None
         self.running = self.most = self.helped = self.away = 0
+        self.away_us = 0.0
 
     def query(self) -> bool:
         self.looks -= 1
@@ -85,6 +87,7 @@ class Forwards:
 
     def go_away(self, away_us: float) -> None:
         self.away += 1
+        self.away_us = away_us
 
     def end(self, done: Any, *, helping: bool) -> Callable[[], None]:
         assert helping
@@ -129,6 +132,44 @@ def test_peers_are_helped_for_as_long_as_an_own_forward_runs(rounds: int, looks:
     assert forwards.helped == helped
     assert forwards.most == min(helped, 2)  # no further ahead of the GPU than the peers
     assert forwards.running == 0
+
+
+def test_peers_are_helped_between_pieces_of_a_prefill_that_is_launched() -> None:
+    forwards = Forwards(rounds=2, looks=0)
+    steps = exchange_steps(forwards)
+    assert not steps.begin(4096, is_decode=False)
+    for _ in range(4):
+        steps.between_pieces()
+    assert forwards.helped == 2
+    assert forwards.running == 0
+
+
+def test_between_pieces_no_help_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two forwards of peers still run on the GPU, so a third has to wait."""
+    forwards = Forwards(rounds=3, looks=0)
+    steps = exchange_steps(forwards)
+    steps._last_joint = SimpleNamespace(query=lambda: False)
+    monkeypatch.setattr(steps, "_join", lambda rows: None)
+    for _ in range(4):
+        steps.between_pieces()
+    assert (forwards.helped, forwards.running) == (2, 2)
+
+
+def test_peers_wait_for_a_prefill_no_longer_than_for_its_longest_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([1.0, 1.001, 1.004, 1.005, 9.0])
+    monkeypatch.setattr(exchange_steps_module.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(exchange_steps_module, "_event", lambda: SimpleNamespace())
+    forwards = Forwards(rounds=0, looks=0)
+    forwards.end = lambda done: lambda: None  # type: ignore[assignment,method-assign,misc]
+    steps = exchange_steps(forwards)
+    steps.layers.beside = object()
+    for expected in (0.0, 3000.0):
+        steps.begin(4096, is_decode=False)
+        assert forwards.away_us == pytest.approx(expected)
+        if expected == 0:
+            steps.between_pieces()
+            steps.between_pieces()
+            steps.end(is_joint=False)
 
 
 def test_an_idle_rank_waits_for_its_help_once_nobody_wants_more() -> None:
