@@ -10,9 +10,8 @@ once), prefill:TOKENS:PERCENT (lengths vary by so much), decode:SEQUENCES (of a 
 sequence's first token and the first sequence's last), decode:SEQUENCES:RANKS (only so many ranks have sequences).
 
 Engines are started --at-a-time, and take turns: for each case, for each repeat, every engine runs it while the others
-wait. Whatever is finished is in OUT/results.json at once, and each engine's log beside it. With one GPU the ranks share
-it, and with --device cpu engines are SGLang's CPU engine: such runs prove that the code works, and their figures say
-nothing about several GPUs.
+wait. Whatever is finished is in OUT/results.json at once, and each engine's log beside it. With one GPU, which
+ranks share, and on the CPU engine (--device cpu), runs prove that the code works: they say nothing about several GPUs.
 
 --tokens sends 64 prompts of 1 to 16,384 tokens to every rank and says how many answers are bitwise those of `replicas`;
 weights are then a random checkpoint, made once (without it SGLang draws them).
