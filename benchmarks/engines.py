@@ -2,16 +2,16 @@
 
 Variants: dwdp, dwdp-mixed (mixed chunks), dwdp-exchange, in-tree (SGLang's --dwdp-size), dep (attention data
 parallelism with expert parallelism), dep-gatherv (with SGLANG_DP_USE_GATHERV=1), replicas, tp. NAME=KIND is a variant
-of that kind with options of its own: --variants dep staged=dwdp --set staged dwdp_view=staged.
+of that kind with options of its own: --variants dep int4=dwdp --set int4 model_path=benchmarks/models/int4 (int4 and
+nvfp4 have quantized experts, mtp a draft layer; they are config.json alone, and SGLang draws the weights).
 
 Cases: prefill:TOKENS (one prompt in each forward; the rate is that of --prompts-per-rank prompts on every rank, sent at
 once), prefill:TOKENS:PERCENT (lengths vary by so much), decode:SEQUENCES (of a rank; the rate is that between the last
 sequence's first token and the first sequence's last), decode:SEQUENCES:RANKS (only so many ranks have sequences).
 
 Engines are started --at-a-time, and take turns: for each case, for each repeat, every engine runs it while the others
-wait. Whatever is finished is in OUT/results.json at once, and each engine's log beside it. With one GPU the ranks share
-it, and with --device cpu engines are SGLang's CPU engine: such runs prove that the code works, and their figures say
-nothing about several GPUs.
+wait. Whatever is finished is in OUT/results.json at once, and each engine's log beside it. With one GPU, which
+ranks share, and on the CPU engine (--device cpu), runs prove that the code works: they say nothing about several GPUs.
 
 --tokens sends 64 prompts of 1 to 16,384 tokens to every rank and says how many answers are bitwise those of `replicas`;
 weights are then a random checkpoint, made once (without it SGLang draws them).
