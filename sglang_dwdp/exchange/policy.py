@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from sglang_dwdp.exchange.round import MAX_DECODE_ROWS, Phase, Round
 
-PATIENCE = 16  # so waits in vain cost at most 1/16 of the time
+PATIENCE = 4  # so waits in vain cost at most a quarter of the time
 
 _PREFILL_ROWS = (512, 1024, 2048)  # larger prefills are faster by copies
 _MOST_RECEIVED = 8192  # rows in a layer, which take as much memory as those of SGLang's usual chunk

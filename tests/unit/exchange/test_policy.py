@@ -73,7 +73,7 @@ def test_overdue_peers_are_not_waited_for_again_at_once() -> None:
 
 def test_only_those_who_were_missing_and_overdue_lose_trust() -> None:
     state = Round.start(4).publish(1, 50).publish(2, 500).enter(3, 1)
-    assert after_waiting(state, 0, 100, 100, (1, 2, 3, 4)) == (1, 1700, 3, 4)
+    assert after_waiting(state, 0, 100, 100, (1, 2, 3, 4)) == (1, 100 + 100 * PATIENCE, 3, 4)
 
 
 @given(
