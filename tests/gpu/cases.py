@@ -193,7 +193,7 @@ ALL = (
     Case("qwen3_moe", "nvfp4", "auto", "NVFP4 experts with marlin", ranks=(3,)),
     Case("gpt_oss", "mxfp4", "marlin", "MXFP4 experts with marlin", GPT_OSS, ranks=(3,)),
 )
-# Not passed yet, so their models are not called validated: mostly layers with a state, or, Step-3.5's, with windows.
+# Cases that have not passed yet, whose models are not called validated. Once one has, it belongs to `ALL`.
 CANDIDATES = (
     Case("step3p5", "bf16", "triton", "bf16 experts with triton", ranks=(2,), options=STEP),
     Case(
