@@ -192,13 +192,13 @@ def test_nemotron_h_has_layers_of_three_kinds(tmp_path: Path) -> None:
         assert f"backbone.layers.{layer}.mixer.{name}" in tensors
 
 
-def test_step_has_all_experts_in_one_tensor_and_more_heads_with_windows(tmp_path: Path) -> None:
+def test_step_has_all_experts_in_one_tensor_and_other_heads_with_windows(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "step3p5", num_experts=9, num_layers=2)
     tensors, shape = _tensors(tmp_path), Shape()
     layer = "model.layers.1."
     assert tensors[layer + "moe.up_proj.weight"].shape == (9, shape.moe_intermediate_size, shape.hidden_size)
     heads = [len(tensors[f"model.layers.{number}.self_attn.g_proj.weight"]) for number in range(2)]
-    assert heads == [shape.num_heads, shape.num_heads * 3 // 2]
+    assert heads == [shape.num_heads, shape.num_heads // 2]
 
 
 @pytest.mark.parametrize(("num_experts", "groups"), [(8, 4), (9, 3), (10, 2), (11, 1), (2, 1)])
