@@ -43,7 +43,7 @@ GAINS: Mapping[str, float] = {
     "down_proj.weight": 2.0,
     "": 1.5,
 }
-_EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
+_EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight", "backbone.embeddings.weight")
 
 
 @dataclass(frozen=True)
@@ -129,15 +129,15 @@ def random_weights(
 ) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, by the name that it has in released ones.
 
-    A matrix has the standard deviation gain/sqrt(inputs), a norm is scattered around its gain, and embeddings and
-    biases have the standard deviation `gain`.
-
     Args:
         config: of the model, as in config.json; its `model_type` must be known to transformers.
         gains: scales of the weights, by the end of their names.
         seed: of the random numbers.
         dtype: of the tensors.
         auto_class: transformers' name of the class that knows the model.
+
+    Returns:
+        Tensors as of `random_tensors`.
     """
     import transformers
     from transformers.core_model_loading import revert_weight_conversion
@@ -147,10 +147,27 @@ def random_weights(
         model = getattr(transformers, auto_class).from_config(known)
     # transformers keeps all experts of a layer in one tensor, and released checkpoints mostly do not.
     empty = revert_weight_conversion(model, model.state_dict())
+    return random_tensors({name: tuple(tensor.shape) for name, tensor in empty.items()}, gains, seed, dtype)
+
+
+def random_tensors(
+    sizes: Mapping[str, tuple[int, ...]], gains: Mapping[str, float], seed: int, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Random tensors of a checkpoint.
+
+    A matrix has the standard deviation gain/sqrt(inputs), a norm is scattered around its gain, and embeddings and
+    biases have the standard deviation `gain`.
+
+    Args:
+        sizes: of the tensors, by name.
+        gains: scales of the weights, by the end of their names.
+        seed: of the random numbers.
+        dtype: of the tensors.
+    """
 
     def draw(name: str) -> torch.Tensor:
         gain = next(gain for end, gain in gains.items() if name.endswith(end))
-        size = empty[name].shape
+        size = sizes[name]
         noise = torch.randn(size, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode())))
         # Some models number their norms.
         if name.endswith("norm.weight") or (name.endswith("weight") and len(size) == 1):
@@ -160,7 +177,7 @@ def random_weights(
         return (noise * (gain / math.sqrt(inputs))).to(torch.float32 if is_float32 else dtype)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # one tensor's numbers are drawn by one core
-        return dict(zip(empty, pool.map(draw, empty), strict=True))
+        return dict(zip(sizes, pool.map(draw, sizes), strict=True))
 
 
 def write_checkpoint(directory: Path, config: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> None:

@@ -52,12 +52,16 @@ MODEL_MODULES = frozenset(
         "minimax_m2",
         "mixtral",
         "mllama4",
+        "nemotron_h",
         "olmoe",
         "phimoe",
         "qwen2_moe",
+        "qwen3_5_text",
         "qwen3_moe",
+        "qwen3_next",
         "qwen3_vl_moe",
         "sarvam_moe",
+        "step3p5",
     )
 )
 # Below the range from which the system hands out ports by itself. Tests that run beside each other divide it.

@@ -106,8 +106,6 @@ UNVALIDATED = frozenset(
         "KimiK25ForConditionalGeneration",
         "KimiLinearForCausalLM",
         "KimiVLForConditionalGeneration",
-        "LLaDA2MoeModelLM",
-        "Llama4ForCausalLM",
         "MiMoV2ForCausalLM",
         "MiniCPMV4_6ForConditionalGeneration",
         "MiniCPMV4_7ForConditionalGeneration",
@@ -125,7 +123,6 @@ UNVALIDATED = frozenset(
         "Qwen3_5MoeForCausalLM",
         "Qwen3_5MoeForConditionalGeneration",
         "Qwen4ExpForConditionalGeneration",
-        "SDARMoeForCausalLM",
         "SarvamMLAForCausalLM",
         "Step3VLForConditionalGeneration",
         "Step3p5ForCausalLM",
@@ -169,6 +166,13 @@ _SPLIT_HEADS = "SGLang divides its attention heads among all ranks, so a rank wo
 _SAME_NUMBER = "its layers have two sets of experts under one number, by which DWDP tells layers apart"
 _STATE = "SGLang divides the state of its attention by all ranks, while each rank has all heads"
 _DENSE_SPLIT = "SGLang's code for it rejects dense layers that each rank runs alone"
+_NO_LOADER = (
+    "SGLang's code for it loads no experts from a checkpoint; it serves Llama 4 without images as "
+    "Llama4ForConditionalGeneration"
+)
+_DENOISED = (
+    "SGLang runs as many forwards a step as a rank's masked tokens need, for which it has no attention data parallelism"
+)
 _GENERIC = "SGLang's generic code for models of transformers shards every layer over all ranks"
 UNSUPPORTED: Mapping[str, str] = {
     **dict.fromkeys(
@@ -199,6 +203,8 @@ UNSUPPORTED: Mapping[str, str] = {
     "Ernie4_5_VLMoeForConditionalGeneration": _SAME_NUMBER,
     "ZayaForCausalLM": _STATE,
     "BeamForCausalLM": _DENSE_SPLIT,
+    "Llama4ForCausalLM": _NO_LOADER,
+    **dict.fromkeys(("LLaDA2MoeModelLM", "SDARMoeForCausalLM"), _DENOISED),
     **dict.fromkeys(
         (
             f"Transformers{modal}{moe}{task}"

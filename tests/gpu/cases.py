@@ -29,6 +29,11 @@ K2 = {**R1, "num_experts": 384}
 # Like gpt-oss's own sizes, these are no multiples of 128, so experts are padded after loading.
 GPT_OSS = {**BASE, "hidden_size": 576, "moe_intermediate_size": 320, "head_dim": 64}
 
+# Heads as released. SGLang would take most of a GPU's memory for states, on each rank; this is divided by the ranks.
+STATES = {"max_mamba_cache_size": 192}
+GRANITE_4 = {**BASE, "num_heads": 4, "states": 1}
+QWEN3_NEXT = {**BASE, "num_heads": 4, "head_dim": 256}
+
 # The bits of a sum of atomics differ from call to call, and tactics would be chosen by timing.
 FIXED = {"disable_flashinfer_autotune": True}
 NO_ATOMICS = {"SGLANG_FLASHINFER_MOE_FUSED_FINALIZE": "0"}  # Marlin's, which have no variable: see `test_models`
@@ -45,6 +50,7 @@ class Case:
     kernels: the format of FlashInfer's kernels that it needs (`kernels/build.py`).
     logged: what a rank's log says of its layers.
     share_all: on 3 ranks scales and biases are shared like weights, however small they are.
+    tuned: kernels of its layers are chosen by timing, which the tests turn off.
     variation: a word for `dwdp`, which are options of the engines with DWDP only.
     drafts: a word for how the model is drafted for, in `options`.
     head: the draft model, where it is one of its own.
@@ -60,6 +66,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     share_all: bool = False
+    tuned: bool = False
     variation: str = ""
     drafts: str = ""
     head: Literal["", "eagle", "eagle3"] = ""
@@ -184,6 +191,34 @@ ALL = (
     Case("qwen3_moe", "nvfp4", "auto", "NVFP4 experts with marlin", ranks=(3,)),
     Case("gpt_oss", "mxfp4", "marlin", "MXFP4 experts with marlin", GPT_OSS, ranks=(3,)),
 )
+# Cases that have not passed yet, whose models are not called validated. Once one has, it belongs to `ALL`.
+CANDIDATES = (
+    Case("step3p5", "bf16", "triton", "bf16 experts with triton", ranks=(2,), options={"trust_remote_code": True}),
+    Case(
+        "granitemoehybrid",
+        "bf16",
+        "triton",
+        "bf16 experts with triton",
+        GRANITE_4,
+        ranks=(2,),
+        options=STATES,
+        tuned=True,
+    ),
+    Case("nemotron_h", "bf16", "triton", "bf16 experts with triton", ranks=(2,), options=STATES, tuned=True),
+    Case(
+        "qwen3_next", "bf16", "triton", "bf16 experts with triton", QWEN3_NEXT, ranks=(2, 3), options=STATES, tuned=True
+    ),
+    Case(
+        "qwen3_5_moe_text",
+        "bf16",
+        "triton",
+        "bf16 experts with triton",
+        QWEN3_NEXT,
+        ranks=(2,),
+        options=STATES,
+        tuned=True,
+    ),
+)
 _MXFP4 = next(case for case in ALL if case.backend == "flashinfer_mxfp4")
 # Options of DWDP's, each on 2 ranks.
 VARIATIONS = (
@@ -232,7 +267,7 @@ DRAFTS = (
     _EAGLE,
     replace(_EAGLE, options={"speculative_algorithm": "EAGLE3", **_CHAIN}, drafts="eagle3", head="eagle3"),
 )
-BY_NAME = {case.name: case for case in ALL + VARIATIONS + DRAFTS}
+BY_NAME = {case.name: case for case in ALL + CANDIDATES + VARIATIONS + DRAFTS}
 # Models whose shared experts SGLang fuses into the routed ones by itself, which DWDP turns off. With each, two models
 # that differ in their MoE kernels alone, and so in how sums are rounded.
 FUSED = {

@@ -36,7 +36,7 @@ from benchmarks.processes import RunError
 from benchmarks.variants import QUIET
 from sglang_dwdp.demo.server import fewer_models
 from tests.fixtures.families import make_checkpoint, make_head
-from tests.gpu.cases import ALL, BY_NAME, FUSED, LENGTHS, NEW_TOKENS, OPTIONS, VARIATIONS, Case, prompts
+from tests.gpu.cases import ALL, BY_NAME, CANDIDATES, FUSED, LENGTHS, NEW_TOKENS, OPTIONS, VARIATIONS, Case, prompts
 
 RESUME = os.environ.get("DWDP_ENGINES_RESUME") == "1"
 pytestmark = [pytest.mark.models] if RESUME else [pytest.mark.gpu(3), pytest.mark.models]
@@ -90,6 +90,15 @@ def register():
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register("sglang.srt.runtime_context.publish", install, HookType.AFTER)
+"""
+# Triton times the configurations that a kernel may have and keeps the fastest; they add up in different orders.
+FIRST_CONFIGURATION_PLUGIN = """
+def register():
+    from triton.runtime.autotuner import Autotuner
+
+    original = Autotuner.prune_configs
+    Autotuner.prune_configs = lambda *args, **kwargs: list(original(*args, **kwargs))[:1]
+    print("Triton takes a kernel's first configuration", flush=True)
 """
 
 
@@ -167,6 +176,8 @@ class Engines:
         environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         if case.runs[1] == "marlin":
             environment |= plugin_environment(own, "no_atomics", NO_ATOMICS_PLUGIN, environment)
+        if case.tuned:
+            environment |= plugin_environment(own, "first_configuration", FIRST_CONFIGURATION_PLUGIN, environment)
         if ranks > 1:
             environment |= one_gpu_environment(own, environment)
             if case.share_all and ranks == 3:
@@ -274,7 +285,7 @@ def skip_without_kernels(case: Case) -> None:
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize(("name", "ranks"), [(case.name, ranks) for case in ALL for ranks in case.ranks])
+@pytest.mark.parametrize(("name", "ranks"), [(case.name, ranks) for case in ALL + CANDIDATES for ranks in case.ranks])
 def test_parity(engines: Engines, name: str, ranks: int) -> None:
     case = BY_NAME[name]
     skip_without_kernels(case)
@@ -296,6 +307,9 @@ def test_parity(engines: Engines, name: str, ranks: int) -> None:
     if case.runs[1] == "marlin":
         assert "Marlin adds up in a fixed order" in resident["log"]
         assert "Marlin adds up in a fixed order" in result["log"]
+    if case.tuned:
+        assert "Triton takes a kernel's first configuration" in resident["log"]
+        assert "Triton takes a kernel's first configuration" in result["log"]
     assert_decodes_by_graphs(result["log"], ranks)
 
 

@@ -41,6 +41,8 @@ NAMED_OTHERWISE = (
     "hy_v3",
     "granitemoe_swa",
     "granitemoehybrid",
+    "nemotron_h",
+    "step3p5",
 )
 NAMED_ALIKE = [family for family in FAMILIES if family not in NAMED_OTHERWISE]
 
@@ -165,11 +167,38 @@ def test_gpt_oss_has_all_experts_in_one_tensor(tmp_path: Path) -> None:
         ("laguna", "self_attn.g_proj.weight"),
         ("bailing_moe_v2", "attention.query_key_value.bias"),
         ("sarvam_moe", "mlp.gate.expert_bias"),
+        ("qwen3_next", "linear_attn.in_proj_ba.weight"),
+        ("qwen3_5_moe_text", "linear_attn.in_proj_a.weight"),
+        ("step3p5", "self_attn.g_proj.weight"),
     ],
 )
 def test_what_a_family_is_known_for(family: Family, name: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path, family, num_layers=2)
     assert f"model.layers.1.{name}" in _tensors(tmp_path)
+
+
+def test_granite_4_with_states(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "granitemoehybrid", states=1)
+    tensors = _tensors(tmp_path)
+    for layer, name in enumerate(("mamba.A_log", "mamba.A_log", "mamba.A_log", "self_attn.q_proj.weight")):
+        assert f"model.layers.{layer}.{name}" in tensors
+
+
+def test_nemotron_h_has_layers_of_three_kinds(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "nemotron_h", num_experts=9, num_layers=3)
+    tensors = _tensors(tmp_path)
+    names = {0: "A_log", 1: "experts.8.up_proj.weight", 2: "A_log", 4: "q_proj.weight", 5: "gate.weight"}
+    for layer, name in names.items():
+        assert f"backbone.layers.{layer}.mixer.{name}" in tensors
+
+
+def test_step_has_all_experts_in_one_tensor_and_other_heads_with_windows(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "step3p5", num_experts=9, num_layers=2)
+    tensors, shape = _tensors(tmp_path), Shape()
+    layer = "model.layers.1."
+    assert tensors[layer + "moe.up_proj.weight"].shape == (9, shape.moe_intermediate_size, shape.hidden_size)
+    heads = [len(tensors[f"model.layers.{number}.self_attn.g_proj.weight"]) for number in range(2)]
+    assert heads == [shape.num_heads, shape.num_heads // 2]
 
 
 @pytest.mark.parametrize(("num_experts", "groups"), [(8, 4), (9, 3), (10, 2), (11, 1), (2, 1)])
