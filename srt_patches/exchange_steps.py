@@ -84,7 +84,7 @@ class ExchangeSteps:
         """
         self.layers.log_capture()
         bucket = self.bucket_of(rows, is_decode=is_decode)
-        while bucket and (joint := self.forwards.begin(bucket)):
+        while bucket and (joint := self.forwards.begin(bucket, None if is_decode else rows)):
             if joint.buckets[self.forwards.rank]:
                 self._join(rows)
                 return True

@@ -41,7 +41,7 @@ class JointForwards:
         self._limit_s = limit_s
         self._alone: Any = None  # event after the last own forward, if that was not joint
 
-    def begin(self, bucket: int) -> Joint | None:
+    def begin(self, bucket: int, rows: int | None = None) -> Joint | None:
         """A forward is about to run.
 
         A small one first waits until the GPU has run the one before, unless that was joint too: the host is ahead of
@@ -50,6 +50,7 @@ class JointForwards:
         Args:
             bucket: Its rows, as the CUDA graph takes them. 0 to look whether peers wait, in a rank that is idle or
                 waits for a forward of its own.
+            rows: As in `StepTimes.alone_us`.
 
         Returns:
             The joint round to run; None: run alone, or go on waiting. If this rank has no rows in the round, though
@@ -59,9 +60,9 @@ class JointForwards:
             DwdpRuntimeError: A peer is stopped while it holds the page.
         """
         if bucket:
-            if self._alone is not None and self._meeting.times.may_save(bucket):
+            if self._alone is not None and self._meeting.times.may_save(bucket, rows):
                 self.until(self._alone)
-            joint = self._meeting.meet(bucket)
+            joint = self._meeting.meet(bucket, rows)
         else:
             joint = self._meeting.help()
         self.bucket = joint.bucket if joint else None

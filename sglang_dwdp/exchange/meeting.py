@@ -84,8 +84,12 @@ class Meeting:
         self._wanted = False  # peers waited when this rank, idle, looked last
         self._closed = False
 
-    def meet(self, bucket: int) -> Joint | None:
+    def meet(self, bucket: int, rows: int | None = None) -> Joint | None:
         """A forward of `bucket` rows is about to run.
+
+        Args:
+            bucket: Of the joint forward, if no peer has more.
+            rows: As in `StepTimes.alone_us`.
 
         Returns:
             The joint round that it is part of: run `bucket` of it, with all peers. This rank's own may be 0 in it:
@@ -97,12 +101,12 @@ class Meeting:
         if self.ended:
             self.counters.alone_rounds += 1
             return None
-        rank = self.page.rank
+        rank, alone_us = self.page.rank, self.times.alone_us(bucket, rows)
         start = self._clock_us()
         state, waited_us = self._meet(
             bucket,
-            lambda state: deadline_us(state, rank, bucket, start, self.times, self._patient_from_us),
-            0 if self._serves else self.times.alone_us(bucket),
+            lambda state: deadline_us(state, rank, bucket, start, self.times, self._patient_from_us, rows),
+            0 if self._serves else alone_us,
         )
         joint = state.joint_of(rank)
         self.counters.round_wait_us += waited_us
@@ -111,7 +115,7 @@ class Meeting:
             self._patient_from_us = (0,) * self.page.size  # all came
         elif waited_us:
             self.counters.withdrawn_rounds += 1
-            in_vain_us = min(waited_us, int(self.times.alone_us(bucket)))  # no limit is longer
+            in_vain_us = min(waited_us, int(alone_us))  # no limit is longer
             self._patient_from_us = after_waiting(state, rank, start + waited_us, in_vain_us, self._patient_from_us)
         else:
             self.counters.alone_rounds += 1

@@ -71,38 +71,52 @@ class StepTimes:
     alone: Points
     joint: Points
 
-    def alone_us(self, rows: int) -> float:
-        """Microseconds of a forward of `rows` rows alone."""
-        return interpolate(self.alone, rows)
+    def alone_us(self, bucket: int, rows: int | None = None) -> float:
+        """Microseconds of a forward alone.
+
+        Args:
+            bucket: Rows of its graph.
+            rows: That are a request's, if that forward is no graph of this bucket: a prefill of few tokens reads the
+                experts that they chose in place, as a decode does.
+        """
+        alone = interpolate(self.alone, bucket)
+        return alone if rows is None else min(alone, interpolate(self.alone, rows))
 
     def joint_us(self, bucket: int) -> float:
         """Microseconds of a joint forward whose largest bucket is `bucket`."""
         return interpolate(self.joint, bucket)
 
-    def may_save(self, bucket: int) -> bool:
-        """Whether a forward of `bucket` rows is sooner done jointly than alone, if peers have no more rows."""
-        return self.alone_us(bucket) > self.joint_us(bucket)
+    def may_save(self, bucket: int, rows: int | None = None) -> bool:
+        """Whether a forward (see `alone_us`) is sooner done jointly than alone, if peers have no more rows."""
+        return self.alone_us(bucket, rows) > self.joint_us(bucket)
 
 
 def deadline_us(
-    state: Round, rank: int, bucket: int, start_us: int, times: StepTimes, patient_from_us: Sequence[int]
+    state: Round,
+    rank: int,
+    bucket: int,
+    start_us: int,
+    times: StepTimes,
+    patient_from_us: Sequence[int],
+    rows: int | None = None,
 ) -> int:
     """Until when a rank that is there since `start_us` should wait for its peers.
 
     Args:
         state: The round as it is now, with or without this rank in it.
         rank: This rank.
-        bucket: Rows that it has.
+        bucket: That it came with.
         start_us: When it came.
         times: How long forwards take.
         patient_from_us: For each rank, before which time it is not waited for if it is overdue.
+        rows: As in `StepTimes.alone_us`.
 
     Returns:
         Microseconds of the clock of `start_us`; `start_us` itself if it should not wait.
     """
     peers = [(peer, seat) for peer, seat in enumerate(state.seats) if peer != rank]
     largest = max(bucket, *(seat.bucket for _, seat in peers if seat.phase is Phase.ENTERED), 0)
-    saving = times.alone_us(bucket) - times.joint_us(largest)
+    saving = times.alone_us(bucket, rows) - times.joint_us(largest)
     missing = [(peer, seat.back_us) for peer, seat in peers if seat.phase is not Phase.ENTERED]
     if saving <= 0 or any(back - start_us >= saving for _, back in missing):
         return start_us

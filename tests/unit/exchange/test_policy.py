@@ -62,6 +62,17 @@ def test_larger_buckets_of_peers_make_waiting_worth_less() -> None:
     assert deadline_us(Round.start(2), 0, 1, 5, TIMES, NEW) == 5  # one row alone is sooner than together
 
 
+def test_a_prefill_of_few_tokens_is_worth_no_wait() -> None:
+    """Alone it takes as long as a decode of as many rows, whatever the joint graph holds."""
+    times = StepTimes(((1, 900.0), (64, 28_000.0), (512, 19_300.0)), ((512, 4_000.0),))
+    waits = {rows: deadline_us(Round.start(2), 0, 512, 0, times, NEW, rows) for rows in (1, 16, 64, 500)}
+    assert waits[1] == 0
+    assert 0 < waits[16] < 4_000
+    assert waits[64] == waits[500] == 19_300 - 4_000
+    assert not times.may_save(512, 1)
+    assert times.may_save(512, 64)
+
+
 def test_overdue_peers_are_not_waited_for_again_at_once() -> None:
     overdue, awaited = Round.start(2), Round.start(2).publish(1, 3_000)
     patient = after_waiting(overdue, 0, 100, 100, NEW[:2])

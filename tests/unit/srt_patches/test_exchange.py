@@ -77,7 +77,7 @@ class Forwards:
         self.looks -= 1
         return self.looks < 0
 
-    def begin(self, bucket: int) -> object | None:
+    def begin(self, bucket: int, rows: int | None = None) -> object | None:
         assert bucket == 0
         if self.rounds == 0:
             return None
@@ -111,8 +111,9 @@ class Rounds(Forwards):
         super().__init__(rounds=0, looks=0)
         self.coming, self.began = list(rounds), list[int]()
 
-    def begin(self, bucket: int) -> Any:
+    def begin(self, bucket: int, rows: int | None = None) -> Any:
         self.began.append(bucket)
+        self.rows = rows
         buckets = self.coming.pop(0)
         self.bucket = max(buckets) if buckets else None
         return SimpleNamespace(buckets=buckets) if buckets else None
@@ -201,6 +202,7 @@ def test_a_rank_that_decodes_helps_prefills_and_comes_again() -> None:
     forwards = Rounds((0, 1024), (0, 512), (4, 8))
     assert exchange_steps(forwards).begin(4, is_decode=True)
     assert forwards.began == [4, 4, 4]
+    assert forwards.rows is None
     assert forwards.helped == 2
     forwards = Rounds((0, 1024), None)
     assert not exchange_steps(forwards).begin(4, is_decode=True)
@@ -211,6 +213,7 @@ def test_a_short_prefill_takes_the_next_bucket() -> None:
     forwards = Rounds((512, 4), (1024, 0), None)
     steps = exchange_steps(forwards)
     assert steps.begin(5, is_decode=False)
+    assert forwards.rows == 5
     assert steps.begin(513, is_decode=False)
     assert forwards.away == 0
     assert not steps.begin(600, is_decode=False)
