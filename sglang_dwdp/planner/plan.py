@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from sglang_dwdp.exchange.policy import prefill_buckets
 from sglang_dwdp.planner.checks import PlannerError
 from sglang_dwdp.planner.cost import Estimate, Group, dwdp, in_tree_group, replica
 from sglang_dwdp.planner.decode import SEQUENCES, Step, decode_step
@@ -38,10 +39,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Point:
-    """All schemes at one token count per rank; ``replica`` is None where it does not fit."""
+    """All schemes at one token count per rank.
+
+    Attributes:
+        tokens: per rank.
+        dwdp: every rank alone.
+        together: with `--dwdp-exchange auto`, all ranks at once; None for prefills that are never joint.
+        dep: attention data parallelism with expert parallelism.
+        in_tree: SGLang's `--dwdp-size`.
+        replica: None where it does not fit.
+    """
 
     tokens: int
     dwdp: Estimate
+    together: Estimate | None
     dep: Estimate
     in_tree: Estimate
     replica: Estimate | None
@@ -63,9 +74,11 @@ def evaluate(case: Case, group: Group, tokens: int) -> Point:
     rounds = typical_rounds(case.lengths, tokens, True, max(1, group.size), model.window, 64)
     batch = mean_batch(rounds)
     single = memory(model, gpu, precision, "replica", group, tokens)
+    is_joint = tokens <= max(prefill_buckets(SWEEP, group.size), default=0)
     return Point(
         tokens=tokens,
         dwdp=dwdp(model, gpu, precision, batch, group),
+        together=replace(dep(model, gpu, precision, rounds), scheme="together") if is_joint else None,
         dep=dep(model, gpu, precision, rounds, case.exchange),
         in_tree=dwdp(model, gpu, precision, batch, in_tree_group(group.size), "in-tree dwdp"),
         replica=replica(model, gpu, precision, batch) if single.fits else None,
@@ -154,7 +167,7 @@ def _against_dep(plan: Plan) -> str:
     at_chunk = f"{gain:+.0%} over DEP at {plan.chunk:,}"
     above = f"above {plan.crossover:,} tokens per rank"
     if gain >= 0:
-        return f"{name} pays {above} ({at_chunk}); use DEP below"
+        return f"{name} pays {above} ({at_chunk}); below, use --dwdp-exchange auto or DEP"
     room = _leaves_room(plan.case, plan.group, plan.crossover)
     larger = "larger chunks" if room else "make room for larger chunks: a larger group, smaller weights"
     return f"{name} would pay {above}, not at {plan.chunk:,} ({at_chunk}): use DEP or {larger}"

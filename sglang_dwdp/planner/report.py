@@ -38,13 +38,14 @@ def plan_tables(plan: Plan) -> Stack:
     """Sweep, breakdown and memory of a plan, for a terminal."""
     sweep = _table(
         plan.title,
-        "ms per forward of one rank; vs DEP: DWDP's tokens/s per GPU",
-        ("tokens", "compute", "fetch", "exposed", "DWDP", "DEP", "in-tree", "replica", "vs DEP"),
+        "ms per forward of one rank; together: --dwdp-exchange auto; vs DEP: DWDP's tokens/s per GPU",
+        ("tokens", "compute", "fetch", "DWDP", "together", "DEP", "in-tree", "replica", "vs DEP"),
         (
             (
                 f"{p.tokens:,}",
-                *map(_ms, (p.dwdp.compute, p.dwdp.fetch, p.dwdp.parts.exposed_copy)),
-                *map(_ms, (p.dwdp.seconds, p.dep.seconds, p.in_tree.seconds)),
+                *map(_ms, (p.dwdp.compute, p.dwdp.fetch, p.dwdp.seconds)),
+                _ms(p.together.seconds) if p.together else "-",
+                *map(_ms, (p.dep.seconds, p.in_tree.seconds)),
                 _ms(p.replica.seconds) if p.replica else "no room",
                 f"{p.speedup:.2f}x",
             )
@@ -92,7 +93,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     """A plan as plain data; times in seconds, memory in bytes."""
     points: list[dict[str, Any]] = []
     for p in plan.points:
-        schemes = {e.scheme: {"seconds": e.seconds, **asdict(e)} for e in (p.dwdp, p.dep, p.in_tree, p.replica) if e}
+        found = [e for e in (p.dwdp, p.together, p.dep, p.in_tree, p.replica) if e]
+        schemes = {e.scheme: {"seconds": e.seconds, **asdict(e)} for e in found}
         points.append({"tokens": p.tokens, "speedup_over_dep": p.speedup, **schemes})
     return {
         "model": plan.case.model.name,

@@ -19,7 +19,7 @@ scenarios: {DEP2: {mode: dep}, DWDP2: {mode: dwdp, copies: serial}, replicas: {m
 def test_plan_prints_tables_and_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(PLAN) == 0
     out = capsys.readouterr().out
-    for part in ("exposed", "Breakdown", "Memory per GPU", "--chunked-prefill-size", "DWDP4"):
+    for part in ("together", "Breakdown", "Memory per GPU", "--chunked-prefill-size", "DWDP4"):
         assert part in out
 
 

@@ -10,7 +10,7 @@ from sglang_dwdp.planner.formats import FORMATS, default_precision
 from sglang_dwdp.planner.gpus import get_gpu
 from sglang_dwdp.planner.memory import memory
 from sglang_dwdp.planner.models import load_model
-from sglang_dwdp.planner.plan import Case, Plan, evaluate, make_plan
+from sglang_dwdp.planner.plan import SWEEP, Case, Plan, evaluate, make_plan
 from sglang_dwdp.planner.workload import Lengths
 
 LENGTHS = Lengths("uniform", 8192, ratio=0.8)
@@ -31,6 +31,15 @@ def test_where_a_replica_fits_it_is_preferred() -> None:
     assert "DWDP4 pays above" in plan.verdict
     freed = plan.memories["dwdp"].kv_cache - plan.memories["replica"].kv_cache
     assert f"{freed / 1e9:.0f} GB" in plan.verdict
+
+
+@pytest.mark.parametrize(("size", "largest"), [(2, 2048), (8, 1024)])
+def test_short_prefills_are_planned_together_too(size: int, largest: int) -> None:
+    plan = _plan("gpt-oss-120b", "H200", size, "mxfp4")
+    assert [p.tokens for p in plan.points if p.together] == [tokens for tokens in SWEEP if tokens <= largest]
+    first = plan.points[0]
+    assert first.together
+    assert first.together.seconds < min(first.dep.seconds, first.dwdp.seconds)
 
 
 def test_where_none_fits_replicas_are_not_mentioned() -> None:
