@@ -82,8 +82,9 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
             )
         elif config.exchange == "off" and view.disaggregation_mode != "prefill":
             logger.info(
-                "DWDP: every rank decodes alone. --dwdp-exchange auto lets ranks decode together, 6.5 times as fast "
-                "for 32 sequences a rank between two H200 (docs/performance.md)."
+                "DWDP: every rank decodes alone. --dwdp-exchange auto lets ranks run decodes and short prefills "
+                "together: 4 times the requests, of 1k prompts with 256 new tokens between two H100 "
+                "(docs/performance.md)."
             )
     config = with_direct_limit(config, num_experts, models.experts_per_token(model.hf_text_config))
     attach_config(server_args, config)
