@@ -47,6 +47,7 @@ VALIDATED = frozenset(
         "MiniMaxM2ForCausalLM",
         "Qwen2MoeForCausalLM",
         "Qwen3MoeForCausalLM",
+        "Step3p5ForCausalLM",
     }
 )
 VALIDATED_ON_CPU = frozenset(
@@ -125,7 +126,6 @@ UNVALIDATED = frozenset(
         "Qwen4ExpForConditionalGeneration",
         "SarvamMLAForCausalLM",
         "Step3VLForConditionalGeneration",
-        "Step3p5ForCausalLM",
         "Step3p7ForConditionalGeneration",
         "UnlimitedOCRForCausalLM",
         "XllmForCausalLM",
