@@ -27,6 +27,7 @@ DIVIDED = ("in-tree", "dep", "dep-gatherv")  # SGLang divides their chunk and ru
 # parallelism.
 CHUNK = 8192
 MAX_PREFILL_TOKENS = 16384
+MODEL_MODULES = ("qwen3_moe", "glm4_moe", "glm4_moe_nextn")  # SGLang's, for made checkpoints and those in models/
 # NVLink multicast stays off: not every host lets a process use it.
 QUIET = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 
@@ -211,13 +212,13 @@ def environment(
         ranks: Of the engine.
         devices: As `Setting`'s.
         several: As `Setting`'s.
-        made: Whether the checkpoint is one of `benchmarks.checkpoints`, so that few models need to be imported.
+        made: Whether the checkpoint is one of `benchmarks.checkpoints` or models/, which need few of SGLang's models.
         folder: Where a plugin for ranks that share a GPU is written.
         base: The variables that others are added to.
     """
     added = {"HF_HUB_OFFLINE": "1"}
     if made:
-        added |= fewer_models()
+        added |= fewer_models(MODEL_MODULES)
     if several or devices == 1:
         # Engines that load at the same time make GPUs look unevenly used, which SGLang takes for an error.
         added["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"

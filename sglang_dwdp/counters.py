@@ -1,4 +1,4 @@
-"""The runtime's counters as others see them: their names in Prometheus, by how much they grew, a line for the log."""
+"""The runtime's counters, their names in Prometheus, by how much they grew, and a line of the log about them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ WAITS = ("dwdp_copy_wait_seconds", "Waits of the compute stream for copies: a sa
 WAIT_BUCKETS_S = (1e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 1.0)
 SETUP = ("dwdp_setup_seconds", "How long sharing the experts took at start-up.")
 RANKS = ("dwdp_ranks", "Ranks of the server by their condition: serving, not responding, lost.")
+
+
+@dataclass(slots=True)
+class ForwardCounts:
+    """What the forwards of a rank did; with `--dwdp-audit`, also the remote bytes that they read in place."""
+
+    direct_forwards: int = 0
+    staged_forwards: int = 0
+    joint_forwards: int = 0
+    forward_tokens: int = 0
+    exchanged_rows: int = 0
+    bytes_read_in_place: int = 0
 
 
 @dataclass(frozen=True, slots=True)

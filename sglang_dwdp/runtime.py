@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Protocol
 
 import torch
 
 from sglang_dwdp import nvtx
-from sglang_dwdp.config import MIB, TRANSPORTS, DwdpConfig
+from sglang_dwdp.config import MIB, DwdpConfig
+from sglang_dwdp.counters import ForwardCounts
 from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.experts.layer import ExpertLayer
 from sglang_dwdp.experts.share import SharedExperts, SharedLayer, share_experts
@@ -21,44 +22,9 @@ from sglang_dwdp.memory.base import Memory
 from sglang_dwdp.memory.handshake import Exchange
 from sglang_dwdp.memory.places import Place
 from sglang_dwdp.served_weights import ServedWeights
+from sglang_dwdp.staged_layers import StagedLayers
 
 logger = logging.getLogger(__name__)
-# Since the start; the last with --dwdp-audit only.
-COUNTS = (
-    "direct_forwards",
-    "staged_forwards",
-    "joint_forwards",
-    "forward_tokens",
-    "exchanged_rows",
-    "bytes_read_in_place",
-)
-
-
-class Graph(Protocol):
-    """A captured CUDA graph."""
-
-    def replay(self) -> object:
-        """Launch it on the current stream."""
-
-
-class GraphSegment:
-    """A captured piece of a forward that reads staged experts, replayed between their wait and their release.
-
-    The kernels in `graph` read the slots at the addresses that they were captured with, which never change; when the
-    slots are filled is decided at every replay anew.
-    """
-
-    __slots__ = ("_graph", "_positions", "_runtime")
-
-    def __init__(self, runtime: DwdpRuntime, graph: Graph, positions: Sequence[int]) -> None:
-        self._runtime, self._graph, self._positions = runtime, graph, tuple(positions)
-
-    def replay(self) -> None:
-        """Launch the graph on the current stream, in the order with copies that its experts need."""
-        self._runtime.enter_segment(self._positions)
-        self._graph.replay()
-        self._runtime.leave_segment(self._positions)
-        self._runtime.between_segments()
 
 
 class DwdpRuntime:
@@ -70,38 +36,33 @@ class DwdpRuntime:
 
     The last of the layers may be a draft model's, which runs in forwards of its own between the model's.
 
-    A forward that is captured piecewise runs within `capture`: its staged layers are noted for the piece that they
-    are in, `graph_segment` wraps each captured piece, and at a replay the pieces wait and release.
+    A forward that is captured piecewise runs within `capture`, and `staged` wraps each captured piece.
     """
 
     def __init__(self, config: DwdpConfig, memory: Memory, rank: int, size: int) -> None:
         self.config = config
         self.rank = rank
         self.size = size
-        self._counts = dict.fromkeys(COUNTS, 0)
+        self._counts = ForwardCounts()
         self._memory = memory
         self._copy_limit_s = min(config.timeout_s, LIMIT_S)
         self._engine = memory.copy_engine(self._copy_limit_s)
         self._shared = SharedExperts()
-        self._prefetcher: Prefetcher | None = None
         self._position: dict[int, int] = {}
         self._uses_direct: list[bool] = []
         self._views = config.views(maps=memory.maps)
-        self._rests_direct = memory.maps
-        self._direct = self._rests_direct
+        self._direct = memory.maps
         self._visited: set[int] = set()  # in this forward, by position
+        unused = Prefetcher(self._engine, (), (), config.depth)  # until set-up, and where no forward is staged
+        self.staged = StagedLayers(unused, config.depth, self._visited.add)
         self._draft_layers = 0
         self._in_draft = False
-        self._staged_replay = False
-        self._captured: list[int] = []
-        self._is_capturing: Callable[[], bool] | None = None
         self._reports: list[Callable[[], Mapping[str, int | float | str]]] = []
         self._closers: list[Callable[[], None]] = []
         self._setup_s = 0.0
         self.in_forward = False
-        self.weights = ServedWeights(memory, self._shared, rank, size, self._forget_slots)
+        self.weights = ServedWeights(memory, self._shared, rank, size, self.staged.prefetcher.forget)
         self.in_exchange_step = False  # said by what runs them, before the forward begins
-        self.between_segments: Callable[[], None] = lambda: None  # what else to do while a staged forward is launched
 
     def setup(
         self, layers: Sequence[ExpertLayer], name: str, place: Place | None = None, *, draft_layers: int = 0
@@ -128,23 +89,20 @@ class DwdpRuntime:
         finally:
             exchange.close()
         self._shared = shared
-        self.weights = ServedWeights(self._memory, shared, self.rank, self.size, self._forget_slots)
+        self.weights = ServedWeights(self._memory, shared, self.rank, self.size, self.staged.prefetcher.forget)
         self._position = {layer.layer.layer_id: i for i, layer in enumerate(shared.layers)}
         self._uses_direct = [self._direct] * len(shared.layers)
         self._draft_layers = draft_layers
         self._setup_s = time.perf_counter() - start
         self._log_setup(shared)
 
-    def _forget_slots(self) -> None:
-        if self._prefetcher is not None:
-            self._prefetcher.forget()
-
     def _prepare(self, layers: Sequence[SharedLayer]) -> None:
         if self._views.staged:
             copies, sizes = [layer.copies for layer in layers], [layer.copy_bytes for layer in layers]
             fills = [layer.describe_copies() for layer in layers]
-            self._prefetcher = Prefetcher(self._engine, copies, sizes, self.config.depth, fills.__getitem__)
-            nvtx.annotate(self._prefetcher, [layer.layer.layer_id for layer in layers])
+            prefetcher = Prefetcher(self._engine, copies, sizes, self.config.depth, fills.__getitem__)
+            self.staged.prefetcher = prefetcher
+            nvtx.annotate(prefetcher, [layer.layer.layer_id for layer in layers])
 
     def _log_setup(self, shared: SharedExperts) -> None:
         remote = [sum(layer.remote_bytes) for layer in shared.layers]
@@ -169,8 +127,8 @@ class DwdpRuntime:
 
     def watch_copies(self, on_stall: Callable[[Sequence[str]], None]) -> None:
         """Call `on_stall` with a description of copies that do not end; from when the last graph was captured."""
-        if self._prefetcher is not None:
-            watch = CopyWatch(self._prefetcher, self._copy_limit_s, on_stall)
+        if self._views.staged:
+            watch = CopyWatch(self.staged.prefetcher, self._copy_limit_s, on_stall)
             watch.start()
             self._closers.append(watch.close)
 
@@ -187,14 +145,14 @@ class DwdpRuntime:
         self.weights.check_not_released()
         self._direct = self.in_exchange_step or self._views.is_direct(num_tokens)
         self._visited.clear()
-        self._staged_replay = False
+        self.staged.is_replay = False
         self._in_draft = draft
         self.in_forward = True
 
     def prime(self) -> None:
         """Before the first layer of a forward that is not a graph replay: fetch what nothing fetched yet."""
-        if not self._direct and self._prefetcher is not None:
-            self._prefetcher.prime()
+        if not self._direct:
+            self.staged.prefetcher.prime()
 
     def wait(self, layer_id: int) -> None:
         """The compute stream is about to run this MoE layer: bind its view, wait until it is filled.
@@ -205,21 +163,14 @@ class DwdpRuntime:
         position = self._position[layer_id]
         if self._uses_direct[position] is not self._direct:
             self._rebind(position)
-        if not self._direct and self._prefetcher is not None:
-            if self._is_capturing is not None and self._is_capturing():
-                self._captured.append(position)
-            else:
-                self._prefetcher.wait(position)
+        if not self._direct:
+            self.staged.wait(position)
         self._visited.add(position)
 
     def release(self, layer_id: int) -> None:
         """The compute stream has run this MoE layer: its slot may be filled anew."""
-        if not self._direct and self._prefetcher is not None and not self._captured:
-            self._prefetcher.release(self._position[layer_id])
-
-    def layers(self) -> list[ExpertLayer]:
-        """The MoE layers whose experts are shared, in the order in which a forward runs them."""
-        return [shared.layer for shared in self._shared.layers]
+        if not self._direct:
+            self.staged.release(self._position[layer_id])
 
     def copy_bytes(self) -> int:
         """What a staged forward copies, in bytes."""
@@ -236,7 +187,7 @@ class DwdpRuntime:
 
     @contextmanager
     def capture(self, num_tokens: int, is_capturing: Callable[[], bool]) -> Iterator[None]:
-        """Warm-ups and the capture of a prefill of `num_tokens` tokens, in pieces that `graph_segment` takes.
+        """Warm-ups and the capture of a prefill of `num_tokens` tokens, in pieces that `staged.segment` takes.
 
         Args:
             num_tokens: the size that the graph will be replayed with, padding included: it decides the views.
@@ -245,53 +196,12 @@ class DwdpRuntime:
         """
         self.begin_forward(num_tokens)
         self.in_forward = False  # SGLang's barriers around a capture are no part of a forward
-        self._is_capturing = is_capturing
         self.prime()
         try:
-            yield
+            with self.staged.capture(is_capturing):
+                yield
         finally:
-            self._captured.clear()
-            self._is_capturing = None
             self.abort_forward()
-
-    def graph_segment(self, graph: Graph) -> Graph:
-        """The captured piece of a forward, with the waits and releases of the staged layers in it.
-
-        Returns:
-            `graph` itself where it reads no staged experts, as decode graphs and pieces without MoE layers.
-
-        Raises:
-            DwdpRuntimeError: the piece has more MoE layers than there are slots.
-        """
-        positions, self._captured = self._captured, []
-        if not positions:
-            return graph
-        if len(positions) > self.config.depth:
-            raise DwdpRuntimeError(
-                f"a piece of the prefill graph has {len(positions)} MoE layers, and there are {self.config.depth} "
-                f"slots for their experts. Set --dwdp-depth {len(positions)} or --disable-prefill-cuda-graph."
-            )
-        return GraphSegment(self, graph, positions)
-
-    def enter_segment(self, positions: Sequence[int]) -> None:
-        """The compute stream is about to replay a piece with these MoE layers, by position: wait for their experts.
-
-        Raises:
-            DwdpRuntimeError: copies failed or did not end in time.
-        """
-        assert self._prefetcher is not None
-        if not self._staged_replay:
-            self._staged_replay = True
-            self._prefetcher.prime()
-        for position in positions:
-            self._prefetcher.wait(position)
-            self._visited.add(position)
-
-    def leave_segment(self, positions: Sequence[int]) -> None:
-        """The compute stream has replayed a piece with these MoE layers: their slots may be filled anew."""
-        assert self._prefetcher is not None
-        for position in positions:
-            self._prefetcher.release(position)
 
     def _rebind(self, position: int) -> None:
         shared = self._shared.layers[position]
@@ -309,7 +219,7 @@ class DwdpRuntime:
             DwdpRuntimeError: a forward with tokens ran past this runtime.
         """
         self.in_forward = False
-        calls_back = self._staged_replay or not replayed
+        calls_back = self.staged.is_replay or not replayed
         expected = self._draft_layers if self._in_draft else len(self._position) - self._draft_layers
         if calls_back and num_tokens and len(self._visited) != expected:
             raise DwdpRuntimeError(
@@ -319,21 +229,22 @@ class DwdpRuntime:
             )
         if not self._in_draft:
             self._count(num_tokens, replayed)
-        self._direct = self._rests_direct
+        self._direct = self._memory.maps
 
     def _count(self, num_tokens: int, replayed: bool) -> None:
         if self.in_exchange_step:
-            self._counts["joint_forwards"] += 1
-            self._counts["exchanged_rows"] += num_tokens
+            self._counts.joint_forwards += 1
+            self._counts.exchanged_rows += num_tokens
+        elif self.staged.is_replay or not (self._direct or replayed):
+            self._counts.staged_forwards += 1
         else:
-            direct = not self._staged_replay and (self._direct or replayed)
-            self._counts["direct_forwards" if direct else "staged_forwards"] += 1
-        self._counts["forward_tokens"] += num_tokens
+            self._counts.direct_forwards += 1
+        self._counts.forward_tokens += num_tokens
 
     def abort_forward(self) -> None:
         """The forward that `begin_forward` announced did not end, or was a capture's: nothing is counted."""
         self.in_forward = False
-        self._direct = self._rests_direct
+        self._direct = self._memory.maps
 
     def count_reads(self, layer_id: int, expert_ids: torch.Tensor) -> None:
         """Count the remote bytes that a direct forward reads; `expert_ids` are those it was routed to.
@@ -343,12 +254,7 @@ class DwdpRuntime:
         if self._direct and self.in_forward:
             remote = self._shared.layers[self._position[layer_id]].remote_bytes
             routed = set(expert_ids.reshape(-1).tolist())
-            self._counts["bytes_read_in_place"] += sum(remote[e] for e in routed if 0 <= e < len(remote))
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether experts lie in a GPU's memory."""
-        return TRANSPORTS[self._memory.transport].device == "cuda"
+            self._counts.bytes_read_in_place += sum(remote[e] for e in routed if 0 <= e < len(remote))
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -367,11 +273,10 @@ class DwdpRuntime:
 
     def reset_counts(self) -> None:
         """Forget the forwards so far: they were no request's."""
-        self._counts = dict.fromkeys(COUNTS, 0)
+        self._counts = ForwardCounts()
 
     def report(self) -> Mapping[str, int | float | str]:
         """Plain numbers and words for /server_info."""
-        copied, late = (self._prefetcher.copied_bytes, self._prefetcher.late_fills) if self._prefetcher else (0, 0)
         return {
             "rank": self.rank,
             "group_size": self.size,
@@ -384,10 +289,10 @@ class DwdpRuntime:
             "slot_bytes": self._shared.slot_bytes,
             "setup_peak_bytes": self._shared.peak_bytes,
             "setup_s": round(self._setup_s, 3),
-            "bytes_copied": copied,
-            "late_fills": late,
+            "bytes_copied": self.staged.prefetcher.copied_bytes,
+            "late_fills": self.staged.prefetcher.late_fills,
             "exposed_copy_s": round(self._engine.exposed_s(), 6),
-            **self._counts,
+            **dataclasses.asdict(self._counts),
             **{name: value for report in self._reports for name, value in report().items()},
         }
 
@@ -399,7 +304,7 @@ class DwdpRuntime:
         """Stop copying and unmap everything. Idempotent."""
         with ExitStack() as closing:  # goes on after one that fails; the last one is called first
             closing.callback(self._shared.close)
-            self._prefetcher = None
+            closing.callback(self.staged.prefetcher.close)
             closing.callback(self._engine.close)
             while self._closers:
                 closing.callback(self._closers.pop(0))

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from sglang_dwdp.config import TRANSPORTS
 from sglang_dwdp.errors import DwdpRuntimeError
+from sglang_dwdp.experts.layer import ExpertLayer
 from sglang_dwdp.experts.share import SharedExperts, blocks_of_all
 from sglang_dwdp.experts.update import Experts, check_alike, read_own, replace_experts
 from sglang_dwdp.memory.base import Memory
@@ -32,6 +34,15 @@ class ServedWeights:
         """
         self._memory, self._shared, self._rank, self._size, self._forget = memory, shared, rank, size, forget
         self.is_released = False
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether they lie in a GPU's memory."""
+        return TRANSPORTS[self._memory.transport].device == "cuda"
+
+    def layers(self) -> list[ExpertLayer]:
+        """The MoE layers whose experts are shared, in the order in which a forward runs them."""
+        return [shared.layer for shared in self._shared.layers]
 
     def read(self) -> list[dict[str, torch.Tensor]]:
         """`[num_layers]`, in the order of `layers`: this rank's experts by tensor name, copied to the host.

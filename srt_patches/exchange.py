@@ -62,7 +62,7 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     """
     from sglang_dwdp.srt_patches.experts import rank_in_group
 
-    layers: list[Any] = runtime.layers()
+    layers: list[Any] = runtime.weights.layers()
     rank, size = rank_in_group(), runtime.size
     config = runner.model_config
     buckets = _prefill_sizes(size, runner.device)
@@ -92,7 +92,7 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     meeting = Meeting(page, _UNTIMED, bells, serves=runner.device == "cuda")
     forwards = JointForwards(meeting, inbox, _WAIT_LIMIT_S)
     steps = ExchangeSteps(forwards, bells, JointLayers(forwards, joint, shape, runner.device), buckets)
-    _current[:], runtime.between_segments = [steps], steps.between_pieces
+    _current[:], runtime.staged.between_segments = [steps], steps.between_pieces
     runtime.add_part(forwards.report, forwards.close)
     logger.info(
         "DWDP: decodes of up to %d sequences a rank%s may be exchange steps; rows travel by %s",

@@ -31,7 +31,7 @@ def capture_shape(original: Callable[..., None], runner: Any, size: int, **kwarg
 
 def append_segment(_result: None, graph: Any, *_args: Any, **_kwargs: Any) -> None:
     """After `BreakableCUDAGraph._append_segment`: the last segment, with its waits and releases."""
-    graph._segments[-1] = current_runtime().graph_segment(graph._segments[-1])
+    graph._segments[-1] = current_runtime().staged.segment(graph._segments[-1])
 
 
 _RUNNER = "sglang.srt.model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner"

@@ -98,7 +98,7 @@ class WeightUpdates:
         return StagedModel(self._model, self._by_module(experts), as_loaded, experts_only=True)
 
     def _by_module(self, experts: Sequence[Mapping[str, torch.Tensor]]) -> dict[Any, Mapping[str, torch.Tensor]]:
-        layers: list[Any] = self.runtime.layers()
+        layers: list[Any] = self.runtime.weights.layers()
         return {layer.fused: tensors for layer, tensors in zip(layers, experts, strict=True)}
 
     def agree(self, error: str | None) -> None:
@@ -119,7 +119,7 @@ class WeightUpdates:
         """
         new: list[dict[str, torch.Tensor]] = []
         if staged is not None and error is None:
-            layers: list[Any] = self.runtime.layers()
+            layers: list[Any] = self.runtime.weights.layers()
             new = [staged.experts(layer.fused) for layer in layers]
             try:
                 staged.check()

@@ -94,7 +94,7 @@ def release_memory(original: Callable[..., Any], manager: Any, request: Any) -> 
 @contextmanager
 def _device_module(runtime: DwdpRuntime) -> Iterator[None]:
     """On the CPU engine SGLang waits for the GPU, which a build of torch for GPUs looks for in vain."""
-    if runtime.on_gpu:
+    if runtime.weights.on_gpu:
         yield
         return
     kept: Any = torch.get_device_module

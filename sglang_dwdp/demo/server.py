@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,48 +22,6 @@ from sglang_dwdp.errors import DwdpError
 
 # A folder of packages that need not be imported; not a package itself.
 STUBS = Path(__file__).resolve().parent / "stubs"
-# SGLang's modules for the families of the demo and the tests (DeepSeek-V3's class is in V2's module), and for drafts.
-MODEL_MODULES = frozenset(
-    (
-        "bailing_moe",
-        "cohere2_moe",
-        "deepseek_nextn",
-        "deepseek_v2",
-        "ernie4",
-        "exaone_moe",
-        "glm4_moe",
-        "glm4_moe_lite",
-        "glm4_moe_nextn",
-        "glm4v_moe",
-        "gpt_oss",
-        "granite",
-        "granitemoe",
-        "granitemoehybrid",
-        "hunyuan",
-        "hunyuan_v3",
-        "laguna",
-        "lfm2_moe",
-        "llama4",
-        "llama_eagle",
-        "llama_eagle3",
-        "longcat_flash",
-        "mellum",
-        "mimo_v2",
-        "minimax_m2",
-        "mixtral",
-        "mllama4",
-        "nemotron_h",
-        "olmoe",
-        "phimoe",
-        "qwen2_moe",
-        "qwen3_5_text",
-        "qwen3_moe",
-        "qwen3_next",
-        "qwen3_vl_moe",
-        "sarvam_moe",
-        "step3p5",
-    )
-)
 # Below the range from which the system hands out ports by itself. Tests that run beside each other divide it.
 PORTS = range(20000, 30000)
 
@@ -195,14 +153,14 @@ class Server:
             self.kill()
 
 
-def fewer_models() -> dict[str, str]:
-    """The variable that keeps SGLang from importing models that neither the demo nor the tests serve.
+def fewer_models(modules: Collection[str] = ("qwen3_moe",)) -> dict[str, str]:
+    """The variable that keeps SGLang from importing modules of `srt.models` other than these: the demo's by default.
 
     Each process of a server imports all of them otherwise, which takes longer than everything else at its start.
     """
     spec = importlib.util.find_spec("sglang")
     names = {path.stem for path in Path(spec.origin).parent.glob("srt/models/*.py")} if spec and spec.origin else set()
-    return {"SGLANG_DISABLED_MODEL_ARCHS": ",".join(sorted(names - MODEL_MODULES - {"__init__"}))}
+    return {"SGLANG_DISABLED_MODEL_ARCHS": ",".join(sorted(names.difference(modules, ("__init__",))))}
 
 
 def free_port() -> int:

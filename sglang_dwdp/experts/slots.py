@@ -120,6 +120,10 @@ class Prefetcher:
                 self._wait(slot)
             slot.holds = -1
 
+    def close(self) -> None:
+        """Drop the plans, whose memory is about to be unmapped. Nothing can be waited for afterwards."""
+        self._plans, self._slots = [], []
+
     def _fill(self, slot: _Slot, layer: int) -> None:
         slot.holds = -1  # nothing that can be used, should the engine raise
         self._engine.fill(self._plans[layer], slot.released, slot.filled)

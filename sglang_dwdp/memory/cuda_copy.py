@@ -81,7 +81,7 @@ class CudaCopyEngine:
     There are two, which take the slices of a plan in turn, so that two transfers, from two peers, are in flight.
 
     Nothing here may run while its caller's stream is being captured: a batch of copies in a graph can lose some of
-    them without an error. Graphs are replayed between a wait and a record instead (see `runtime.GraphSegment`).
+    them without an error. Graphs are replayed between a wait and a record instead (see `staged_layers.GraphSegment`).
 
     Args:
         device: the GPU's index.

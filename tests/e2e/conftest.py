@@ -21,6 +21,7 @@ from sglang_dwdp.demo.server import Server
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family, make_checkpoint
 from tests.fixtures.family_shapes import TWINS
+from tests.fixtures.model_modules import FEWER_MODELS
 from tests.fixtures.reference import greedy_tokens
 
 # float32: in bf16 two tokens of a random model tie now and then.
@@ -126,7 +127,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Running:
         directory = tmp_path_factory.mktemp("server")
         footprint = Footprint(directory)
         flags = (*FLAGS, *how.pop("flags", ()))
-        environment = {"TMPDIR": str(directory), "OMP_NUM_THREADS": "1"} | how.pop("environment", {})
+        environment = FEWER_MODELS | {"TMPDIR": str(directory), "OMP_NUM_THREADS": "1"} | how.pop("environment", {})
         dwdp = ("--dwdp-audit", *dwdp)
         server = Server(model, ranks, directory / "log", dwdp=dwdp, flags=flags, environment=environment, **how)
         try:

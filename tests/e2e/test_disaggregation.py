@@ -24,6 +24,7 @@ from tests.e2e.test_drafts import NEW_TOKENS, STEPS
 from tests.e2e.test_parity import MLA_PLUGIN
 from tests.fixtures import cpu_drafts
 from tests.fixtures.families import Family, make_checkpoint
+from tests.fixtures.model_modules import FEWER_MODELS
 from tests.fixtures.reference import greedy_tokens
 
 CHUNK = 128
@@ -60,7 +61,7 @@ def disaggregated(
     pytest.importorskip("sglang_router", reason="the router: pip install -e '.[dev]'")
     bootstrap, router_port = free_port(), free_port()
     # SGLang looks for the host's address in its network, and there need not be one.
-    environment = {**environment, "OMP_NUM_THREADS": "1", "SGLANG_HOST_IP": "127.0.0.1"}
+    environment = {**FEWER_MODELS, **environment, "OMP_NUM_THREADS": "1", "SGLANG_HOST_IP": "127.0.0.1"}
 
     def server(role: str, ranks: int, dwdp: tuple[str, ...] | None, *more: str) -> Server:
         roles = ("--disaggregation-mode", role, "--disaggregation-transfer-backend", "nixl")
@@ -165,7 +166,7 @@ def test_prefill_with_drafts(plugin: Plugin, tmp_path: Path) -> None:
             found = list(pool.map(lambda prompt: ask(url, prompt, NEW_TOKENS), PROMPTS))
         return [(answer["output_ids"], answer["meta_info"]["spec_verify_ct"]) for answer in found]
 
-    with Server(model, 1, tmp_path / "log", flags=(*FLAGS, *flags), environment=environment) as server:
+    with Server(model, 1, tmp_path / "log", flags=(*FLAGS, *flags), environment=FEWER_MODELS | environment) as server:
         server.wait()
         expected = answers(server.url)
     assert [got for got, _ in expected] == tokens

@@ -18,6 +18,7 @@ from tests.e2e.prompts import PROMPTS
 from tests.e2e.test_parity import MLA_PLUGIN
 from tests.fixtures import cpu_drafts
 from tests.fixtures.families import make_checkpoint, make_head
+from tests.fixtures.model_modules import FEWER_MODELS
 from tests.fixtures.reference import greedy_tokens
 
 pytestmark = pytest.mark.models
@@ -52,7 +53,7 @@ def test_parity(running: Running, plugin: Plugin, tmp_path: Path, algorithm: str
 
     tokens = greedy_tokens(plain, PROMPTS, NEW_TOKENS)
     one_rank = (*FLAGS, *flags, "--disable-shared-experts-fusion")
-    with Server(model, 1, tmp_path / "log", flags=one_rank, environment=environment) as server:
+    with Server(model, 1, tmp_path / "log", flags=one_rank, environment=FEWER_MODELS | environment) as server:
         server.wait()
         expected = [ask(server, prompt, None) for prompt in PROMPTS]
     assert [got for got, _ in expected] == tokens

@@ -15,6 +15,7 @@ from sglang_dwdp.demo.server import Server, ServerFailed
 from tests.e2e.conftest import Plugin, Running
 from tests.e2e.prompts import PROMPTS
 from tests.fixtures import vision
+from tests.fixtures.model_modules import FEWER_MODELS
 
 pytestmark = pytest.mark.models
 NEW_TOKENS = 8
@@ -73,7 +74,7 @@ def test_a_vision_tower_with_a_collective_ends_the_server(plugin: Plugin, tmp_pa
     model = tmp_path / "model"
     vision.make_checkpoint(model, "qwen3_vl_moe", num_experts=8)
     environment = plugin("reducer", REDUCER, plugin("vision_on_cpu", vision.PROCESSOR_PLUGIN))
-    server = Server(model, 2, tmp_path / "log", dwdp=(), environment=environment)
+    server = Server(model, 2, tmp_path / "log", dwdp=(), environment=FEWER_MODELS | environment)
     try:
         with pytest.raises(ServerFailed, match="the server ended with exit code"):
             server.wait()

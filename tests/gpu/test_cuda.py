@@ -124,8 +124,7 @@ def test_200_forwards_with_one_slow_stream_and_poisoned_slots(slow: str, monkeyp
     sums = torch.stack([layer["w1"].float().sum() for layer in full])
 
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> bool:
-        assert runtime._prefetcher is not None
-        assert all(len(plan) == 2 for plan in runtime._prefetcher._plans)  # a part for each of the two streams
+        assert [len(plan) for plan in runtime.staged.prefetcher._plans] == [2] * 5  # a part for each of two streams
         if slow == "copy":
             slow_copies(runtime)
 

@@ -86,7 +86,7 @@ def test_the_copy_plan_is_as_fast_as_one_large_copy_cuda(size: int) -> None:
             time.sleep(3)
             return None
         engine: Any = runtime._engine
-        prefetcher: Any = runtime._prefetcher
+        prefetcher: Any = runtime.staged.prefetcher
         (plan,), (nbytes,) = prefetcher._plans, prefetcher._plan_bytes
         source = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
         whole = engine.prepare([(torch.empty_like(source), source)])

@@ -16,8 +16,8 @@ import pytest
 
 from benchmarks.engine import REPORT, EngineProcess, Request
 from benchmarks.variants import QUIET
-from sglang_dwdp.demo.server import fewer_models
 from tests.fixtures.families import make_checkpoint
+from tests.fixtures.model_modules import FEWER_MODELS
 from tests.gpu.cases import BY_NAME, NEW_TOKENS, OPTIONS, prompts
 from tests.gpu.test_models import Distance
 
@@ -47,7 +47,7 @@ def test_answers_are_those_of_running_alone(tmp_path: Path, name: str, joint: bo
             pytest.skip(f"needs `python kernels/build.py --format {case.kernels}`")
     model = tmp_path / "model"
     make_checkpoint(model, case.family, quantization=case.quantization, **{**case.shape, **LARGE})
-    environment = {**os.environ, **fewer_models(), **QUIET, **case.environment, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **FEWER_MODELS, **QUIET, **case.environment, "HF_HUB_OFFLINE": "1"}
     environment |= {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
     shared: dict[str, Any] = {
         **OPTIONS,

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sglang_dwdp.config import DwdpConfig
-from sglang_dwdp.runtime import DwdpRuntime, GraphSegment
+from sglang_dwdp.runtime import DwdpRuntime
+from sglang_dwdp.staged_layers import GraphSegment
 from tests.fixtures.ranks import CUDA, PlainLayer, checkpoint, equal, forward, run_ranks, slow_copies
 
 pytestmark = pytest.mark.gpu(2)
@@ -55,7 +56,7 @@ def test_replays_with_poisoned_slots(num_layers: int, slow: str) -> None:
                     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                         run(index, layer)
                     capturing = False
-                    graphs.append(runtime.graph_segment(graph))
+                    graphs.append(runtime.staged.segment(graph))
             assert all(isinstance(graph, GraphSegment) for graph in graphs)
             seen = []
             for _ in range(REPLAYS):

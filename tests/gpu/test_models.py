@@ -34,8 +34,8 @@ from benchmarks.engine import FIRST_PORT, REPORT, EngineProcess, Request
 from benchmarks.one_gpu import one_gpu_environment
 from benchmarks.processes import RunError
 from benchmarks.variants import QUIET
-from sglang_dwdp.demo.server import fewer_models
 from tests.fixtures.families import make_checkpoint, make_head
+from tests.fixtures.model_modules import FEWER_MODELS
 from tests.gpu.cases import ALL, BY_NAME, CANDIDATES, FUSED, LENGTHS, NEW_TOKENS, OPTIONS, VARIATIONS, Case, prompts
 
 RESUME = os.environ.get("DWDP_ENGINES_RESUME") == "1"
@@ -171,7 +171,7 @@ class Engines:
         kept = self.logs / f"{name}.json"
         kept.unlink(missing_ok=True)
         options = OPTIONS | self.options(case, ranks, fused) | {"model_path": str(self._models(case))}
-        environment = {**os.environ, **fewer_models(), **QUIET, **case.environment, "CUDA_VISIBLE_DEVICES": gpu}
+        environment = {**os.environ, **FEWER_MODELS, **QUIET, **case.environment, "CUDA_VISIBLE_DEVICES": gpu}
         environment |= {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
         environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         if case.runs[1] == "marlin":

@@ -176,7 +176,7 @@ def test_the_copy_engine_brings_every_byte_from_a_peers_gpu(mode: str, monkeypat
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> bool:
         full = _full(f"cuda:{runtime.rank}")
         if mode == "single":  # as in a capture, or with a driver that has no batches
-            prefetcher: Any = runtime._prefetcher
+            prefetcher: Any = runtime.staged.prefetcher
             for plan in prefetcher._plans:
                 for part in plan:
                     object.__setattr__(part, "batch", None)

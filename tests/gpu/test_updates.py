@@ -17,8 +17,8 @@ import pytest
 from benchmarks.engine import REPORT, Call, EngineProcess, Request
 from benchmarks.one_gpu import one_gpu_environment
 from benchmarks.variants import QUIET
-from sglang_dwdp.demo.server import fewer_models
 from tests.fixtures.families import make_checkpoint
+from tests.fixtures.model_modules import FEWER_MODELS
 from tests.gpu.cases import BY_NAME, NEW_TOKENS, OPTIONS, prompts
 
 pytestmark = [pytest.mark.gpu(3), pytest.mark.models]
@@ -45,7 +45,7 @@ def test_an_updated_engine_is_one_that_started_with_these_weights(tmp_path: Path
     old, new = tmp_path / "old", tmp_path / "new"
     for seed, model in enumerate((old, new)):
         make_checkpoint(model, case.family, seed=seed, quantization=case.quantization, **case.shape)
-    environment = {**os.environ, **fewer_models(), **QUIET, **case.environment, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **FEWER_MODELS, **QUIET, **case.environment, "HF_HUB_OFFLINE": "1"}
     environment |= {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     environment |= one_gpu_environment(tmp_path, environment)
     # Prefill graphs too, and forwards of all kinds: in place, and staged.

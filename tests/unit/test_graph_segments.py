@@ -10,7 +10,8 @@ import torch
 
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.errors import DwdpRuntimeError
-from sglang_dwdp.runtime import DwdpRuntime, GraphSegment
+from sglang_dwdp.runtime import DwdpRuntime
+from sglang_dwdp.staged_layers import GraphSegment
 from tests.fixtures.ranks import Experts, PlainLayer, checkpoint, equal, forward, run_ranks
 
 
@@ -38,7 +39,7 @@ class Capture:
                     bound.append(dict(layer.tensors))
                     self.runtime.release(layer.layer_id)
                 self.capturing = False
-                graphs.append(self.runtime.graph_segment(self.graph(bound)))
+                graphs.append(self.runtime.staged.segment(self.graph(bound)))
         return graphs
 
     def graph(self, bound: Sequence[Experts], after: Callable[[Experts], None] = lambda _: None) -> Any:
