@@ -95,10 +95,9 @@ def kernels_of(shape: Shape, weight_format: str, experts: Experts) -> dict[str, 
 
     def flashinfer() -> tuple[Kernel, Experts]:
         flashinfer_modules.install()
-        if not flashinfer_modules.ready(
-            weight_format
-        ):  # its first call would compile for as long as everything else takes
-            raise RuntimeError(f"not built: sglang-dwdp build-kernels --format {weight_format}")
+        # Its first call would compile for as long as everything else takes.
+        if not flashinfer_modules.ready(weight_format):
+            raise RuntimeError(f"not built: python kernels/build.py --format {weight_format}")
         prepared = moe.for_flashinfer(weight_format, experts)
         return lambda case, given: moe.run_flashinfer(weight_format, case, given), prepared
 

@@ -39,7 +39,7 @@ ROUNDS = typical_rounds(TABLE_1_LENGTHS, TOKEN_BUDGETS[32768], False, 4)  # of T
 
 
 def roofline_gpu(gpu: Gpu) -> Gpu:
-    """``gpu`` with every efficiency at 1 and no overheads: the paper's section 3 roofline."""
+    """`gpu` with every efficiency at 1 and no overheads: the paper's section 3 roofline."""
     return replace(
         gpu,
         copy_bandwidth=gpu.link_bandwidth,

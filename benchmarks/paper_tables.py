@@ -1,6 +1,6 @@
 """What others have published, and what the planner and the simulator say of it.
 
-Constants come from Table 1 of the DWDP paper (arXiv 2604.01621) alone, through ``paper_calibration.py``; every other
+Constants come from Table 1 of the DWDP paper (arXiv 2604.01621) alone, through `paper_calibration.py`; every other
 figure is predicted. Published figures: the paper, TensorRT-LLM's blog 19, and SGLang's ROCm results
 (sgl-project/sglang#33310).
 """
@@ -41,7 +41,7 @@ from sglang_dwdp.planner.workload import Lengths, batch_of, mean_batch
 class Row:
     """One published figure, what is planned, and how far apart they may be.
 
-    unit: ``pt`` compares 100 x (planned - published), ``%`` the relative error. limit: None where the figure served to
+    unit: `pt` compares 100 x (planned - published), `%` the relative error. limit: None where the figure served to
     calibrate or is shown for information.
     """
 
@@ -112,7 +112,7 @@ def contention_probabilities(group_size: int) -> list[float]:
 
 
 def counted_contention(size: int, rounds: int) -> list[float]:
-    """Pr[C = 1], Pr[C = 2], ... counted: every rank draws a peer at random, ``rounds`` times."""
+    """Pr[C = 1], Pr[C = 2], ... counted: every rank draws a peer at random, `rounds` times."""
     rng, ranks = np.random.default_rng(0), np.arange(size)
     draw = rng.integers(0, size - 1, (rounds, size), dtype=np.int32)
     source = draw + (draw >= ranks) + size * np.arange(rounds)[:, None]  # a rank never pulls from itself
@@ -233,7 +233,7 @@ MI355X_RUNS = (
 def mi355x() -> list[Row]:
     """AMD: DeepSeek-R1 MXFP4, DWDP8 against DEP8 with SGLang's all-gather, one-token answers.
 
-    Their script leaves SGLang's ``--max-prefill-tokens`` at its default, 16,384. Prompts pass HTTP and the tokenizer
+    Their script leaves SGLang's `--max-prefill-tokens` at its default, 16,384. Prompts pass HTTP and the tokenizer
     one after another, so a rank's first forward has one prompt; any gap from 2 to 50 ms gives the same ratios to a few
     percent.
     """

@@ -2,8 +2,8 @@
 
     python benchmarks/planner_vs_gpu.py [MODEL ...] [--gpu H100] [--json FILE] [--gpu-file FILE]
 
-bf16, PyTorch's kernels. ``--gpu-file`` gets the fractions of peak that the largest problems reached, for ``sglang-dwdp
-plan --gpu-file``; copies between GPUs are measured by ``gpu_links.py``.
+bf16, PyTorch's kernels. `--gpu-file` gets the fractions of peak that the largest problems reached, for `sglang-dwdp
+plan --gpu-file`; copies between GPUs are measured by `gpu_links.py`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ SIZES = (64, 256, 1024, 2048, 4096, 8192, 16384)  # tokens
 
 @dataclass(frozen=True)
 class Problem:
-    """A product of [rows, depth] with each of ``experts`` matrices [depth, width], or causal attention.
+    """A product of [rows, depth] with each of `experts` matrices [depth, width], or causal attention.
 
-    kind: ``dense``; ``grouped``: the rows are spread evenly over the experts; ``attention``: one sequence of ``rows``
-    tokens, ``experts`` heads of ``depth``, ``width`` of them with keys and values of their own.
+    kind: `dense`; `grouped`: the rows are spread evenly over the experts; `attention`: one sequence of `rows`
+    tokens, `experts` heads of `depth`, `width` of them with keys and values of their own.
     """
 
     kind: str

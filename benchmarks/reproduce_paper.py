@@ -2,7 +2,7 @@
 
     python benchmarks/reproduce_paper.py [--json FILE]
 
-``paper_tables.py`` has the figures; this prints them and writes them down.
+`paper_tables.py` has the figures; this prints them and writes them down.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ FlashInfer 0.7.2 compiles its module for all formats at once, 248 sources. This 
 unchanged, with FlashInfer's own flags and build files, and adds two: one that instantiates the runner of the format,
 and one that turns calls of the other formats' runners into errors. A server with DWDP uses the module where
 FlashInfer's full one is not installed or built. It needs nvcc and a C++ compiler, but no GPU; an interrupted build
-goes on where it was. docs/kernels.md has times and sizes.
+goes on where it was. docs/troubleshooting.md has times and sizes.
 """
 
 from __future__ import annotations

@@ -155,10 +155,10 @@ def scheme_of(layer: Any) -> Any:
 
 
 def backend_of_layer(layer: Any) -> MoeBackend:
-    """How a layer runs on a GPU.
+    """The MoE backend of a layer on a GPU.
 
     Raises:
-        DwdpConfigError: That way cannot read shared experts, or was not examined.
+        DwdpConfigError: It cannot read shared experts, or was not examined.
     """
     scheme = scheme_of(layer)
     kinds = {"use_mxfp8": "MXFP8", "is_fp4_expert": "FP4"}

@@ -22,9 +22,10 @@ def install_for_role(_result: Any, server_args: Any, *_args: Any, role: str, **_
     """After `runtime_context.publish`.
 
     Raises:
-        DwdpConfigError: what is to be hooked is not the supported release's.
-        DwdpRuntimeError: a hook could not be put in place.
-            After either the process ends, and SGLang ends the server.
+        DwdpConfigError: What is to be hooked is not the supported release's.
+        DwdpRuntimeError: A hook could not be put in place.
+
+    After either, the process ends, and SGLang ends the server.
     """
     config = config_of(server_args)
     if config is None:

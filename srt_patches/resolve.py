@@ -82,8 +82,8 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
             )
         elif config.exchange == "off" and view.disaggregation_mode != "prefill":
             logger.info(
-                "DWDP: every rank decodes alone. --dwdp-exchange auto lets ranks run decodes and short prefills "
-                "together: 4 times the requests, of 1k prompts with 256 new tokens between two H100 "
+                "DWDP: every rank decodes alone. With --dwdp-exchange auto ranks run decodes and short prefills "
+                "together: two H100 then served 4 times as many requests of 1k tokens with 256 new ones "
                 "(docs/performance.md)."
             )
     config = with_direct_limit(config, num_experts, models.experts_per_token(model.hf_text_config))
@@ -98,8 +98,8 @@ def resolve_dwdp(server_args: Any, previous: Callable[[Any], None]) -> None:
         declare_resolution(server_args, _SOURCE, sleep_on_idle=True, disable_custom_all_reduce=True)
     declare_resolution(server_args, _SOURCE, **graph_arguments(view, has_direct=config.views().direct))
     if config.exchange != "off":
-        # A rank that prefills is missing to its peers' joint steps, so its own decodes ride along. With no load that
-        # was measured did this cost anything (docs/performance.md).
+        # A rank that prefills is missing from its peers' joint steps, so its own decodes ride along. What that costs
+        # prefills is in docs/performance.md.
         declare_resolution(server_args, _SOURCE, enable_mixed_chunk=True)
 
 

@@ -20,14 +20,19 @@ def is_local(_model_runner: Any) -> bool:
 
 
 def gathers_nothing(**_kwargs: Any) -> bool:
-    """In place of `require_mlp_tp_gather` and `require_gathered_buffer` where a draft model's graphs are made: they fit
-    the rank's own batch too."""
+    """In place of `require_mlp_tp_gather` and `require_gathered_buffer`, where a draft model's graphs are made.
+
+    They fit the rank's own batch too.
+    """
     return False
 
 
 def decide_alone(_adapter: Any, batch: Any) -> Any:
-    """In place of `SchedulerDPAttnAdapter.prepare_mlp_sync_batch`: what the all-gather would have told this rank if
-    there were no other.  batch: a `ScheduleBatch`, or None in an idle step, which stays one."""
+    """In place of `SchedulerDPAttnAdapter.prepare_mlp_sync_batch`, as if the all-gather had found no other rank.
+
+    Args:
+        batch: A `ScheduleBatch`; None in an idle step, which stays one.
+    """
     if batch is not None:
         mode = batch.forward_mode
         batch.is_extend_in_batch = mode.is_extend()

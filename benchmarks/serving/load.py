@@ -61,8 +61,8 @@ def write_bursty(load: Load, ranks: int, tokenizer: Any, path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def checked_prompts(load: Load, count: int = 4) -> list[list[int]]:
-    """Token ids of prompts whose answers are compared, the same for every variant."""
+def checked_prompts(load: Load) -> list[list[int]]:
+    """Token ids of four prompts whose answers are compared, the same for every variant."""
     rng = np.random.default_rng(load.seed + 2)
     longest = load.bursty.mean if load.bursty else load.input_tokens
-    return [rng.integers(10, 2000, max(1, longest * (index + 1) // count)).tolist() for index in range(count)]
+    return [rng.integers(10, 2000, max(1, longest * quarters // 4)).tolist() for quarters in range(1, 5)]

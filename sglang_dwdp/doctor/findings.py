@@ -145,7 +145,7 @@ def _transports(facts: Facts) -> Iterator[Finding]:
             meaning, advice = "It could not be checked beside what uses the GPUs now.", "Run this when they are free."
             yield Finding(share.transport, _UNCHECKED, share.error, meaning, advice)
             continue
-        if TRANSPORTS[share.transport].crosses_hosts:  # which one host needs not
+        if TRANSPORTS[share.transport].crosses_hosts:  # which one host does not need
             yield Finding(share.transport, _OK, share.error, "The ranks of a group have to be on one host.")
             continue
         found = share.error + (f" (this process is{hint})" if hint else "")
@@ -212,7 +212,8 @@ def _kernels(facts: Facts) -> Iterator[Finding]:
     missing = [name for name in FORMATS if name not in kernels.formats]
     found, worse = f"{kernels.version}; built: {', '.join(kernels.formats) or 'none'}", _WARNING if facts.gpus else _OK
     if missing:
-        meaning = "FlashInfer compiles the others at their first use, which takes long; mxfp4 runs as bf16 instead."
+        meaning = f"FlashInfer compiles {', '.join(missing)} at first use, which takes long"
+        meaning += "; mxfp4 runs as bf16 instead." if "mxfp4" in missing else "."
         advice = f"Where a server needs it: python kernels/build.py --format {missing[-1]}, in a checkout."
         yield Finding("FlashInfer's MoE", worse, found, meaning, advice)
     else:

@@ -1,4 +1,4 @@
-"""The subcommands ``plan`` and ``simulate`` of ``sglang-dwdp``."""
+"""The subcommands `plan` and `simulate` of `sglang-dwdp`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COUNTS = (
 
 
 def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the subcommands; each sets ``run``: parsed arguments in, exit code out."""
+    """Register the subcommands; each sets `run`: parsed arguments in, exit code out."""
     plan = subparsers.add_parser("plan", help="will DWDP pay for this model on these GPUs?")
     add = plan.add_argument
     add("model", help="path of a config.json or of its folder, or a built-in model; an unknown name lists them")

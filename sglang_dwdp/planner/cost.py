@@ -45,7 +45,7 @@ class Estimate:
     """One forward under one scheme.
 
     Attributes:
-        scheme: ``dwdp``, ``dep``, ``replica`` or ``in-tree dwdp``.
+        scheme: `dwdp`, `dep`, `replica` or `in-tree dwdp`.
         tokens: tokens of the forward on one rank.
         parts: seconds by part.
         compute: seconds of the rank's own kernels, interference included.
@@ -85,7 +85,7 @@ class Group:
     Attributes:
         size: ranks.
         local_experts: experts that each rank stores; 0 for the smallest equal share.
-        copies: ``serial`` whole-peer pulls in random order, or ``sliced``: slices of all peers in turn, which keeps
+        copies: `serial` whole-peer pulls in random order, or `sliced`: slices of all peers in turn, which keeps
             every source evenly loaded.
         depth: layers that are fetched ahead.
         ring_over_steps: the fetch of the next forward's first layers starts in this one.
@@ -119,7 +119,7 @@ def in_tree_group(size: int) -> Group:
 
 
 def forward_parts(model: ModelShape, gpu: Gpu, precision: Precision, batch: Batch, experts: int | None = None) -> Parts:
-    """The kernels of one forward; ``experts`` of each layer share the batch's routed copies.
+    """The kernels of one forward; `experts` of each layer share the batch's routed copies.
 
     Under DEP a rank computes the copies of E/N experts for all ranks' tokens: as many copies as its own tokens send
     out, over fewer experts.
@@ -179,11 +179,11 @@ def dwdp(
     """One DWDP forward: max(compute, fetch) per layer, plus what cannot be hidden.
 
     With compute C (interference included) and copies of F seconds over the MoE layers, the copy engines run ahead by
-    ``depth`` layers at most, so dense layers hide at most ``depth`` fetches: T = max(C, F + max(0, D - depth f)), D the
+    `depth` layers at most, so dense layers hide at most `depth` fetches: T = max(C, F + max(0, D - depth f)), D the
     dense layers' time and f one layer's fetch. With one slot a copy starts when the experts of the layer before are
     done and hides under what precedes the next ones only: T = E + (n - 1) max(b, f) + max(b + D, f), E the experts'
     products, b the rest of one of n MoE layers. Without the ring over steps the first fetch starts with the forward and
-    is hidden by D and one attention block only. Interference costs ``copy_interference`` seconds of compute per second
+    is hidden by D and one attention block only. Interference costs `copy_interference` seconds of compute per second
     of copying at full rate: power and HBM bandwidth go to each byte copied (paper, appendix A).
     """
     base = forward_parts(model, gpu, precision, batch)

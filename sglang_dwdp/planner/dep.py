@@ -27,9 +27,9 @@ Exchange = Literal["all-to-all", "all-gather", "all-copies"]
 def exchange_bytes(model: ModelShape, precision: Precision, tokens: float, ranks: int, exchange: Exchange) -> float:
     """Bytes that a rank sends per MoE layer under DEP, dispatch and combine together.
 
-    ``all-to-all``: one copy per remote rank that owns one of the token's experts, (N-1)(1 - (1-1/N)^k) of them.
-    ``all-copies``: one per routed copy, k (N-1)/N. ``all-gather``: every token to every rank, and partial sums back
-    (SGLang's dp-attention without an all-to-all backend). Dispatch carries ``dispatch_bytes`` per element, combine 2
+    `all-to-all`: one copy per remote rank that owns one of the token's experts, (N-1)(1 - (1-1/N)^k) of them.
+    `all-copies`: one per routed copy, k (N-1)/N. `all-gather`: every token to every rank, and partial sums back
+    (SGLang's dp-attention without an all-to-all backend). Dispatch carries `dispatch_bytes` per element, combine 2
     (bf16).
     """
     if exchange == "all-gather":
@@ -106,7 +106,7 @@ def dep(
     rounds: Sequence[Sequence[Batch]],
     exchange: Exchange = "all-to-all",
 ) -> Estimate:
-    """One DEP forward, averaged over ``rounds`` (``[rounds][ranks]`` batches run in step).
+    """One DEP forward, averaged over `rounds` (`[rounds][ranks]` batches run in step).
 
     T = compute + communication + wait for the slowest rank, by lengths and by experts.
     """
@@ -129,7 +129,7 @@ def dep_forward(
     """One forward of these very batches: (its seconds, seconds that all ranks together wait in it).
 
     The experts' products are shared, whoever sent the tokens. A rank without tokens still launches its kernels:
-    ``elementwise`` at zero tokens is the gaps.
+    `elementwise` at zero tokens is the gaps.
     """
     n = len(batches)
     tokens = sum(b.tokens for b in batches) / n

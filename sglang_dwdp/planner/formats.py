@@ -16,9 +16,9 @@ class WeightFormat:
     Attributes:
         name: what users call it.
         bytes_per_param: bytes of storage per parameter, block scales included.
-        compute: the matrix-unit format (``bf16``, ``fp8`` or ``fp4``) that a GPU with such units multiplies it in.
+        compute: the matrix-unit format (`bf16`, `fp8` or `fp4`) that a GPU with such units multiplies it in.
         weight_only: activations stay in 16 bits, so the product runs at the bf16 rate wherever the GPU has no unit for
-            ``compute``.
+            `compute`.
         names: parts of the names that checkpoints give it.
     """
 
@@ -47,7 +47,7 @@ _INT4_METHODS = {"awq", "gptq", "compressed-tensors", "auto-round"}  # where the
 
 
 def get_format(name: str) -> WeightFormat:
-    """The format called ``name``.
+    """The format called `name`.
 
     Raises:
         PlannerError: for an unknown name, with the known ones.
@@ -59,10 +59,10 @@ def get_format(name: str) -> WeightFormat:
 
 
 def format_of_config(quantization: Mapping[str, Any]) -> str:
-    """The weight format behind the ``quantization_config`` of a ``config.json``.
+    """The weight format behind the `quantization_config` of a `config.json`.
 
     Returns:
-        A name of ``FORMATS``, or the config's own name where none fits, which ``get_format`` then reports.
+        A name of `FORMATS`, or the config's own name where none fits, which `get_format` then reports.
     """
     method = str(quantization.get("quant_method") or "").lower()
     names = " ".join(str(quantization.get(key) or "") for key in ("quant_algo", "fmt", "format"))
@@ -95,7 +95,7 @@ class Precision:
 
 
 def default_precision(fmt: WeightFormat) -> Precision:
-    """The usual deployment of a checkpoint whose experts are stored as ``fmt``.
+    """The usual deployment of a checkpoint whose experts are stored as `fmt`.
 
     FP8 checkpoints quantise the projections too and send FP8 to the experts; 4-bit ones leave both in bf16.
     """

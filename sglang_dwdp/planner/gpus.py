@@ -1,7 +1,7 @@
 """What the cost model wants to know of a GPU, the GPUs that the planner knows, and files with measured figures.
 
-Peaks are dense (no structured sparsity). ``link_bandwidth`` counts one direction. ``gpus.yaml`` has the known GPUs; a
-``--gpu-file`` replaces any of these figures by measured ones.
+Peaks are dense (no structured sparsity). `link_bandwidth` counts one direction. `gpus.yaml` has the known GPUs; a
+`--gpu-file` replaces any of these figures by measured ones.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Gpu:
     Attributes:
         memory: bytes of HBM that a process can use.
         hbm_bandwidth: bytes/s.
-        peak_flops: FLOP/s by compute format (``bf16``, ``fp8``, ``fp4``).
+        peak_flops: FLOP/s by compute format (`bf16`, `fp8`, `fp4`).
         link_bandwidth: bytes/s to all peers together, one direction, data sheet.
         copy_bandwidth: bytes/s that copy engines pull from several peers together.
         pair_bandwidth: bytes/s that they pull from one peer.
@@ -94,7 +94,7 @@ class Gpu:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def peak(self, fmt: WeightFormat) -> float:
-        """FLOP/s at which weights of ``fmt`` are multiplied, before efficiency."""
+        """FLOP/s at which weights of `fmt` are multiplied, before efficiency."""
         if fmt.compute in self.peak_flops:
             return self.peak_flops[fmt.compute]
         if fmt.weight_only or fmt.compute == "bf16":
@@ -116,7 +116,7 @@ GPUS: dict[str, Gpu] = {name: _gpu(data, name) for name, data in _KNOWN.items()}
 
 
 def get_gpu(name: str) -> Gpu:
-    """The GPU called ``name``, or as its driver calls it ("NVIDIA H100 80GB HBM3"); case does not matter.
+    """The GPU called `name`, or as its driver calls it ("NVIDIA H100 80GB HBM3"); case does not matter.
 
     Boards with another link (H100 PCIe, H100 NVL), parts of a GPU (MIG), and chips that merely have a known one's
     letters in their name (GH200) are other GPUs.
@@ -136,10 +136,10 @@ def get_gpu(name: str) -> Gpu:
 
 
 def with_file(gpu: Gpu, path: str) -> Gpu:
-    """``gpu`` with the figures of a YAML or JSON file in place of its own.
+    """`gpu` with the figures of a YAML or JSON file in place of its own.
 
     Args:
-        path: a mapping of fields of ``Gpu``, as ``gpus.yaml`` has them; what it does not say stays.
+        path: a mapping of fields of `Gpu`, as `gpus.yaml` has them; what it does not say stays.
 
     Raises:
         PlannerError: if the file is missing or malformed, or names an unknown field.

@@ -16,7 +16,7 @@ KERNELS_PER_LAYER = 20
 
 
 def distinct_experts(experts: int, rows: float) -> float:
-    """Expected number of distinct experts among ``rows`` uniform draws: E (1 - (1 - 1/E)^rows)."""
+    """Expected number of distinct experts among `rows` uniform draws: E (1 - (1 - 1/E)^rows)."""
     if experts <= 0 or rows <= 0:
         return 0.0
     return experts * float(1.0 - (1.0 - 1.0 / experts) ** rows)
@@ -29,7 +29,7 @@ def overlapped(gpu: Gpu, compute: float, memory: float) -> float:
 
 
 def dense_gemm(gpu: Gpu, fmt: WeightFormat, rows: float, params: float) -> float:
-    """``rows`` activations times ``params`` weights.
+    """`rows` activations times `params` weights.
 
     The overlap of 2 rows params / (peak eff) with weight bytes / (HBM eff), plus the latency.
     """
@@ -37,14 +37,14 @@ def dense_gemm(gpu: Gpu, fmt: WeightFormat, rows: float, params: float) -> float
 
 
 def _product(gpu: Gpu, fmt: WeightFormat, fraction: float, rows: float, multiplied: float, read: float) -> float:
-    """``rows`` rows at ``fraction`` of the peak, each times ``multiplied`` weights, of which ``read`` are read once."""
+    """`rows` rows at `fraction` of the peak, each times `multiplied` weights, of which `read` are read once."""
     compute = 2.0 * rows * multiplied / (gpu.peak(fmt) * min(fraction, gpu.efficiency.gemm_cap))
     memory = read * fmt.bytes_per_param / (gpu.hbm_bandwidth * gpu.efficiency.weight_read)
     return overlapped(gpu, compute, memory) + gpu.efficiency.gemm_latency
 
 
 def grouped_product(gpu: Gpu, fmt: WeightFormat, rows: float, experts: int, depth: int, width: int) -> float:
-    """``rows`` rows spread evenly over ``experts`` matrices of [depth, width].
+    """`rows` rows spread evenly over `experts` matrices of [depth, width].
 
     Rows are padded to the tile, which costs half a tile per expert that has any: F = 2 depth width (rows + tile/2
     active), at peak min(eff depth/(depth + half_depth), cap); bytes are the active experts' weights.
@@ -58,7 +58,7 @@ def grouped_product(gpu: Gpu, fmt: WeightFormat, rows: float, experts: int, dept
 
 
 def grouped_gemm(model: ModelShape, gpu: Gpu, fmt: WeightFormat, rows: float, experts: int) -> float:
-    """One layer's routed experts for ``rows`` routed copies: gate and up in one product, then down."""
+    """One layer's routed experts for `rows` routed copies: gate and up in one product, then down."""
     up = grouped_product(gpu, fmt, rows, experts, model.hidden, 2 * model.moe_intermediate)
     return up + grouped_product(gpu, fmt, rows, experts, model.moe_intermediate, model.hidden)
 

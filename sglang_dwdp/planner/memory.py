@@ -41,9 +41,9 @@ class Memory:
 
 
 def memory(model: ModelShape, gpu: Gpu, precision: Precision, scheme: str, group: Group, tokens: float) -> Memory:
-    """Memory of one rank under ``dwdp``, ``in-tree dwdp``, ``dep`` or ``replica``.
+    """Memory of one rank under `dwdp`, `in-tree dwdp`, `dep` or `replica`.
 
-    Every rank holds everything but the routed experts. DWDP adds ``depth`` slots of the remote experts of one layer.
+    Every rank holds everything but the routed experts. DWDP adds `depth` slots of the remote experts of one layer.
     DEP holds its share of experts and the tokens that it receives (on average as many as it sends). Activations peak in
     one layer: residual and hidden states, and the routed copies in and out, tokens x (4 hidden + top_k (2 hidden + 3
     intermediate)) elements.

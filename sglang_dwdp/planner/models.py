@@ -1,4 +1,4 @@
-"""Model shapes from a Hugging Face ``config.json``, or from the built-in ones."""
+"""Model shapes from a Hugging Face `config.json`, or from the built-in ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Maybe = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
 class _Config(BaseModel):
-    """The fields of a ``config.json`` that matter, by the names in use; 0 for what a model does not have."""
+    """The fields of a `config.json` that matter, by the names in use; 0 for what a model does not have."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -65,7 +65,7 @@ class _Config(BaseModel):
 
 
 def model_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
-    """Read a Hugging Face ``config.json`` mapping.
+    """Read a Hugging Face `config.json` mapping.
 
     Raises:
         PlannerError: if a needed field is missing or the config makes no sense.
@@ -122,10 +122,10 @@ def _shape(c: _Config, name: str) -> ModelShape:
 
 
 def load_model(name_or_path: str) -> ModelShape:
-    """A built-in shape by name (any organisation prefix is ignored), or a ``config.json``.
+    """A built-in shape by name (any organisation prefix is ignored), or a `config.json`.
 
     Args:
-        name_or_path: ``Qwen/Qwen3-30B-A3B``, a directory that holds ``config.json``, or the file.
+        name_or_path: `Qwen/Qwen3-30B-A3B`, a directory that holds `config.json`, or the file.
 
     Raises:
         PlannerError: if neither a file nor a known name; the message lists the known names.

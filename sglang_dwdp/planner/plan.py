@@ -69,7 +69,7 @@ class Point:
 
 
 def evaluate(case: Case, group: Group, tokens: int) -> Point:
-    """All schemes at ``tokens`` per rank and forward, prompts cut into chunks of that size."""
+    """All schemes at `tokens` per rank and forward, prompts cut into chunks of that size."""
     model, gpu, precision = case.model, case.gpu, case.precision
     rounds = typical_rounds(case.lengths, tokens, True, max(1, group.size), model.window, 64)
     batch = mean_batch(rounds)
@@ -95,7 +95,7 @@ class Plan:
         gpus: of the node, a multiple of the group's size.
         points: the sweep over tokens per rank.
         crossover: tokens per rank from which DWDP beats DEP; None if it never does.
-        chunk: ``--chunked-prefill-size`` per rank, as given or as found.
+        chunk: `--chunked-prefill-size` per rank, as given or as found.
         memories: bytes by scheme at the chunk.
         decode: steps of a server that decodes too, after prompts of the longest length.
     """
@@ -174,7 +174,7 @@ def _against_dep(plan: Plan) -> str:
 
 
 def _crossover(points: Sequence[Point], at: Callable[[int], Point]) -> int | None:
-    """Smallest token count (to ``FINE`` tokens) from which DWDP is no slower than DEP over the sweep."""
+    """Smallest token count (to `FINE` tokens) from which DWDP is no slower than DEP over the sweep."""
     start = len(points)
     while start > 0 and points[start - 1].speedup >= 1:
         start -= 1
@@ -197,7 +197,7 @@ def _chunk(case: Case, group: Group, points: Sequence[Point]) -> int:
 
 
 def _local_experts(case: Case, group: Group, tokens: int) -> int:
-    """Fewest experts per rank whose copies ``tokens`` tokens hide; 0, equal shares, where memory does not allow it."""
+    """Fewest experts per rank whose copies `tokens` tokens hide; 0, equal shares, where memory does not allow it."""
     share = replace(group, local_experts=0).stored(case.model)
     counts = range(share, case.model.experts + 1)  # with all experts at home there is nothing to hide
     hidden = bisect_left(counts, True, key=lambda n: evaluate(case, replace(group, local_experts=n), tokens).hidden)
@@ -211,7 +211,7 @@ def make_plan(case: Case, group: Group, gpus: int = 0, *, tokens: int = 0, choos
     Args:
         gpus: of the node, a multiple of the group's size; 0 for one group.
         tokens: per rank and forward, where the user has decided; 0 finds the chunk.
-        choose_local_experts: more than ``group`` says where that hides the copies at the chunk and memory allows.
+        choose_local_experts: more than `group` says where that hides the copies at the chunk and memory allows.
 
     Raises:
         PlannerError: if the group is larger than the GPU's link domain, or neither DWDP nor DEP nor a replica fits.

@@ -25,7 +25,7 @@ def _axes() -> tuple[Any, Any]:
 
 
 def check_figure(path: str) -> None:
-    """Raise PlannerError unless a figure can be written to ``path``, before anything is computed for it."""
+    """Raise PlannerError unless a figure can be written to `path`, before anything is computed for it."""
     file = Path(path)
     if not file.parent.is_dir() or file.suffix.lower() not in FIGURES:
         raise PlannerError(f"cannot write {path}: give a name in a folder that exists, ending in {', '.join(FIGURES)}")

@@ -31,10 +31,11 @@ class Scenario:
     """One simulated deployment and its load.
 
     Attributes:
-        mode: ``dwdp``, ``dep`` (ranks of a group in step) or ``replica``.
-        group_size, groups: ranks per group and number of groups behind the router.
-        token_budget: tokens per forward and rank (``--chunked-prefill-size``).
-        max_prefill_tokens: no further prompt joins a forward that has so many tokens (``--max-prefill-tokens``, by
+        mode: `dwdp`, `dep` (ranks of a group in step) or `replica`.
+        group_size: ranks per group.
+        groups: behind the router.
+        token_budget: tokens per forward and rank (`--chunked-prefill-size`).
+        max_prefill_tokens: no further prompt joins a forward that has so many tokens (`--max-prefill-tokens`, by
             default 16,384 in SGLang); 0 for no such limit.
         chunked: cut prompts that do not fit (else they wait for the next forward).
         requests: number of requests.
@@ -90,7 +91,7 @@ class Scenario:
 
 
 def scenario_from_mapping(data: Mapping[str, Any], name: str = "scenario") -> Scenario:
-    """Build a scenario; ``model``, ``gpu`` and ``lengths`` are required.
+    """Build a scenario; `model`, `gpu` and `lengths` are required.
 
     Raises:
         PlannerError: for an unknown or missing key, a value of the wrong kind, or a model that does not fit.
@@ -123,7 +124,7 @@ def _precision(model: ModelShape, formats: Mapping[str, str]) -> Precision:
 
 
 def load_scenarios(path: str) -> list[Scenario]:
-    """Read a YAML file: one scenario, or ``scenarios: {name: {...}}`` over common ``defaults``.
+    """Read a YAML file: one scenario, or `scenarios: {name: {...}}` over common `defaults`.
 
     Raises:
         PlannerError: if the file is missing or malformed.

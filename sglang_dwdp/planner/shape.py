@@ -13,7 +13,7 @@ class ModelShape:
         qk_dim, v_dim: head sizes of the query-key product and of the values.
         q_rank, kv_rank, rope_dim: ranks and rotary size of a head in multi-head latent attention (DeepSeek-V2, arXiv
             2405.04434), with which kv_rank is not 0; a q_rank of 0 leaves the query whole.
-        window: sliding-window length in tokens of the ``window_layers`` layers; 0 for none.
+        window: sliding-window length in tokens of the `window_layers` layers; 0 for none.
         shared_intermediate: width of the shared experts together; 0 for none.
         expert_format: name of the weight format that the checkpoint ships its experts in.
     """

@@ -1,6 +1,6 @@
 """Simulation of prefill serving: requests arrive, queue at ranks, and are packed into forwards.
 
-A forward takes what the closed form of ``cost`` and ``dep`` says for its very batch. DWDP ranks and replicas run on
+A forward takes what the closed form of `cost` and `dep` says for its very batch. DWDP ranks and replicas run on
 their own; the ranks of a DEP group run every forward together.
 """
 
@@ -26,12 +26,13 @@ class Result:
     """What a simulation measured.
 
     Attributes:
-        ttft: seconds from arrival to the end of the last prefill chunk, ``[requests]``.
+        ttft: seconds from arrival to the end of the last prefill chunk, `[requests]`.
         seconds: from the first arrival to the last completion.
         tokens: prompt tokens served.
         forwards: forwards of all ranks (a DEP forward counts once per rank).
-        exposed, copying, waited: seconds of all ranks in which kernels waited for copies, copies ran, and ranks of a
-            DEP group waited for the slowest one.
+        exposed: seconds, of all ranks together, in which kernels waited for copies.
+        copying: the same in which copies ran.
+        waited: the same in which ranks of a DEP group waited for the slowest one.
         pulled: bytes that all ranks read from peers.
     """
 
@@ -56,7 +57,7 @@ class Result:
 
 
 class _Rank:
-    """One GPU's queue; ``step`` lists the ranks that run their forwards together, this one included."""
+    """One GPU's queue; `step` lists the ranks that run their forwards together, this one included."""
 
     def __init__(self) -> None:
         self.queue: deque[Prompt] = deque()
@@ -161,5 +162,5 @@ class _Simulation:
 
 
 def simulate(scenario: Scenario) -> Result:
-    """Run ``scenario`` until every request is served. Deterministic for a given seed."""
+    """Run `scenario` until every request is served. Deterministic for a given seed."""
     return _Simulation(scenario).run()

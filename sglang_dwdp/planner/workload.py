@@ -25,8 +25,8 @@ class Lengths:
     """A distribution of prompt lengths in tokens.
 
     Attributes:
-        kind: ``fixed``; ``uniform`` over [ratio * length, length] (the "ratio" of the DWDP paper and of InferenceX);
-            ``normal`` with mean ``length`` and deviation ``std``; ``lognormal`` likewise.
+        kind: `fixed`; `uniform` over [ratio * length, length] (the "ratio" of the DWDP paper and of InferenceX);
+            `normal` with mean `length` and deviation `std`; `lognormal` likewise.
         limit: longest prompt that is accepted; longer draws are cut to it. 0: no limit.
     """
 
@@ -37,7 +37,7 @@ class Lengths:
     limit: Count = 0
 
     def sample(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-        """``count`` lengths, shape [count], in tokens."""
+        """`count` lengths, shape [count], in tokens."""
         if self.kind == "uniform":
             low = max(1, round(self.ratio * self.length))
             drawn = rng.integers(low, self.length + 1, count).astype(float)
@@ -68,12 +68,12 @@ class Batch:
 
 
 def causal_pairs(new: int, prefix: int = 0) -> float:
-    """Pairs of ``new`` queries behind ``prefix`` cached tokens: each sees the past and itself."""
+    """Pairs of `new` queries behind `prefix` cached tokens: each sees the past and itself."""
     return new * prefix + new * (new + 1) / 2
 
 
 def windowed_pairs(new: int, prefix: int, window: int) -> float:
-    """As ``causal_pairs`` when a query sees at most ``window`` keys."""
+    """As `causal_pairs` when a query sees at most `window` keys."""
     if window <= 0:
         return causal_pairs(new, prefix)
     ramp = max(0, min(new, window - prefix))
@@ -103,7 +103,7 @@ class Prompt:
 def take(
     queue: deque[Prompt], budget: int, chunked: bool, window: int = 0, max_prefill: int = 0
 ) -> tuple[Batch, list[Prompt]]:
-    """A forward of at most ``budget`` tokens from a queue, first come, first served: (its batch, prompts it completes).
+    """A forward of at most `budget` tokens from a queue, first come, first served: (its batch, prompts it completes).
 
     Args:
         chunked: a prompt that does not fit is cut (SGLang's chunked prefill); otherwise it waits for the next forward,
@@ -128,7 +128,7 @@ def take(
 
 
 def pack(lengths: Iterable[int], budget: int, chunked: bool, window: int = 0) -> list[Batch]:
-    """All forwards of a queue; see ``take``."""
+    """All forwards of a queue; see `take`."""
     queue, batches = deque(map(Prompt, lengths)), []
     while queue:
         batches.append(take(queue, budget, chunked, window)[0])
@@ -139,9 +139,9 @@ def pack(lengths: Iterable[int], budget: int, chunked: bool, window: int = 0) ->
 def typical_rounds(
     lengths: Lengths, budget: int, chunked: bool, ranks: int, window: int = 0, rounds: int = 400
 ) -> tuple[tuple[Batch, ...], ...]:
-    """Forwards of saturated ranks, ``[rounds][ranks]``; each rank packs its own queue (fixed seed).
+    """Forwards of saturated ranks, `[rounds][ranks]`; each rank packs its own queue (fixed seed).
 
-    Prompts of many chunks are sampled over their whole length: the first ``rounds`` forwards would only see their
+    Prompts of many chunks are sampled over their whole length: the first `rounds` forwards would only see their
     beginnings, whose attention is cheap.
     """
     rng = np.random.default_rng(20260402)

@@ -13,8 +13,11 @@ from sglang_dwdp.errors import DwdpConfigError
 class Conflict:
     """A combination of server arguments that DWDP does not support.
 
-    names: The arguments that it looks at.  applies: Whether their values, in this order, conflict.
-    reason: Why; `{args.x}` stands for an argument's value.  way_out: What to do instead.
+    Attributes:
+        names: The arguments that it looks at.
+        applies: Whether their values, in this order, conflict.
+        reason: Why; `{args.x}` stands for an argument's value.
+        way_out: What to do instead.
     """
 
     names: tuple[str, ...]
@@ -218,14 +221,14 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         ("remote_instance_weight_loader_start_seed_via_transfer_engine",),
         _is_set,
-        "--remote-instance-weight-loader-start-seed-via-transfer-engine hands out weights, of which a layer's may be "
-        "those of a slot",
+        "--remote-instance-weight-loader-start-seed-via-transfer-engine hands out weights, which may be those of "
+        "a slot",
         "Drop it: other servers can read the checkpoint.",
     ),
     Conflict(
         ("checkpoint_engine_wait_weights_before_ready",),
         _is_set,
-        "--checkpoint-engine-wait-weights-before-ready waits for weights in a way that is unsupported",
+        "--checkpoint-engine-wait-weights-before-ready waits for weights that arrive by IPC, which is unsupported",
         "Drop it, and give --model-path the weights.",
     ),
     Conflict(

@@ -1,4 +1,4 @@
-"""Whether the sources of SGLang that this package changes or leans on are those that it was verified with.
+"""Whether the sources of SGLang that this package changes or leans on are those that it was validated with.
 
 `srt_patches/ledger.md` has the hash of each of them for each release. A build of the same release may have others: a
 patched fork, a source tree, or a function that another plugin has replaced.

@@ -20,7 +20,7 @@ _LOW, _HIGH = 0xD5, 0x7F
 _MARK = {2: 0x7FD5, 4: 0x7FD57FD5, 8: 0x7FD57FD57FD57FD5}
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _RUN_BYTES = 16  # of integers and 8-bit floats, any single value may be a weight; a run of this length is none
-_CHUNK_BYTES = 64 << 20  # looked at at a time, to bound the memory that it takes
+_CHUNK_BYTES = 64 << 20  # examined at a time, to bound the memory that it takes
 
 _EMPTY = {
     torch.ops.aten.empty,

@@ -54,6 +54,8 @@ def test_the_wheel_claims_one_top_level_name(wheel: Path) -> None:
     stubs = ("cpu/stubs/sgl_kernel/__init__.py", "demo/stubs/flashinfer.py")
     for needed in ("srt_patches/ledger.md", "srt_patches/hooks.py", "py.typed", *stubs):
         assert f"sglang_dwdp/{needed}" in names
+    packages = {path.parent.name for path in (ROOT / "sglang_dwdp").glob("*/__init__.py")}
+    assert packages <= {name.split("/")[1] for name in names if name.startswith("sglang_dwdp/")}
     assert not [name for name in names if name.startswith("sglang_dwdp/kernels/")]
 
 

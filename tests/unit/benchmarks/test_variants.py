@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import variants
 from benchmarks.cases import parse_case
 from benchmarks.variants import KINDS, Setting, Variant, engine_options, environment, parse_variants
 from sglang_dwdp.config import option_names
@@ -33,7 +32,7 @@ def options(kind: str, *cases: str) -> dict[str, object]:
     return engine_options(Variant(kind, kind), setting(*cases))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dwdp-exchange"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_turned_off(kind: str) -> None:
     found = options(kind, "prefill:16384:20", "decode:32")
     assert not FORBIDDEN & set(found)
@@ -64,18 +63,11 @@ def test_graphs_and_cache_are_what_cases_use() -> None:
     assert engine_options(Variant("dep", "dep"), chosen)["cuda_graph_bs_prefill"] == [512, 2048]
 
 
-def test_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_run() -> None:
     with pytest.raises(ValueError, match="needs GPUs"):
         engine_options(Variant("dep", "dep"), setting("prefill:8", devices=0))
     with pytest.raises(ValueError, match="4 ranks need 4 GPUs"):
         engine_options(Variant("dwdp", "dwdp"), replace(setting("prefill:8"), ranks=4))
-
-    class Without:
-        __dataclass_fields__: dict[str, object] = {}  # noqa: RUF012
-
-    monkeypatch.setattr(variants, "DwdpConfig", Without)
-    with pytest.raises(ValueError, match="has no --dwdp-exchange"):
-        options("dwdp-exchange", "prefill:8")
 
 
 def test_names_kinds_and_settings() -> None:
@@ -114,7 +106,7 @@ def test_variables(tmp_path: Path) -> None:
     assert "SGLANG_USE_CPU_ENGINE" in of("dwdp", 0)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dwdp-exchange"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_sglang_has_all_keywords(kind: str) -> None:
     server_args = pytest.importorskip("sglang.srt.server_args").ServerArgs
     known = {*server_args.__struct_fields__, *option_names()}

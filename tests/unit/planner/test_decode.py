@@ -1,4 +1,4 @@
-"""Decode steps: against what two H200 took, and the limits of the formula."""
+"""Decode steps: against what two H100 took, and the limits of the formula."""
 
 from dataclasses import replace
 
@@ -13,20 +13,24 @@ from sglang_dwdp.planner.models import load_model
 MODEL = replace(load_model("qwen3-30b-a3b"), layers=12)
 
 
-def step(sequences: int, group: Group, context: float = 200) -> Step:
-    return decode_step(MODEL, get_gpu("H200"), default_precision(get_format("bf16")), group, sequences, context)
+def step(sequences: int, group: Group, context: float = 256) -> Step:
+    return decode_step(MODEL, get_gpu("H100"), default_precision(get_format("bf16")), group, sequences, context)
 
 
 @pytest.mark.parametrize(
-    ("sequences", "alone", "together", "replica"),
-    [(8, 1680, 6169, 7036), (32, 3216, 20857, 16827), (64, 5581, 31840, 28855)],
+    ("sequences", "together", "replica"), [(8, 5697, 5772), (32, 17_114, 12_094), (64, 32_457, 21_378)]
 )
-def test_two_h200(sequences: int, alone: float, together: float, replica: float) -> None:
+def test_two_h100(sequences: int, together: float, replica: float) -> None:
     """Tokens per second of both ranks in docs/performance.md, to which nothing is fitted."""
     planned = step(sequences, Group(2))
-    assert 2 * sequences / planned.alone == pytest.approx(alone, rel=0.15)
-    assert 2 * sequences / planned.together == pytest.approx(together, rel=0.15)
+    assert 2 * sequences / planned.together == pytest.approx(together, rel=0.2)
     assert 2 * sequences / planned.replica == pytest.approx(replica, rel=0.25)
+
+
+@pytest.mark.parametrize(("sequences", "alone"), [(8, 1551), (32, 2974)])
+def test_two_h100_alone(sequences: int, alone: float) -> None:
+    """The same without exchange steps, from an earlier run."""
+    assert 2 * sequences / step(sequences, Group(2)).alone == pytest.approx(alone, rel=0.1)
 
 
 def test_where_all_experts_are_stored_a_rank_is_a_replica() -> None:

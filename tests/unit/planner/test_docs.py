@@ -10,7 +10,7 @@ from sglang_dwdp import cli
 from tests import ROOT
 
 NAMES = {"DWDP4 on 12, requests handed out by count": "DWDP4 on 12, by count"}
-NAMES |= {"DWDP4 on 12, 8K tokens per forward": "DWDP4 on 12, 8K chunks"}
+NAMES |= {"DWDP4 on 12, 8K tokens per forward": "DWDP4 on 12, 8K chunks", "EP on 16 (DEP4)": "DEP4 on 16"}
 HEAD = "| prefill GPUs |"
 
 

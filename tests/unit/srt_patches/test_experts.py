@@ -58,7 +58,7 @@ def test_unsupported_backends(method: object, backend: MoeRunnerBackend | None, 
         backend_of_layer(layer(method, backend))
 
 
-def test_layers_that_could_not_be_told_apart_are_refused() -> None:
+def test_layers_that_could_not_be_told_apart_are_unsupported() -> None:
     check_layer_numbers([SimpleNamespace(layer_id=number) for number in (0, 1, 2)])
     with pytest.raises(DwdpConfigError, match="2 FusedMoE layers of this model have the number 1"):
         check_layer_numbers([SimpleNamespace(layer_id=number) for number in (0, 1, 1)])
@@ -118,7 +118,7 @@ def test_per_expert_state_that_is_known_is_rebuilt_for_all_experts() -> None:
 
 
 @pytest.mark.parametrize("owner", ["layer", "method"])
-def test_per_expert_state_that_is_not_known_is_refused(owner: str) -> None:
+def test_per_expert_state_that_is_not_known_is_unsupported(owner: str) -> None:
     moe = layer(UnquantizedFusedMoEMethod(), MoeRunnerBackend.TRITON, _cutlass_swiglu_params=(torch.ones(4),))
     check_expert_state(moe)
     vars(moe if owner == "layer" else moe.quant_method)["table"] = (torch.ones(4),)
@@ -126,7 +126,7 @@ def test_per_expert_state_that_is_not_known_is_refused(owner: str) -> None:
         check_expert_state(moe)
 
 
-def test_a_layer_with_a_forward_of_its_own_is_refused() -> None:
+def test_a_layer_with_a_forward_of_its_own_is_unsupported() -> None:
     class Own(FusedMoE):
         def run_moe_core(self, dispatch_output: Any) -> Any:
             return dispatch_output

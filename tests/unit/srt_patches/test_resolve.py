@@ -152,7 +152,7 @@ print("RESULT " + json.dumps(out))
 _NOT_REACHED = {"elastic_ep_backend", "kt_weight_path", "ep_num_redundant_experts"}
 
 
-def test_every_conflict_is_refused_with_sglangs_own_arguments(model: str) -> None:
+def test_every_conflict_is_an_error_with_sglangs_own_arguments(model: str) -> None:
     cases = [(changes, reason) for changes, reason in CASES if not _NOT_REACHED & set(changes)]
     keywords = [
         {"model_path": model, "device": "cpu", "tp_size": 2, "enable_dwdp": True, **changes} for changes, _ in cases
@@ -217,7 +217,7 @@ def test_what_later_steps_decide_otherwise_is_an_error(model: str) -> None:
     assert unknown == unknown_to_view == []  # SGLang has every argument that the table of conflicts looks at
 
 
-def test_models_and_devices_that_are_refused(model: str, tmp_path: Path) -> None:
+def test_models_and_devices_that_are_unsupported(model: str, tmp_path: Path) -> None:
     dense = tmp_path / "dense"
     dense.mkdir()
     config = json.loads((Path(model) / "config.json").read_text())
