@@ -10,7 +10,7 @@ from sglang_dwdp.planner.formats import default_precision, get_format
 from sglang_dwdp.planner.gpus import get_gpu
 from sglang_dwdp.planner.models import load_model
 
-MODEL = replace(load_model("qwen3-30b-a3b"), layers=12)
+MODEL = replace(load_model("qwen3-30b-a3b"), layers=12, vocab=2048)  # as measured
 
 
 def step(sequences: int, group: Group, context: float = 256) -> Step:
@@ -23,8 +23,8 @@ def step(sequences: int, group: Group, context: float = 256) -> Step:
 def test_two_h100(sequences: int, together: float, replica: float) -> None:
     """Tokens per second of both ranks in docs/performance.md, to which nothing is fitted."""
     planned = step(sequences, Group(2))
-    assert 2 * sequences / planned.together == pytest.approx(together, rel=0.2)
-    assert 2 * sequences / planned.replica == pytest.approx(replica, rel=0.25)
+    assert 2 * sequences / planned.together == pytest.approx(together, rel=0.12)
+    assert 2 * sequences / planned.replica == pytest.approx(replica, rel=0.2)
 
 
 @pytest.mark.parametrize(("sequences", "alone"), [(8, 1551), (32, 2974)])
