@@ -165,7 +165,8 @@ def idle(original: Callable[..., None], scheduler: Any) -> None:
         original(scheduler)
         return
     sockets = [one for one in (channels.recv_from_tokenizer, channels.recv_from_rpc) if isinstance(one, zmq.Socket)]
-    if not sockets:  # requests come another way, so look there after each step
+    # Requests may come another way, or wait here for a grammar, a cache or memory: look there after each step.
+    if not sockets or not scheduler.is_fully_idle():
         return
     poller, bell = zmq.Poller(), steps.bells.fileno()
     for source in (*sockets, bell):

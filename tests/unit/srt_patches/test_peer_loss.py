@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import zmq
 
 from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.exchange import page
@@ -95,6 +96,31 @@ def test_an_idle_rank_goes_on(steps: Steps) -> None:
     exchange.idle(idled.append, SimpleNamespace(ipc_channels=None))
     assert len(idled) == 1
     assert steps.said == ["gave up"]
+
+
+@pytest.mark.parametrize(("waits_here", "helps"), [(True, 1), (False, 3)])
+def test_a_rank_whose_requests_wait_helps_once_at_a_time(steps: Steps, *, waits_here: bool, helps: int) -> None:
+    """They may wait for a grammar, of which no socket tells, while peers ring step after step."""
+    rings, helped = iter((True, True, False)), list[int]()
+    bell, requests = os.eventfd(1), zmq.Context().socket(zmq.PULL)
+
+    def help_out() -> bool:
+        helped.append(1)
+        if not next(rings):
+            os.eventfd_read(bell)  # peers have stopped
+        return True
+
+    steps.help_out = help_out  # type: ignore[method-assign]
+    steps.bells = SimpleNamespace(fileno=lambda: bell, silence=lambda: None)  # type: ignore[attr-defined]
+    channels = SimpleNamespace(recv_from_tokenizer=requests, recv_from_rpc=None)
+    try:
+        exchange.idle(
+            lambda _scheduler: None, SimpleNamespace(ipc_channels=channels, is_fully_idle=lambda: not waits_here)
+        )
+    finally:
+        requests.close()
+        os.close(bell)
+    assert len(helped) == helps
 
 
 def test_requests_of_a_void_forward_end_with_an_error(steps: Steps) -> None:
