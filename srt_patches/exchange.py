@@ -10,6 +10,7 @@ in `exchange_steps.py`.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 _CPU_PREFILLS = (512,)
 _WAIT_LIMIT_S = 10.0
 _NEXT_STEP_MS = 100  # after which an idle rank that has helped looks after itself again
+_HOUSEKEEPING_S = 1.0  # at the latest after which one that helps does: its load, that it publishes, is a sign of life
 # Where forwards are not graphs, which are timed at start. Ranks of the CPU engine share few cores, so a peer may be
 # milliseconds late.
 _UNTIMED = StepTimes(*([(rows, us) for rows in (1, *_CPU_PREFILLS)] for us in (40_000.0, 4_000.0)))
@@ -160,8 +162,9 @@ def idle(original: Callable[..., None], scheduler: Any) -> None:
     if not _current:
         original(scheduler)
         return
-    steps, channels = _current[0], scheduler.ipc_channels
-    if not _help_out(steps):
+    steps, channels, now = _current[0], scheduler.ipc_channels, time.monotonic()
+    if not _help_out(steps) or now >= steps.housekeeping_at:
+        steps.housekeeping_at = now + _HOUSEKEEPING_S
         original(scheduler)
         return
     sockets = [one for one in (channels.recv_from_tokenizer, channels.recv_from_rpc) if isinstance(one, zmq.Socket)]
@@ -171,7 +174,7 @@ def idle(original: Callable[..., None], scheduler: Any) -> None:
     poller, bell = zmq.Poller(), steps.bells.fileno()
     for source in (*sockets, bell):
         poller.register(source, zmq.POLLIN)
-    while [source for source, _ in poller.poll(_NEXT_STEP_MS)] == [bell]:
+    while time.monotonic() < steps.housekeeping_at and [one for one, _ in poller.poll(_NEXT_STEP_MS)] == [bell]:
         steps.bells.silence()
         _help_out(steps)
 

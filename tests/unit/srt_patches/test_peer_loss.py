@@ -24,6 +24,7 @@ class Steps:
 
     def __init__(self) -> None:
         self.joint, self.page_lost = True, False
+        self.housekeeping_at = float("inf")
         self.said: list[Any] = []
         self.forwards = SimpleNamespace(end=lambda: self.said.append("gave up"))
 
@@ -121,6 +122,30 @@ def test_a_rank_whose_requests_wait_helps_once_at_a_time(steps: Steps, *, waits_
         requests.close()
         os.close(bell)
     assert len(helped) == helps
+
+
+def test_a_rank_that_helps_for_long_gives_signs_of_life(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the launcher would take it for one that does not respond, and send it no requests."""
+    clock, helped, idled = iter(0.1 * step for step in range(1000)), list[int](), list[Any]()
+    bell, requests = os.eventfd(1), zmq.Context().socket(zmq.PULL)  # it rings all the time
+    monkeypatch.setattr(exchange, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+    def help_out() -> bool:
+        helped.append(1)
+        assert len(helped) < 100
+        return True
+
+    steps.help_out, steps.housekeeping_at = help_out, 0.0  # type: ignore[method-assign]
+    steps.bells = SimpleNamespace(fileno=lambda: bell, silence=lambda: None)  # type: ignore[attr-defined]
+    channels = SimpleNamespace(recv_from_tokenizer=requests, recv_from_rpc=None)
+    try:
+        for _ in range(6):
+            exchange.idle(idled.append, SimpleNamespace(ipc_channels=channels, is_fully_idle=lambda: True))
+    finally:
+        requests.close()
+        os.close(bell)
+    assert len(idled) == 3
+    assert len(helped) > 20
 
 
 def test_requests_of_a_void_forward_end_with_an_error(steps: Steps) -> None:
