@@ -129,9 +129,9 @@ def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args
     """Around `ModelRunner.forward`: meet the peers before a small forward."""
     if not _current or runner.is_draft_worker:
         return original(runner, forward_batch, *args, **kwargs)
-    steps, mode = _current[0], forward_batch.forward_mode
-    rows = forward_batch.batch_size if mode.is_decode() else forward_batch._forward_num_tokens()
-    is_joint = current_runtime().in_exchange_step = _begin(steps, rows, is_decode=mode.is_decode())
+    steps, is_decode = _current[0], forward_batch.forward_mode.is_decode()
+    rows = forward_batch.batch_size if is_decode else _prefill_rows(runner, forward_batch)
+    is_joint = current_runtime().in_exchange_step = _begin(steps, rows, is_decode=is_decode)
     try:
         output = original(runner, forward_batch, *args, **kwargs)
     except DwdpRuntimeError as error:
@@ -142,6 +142,17 @@ def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args
         output = original(runner, forward_batch, *args, **kwargs)  # it writes the same KV to the same places
     steps.end(is_joint=is_joint)
     return output
+
+
+def _prefill_rows(runner: Any, forward_batch: Any) -> int:
+    """Tokens that a prefill brings to a joint forward.
+
+    0 on a GPU if SGLang will run it without a graph, as it does with a single token that no cache has, or with
+    embeddings as input: peers would wait in their kernels while it is launched.
+    """
+    graphs = runner.prefill_cuda_graph_runner
+    may_be_joint = runner.device != "cuda" or (graphs is not None and graphs.can_run_graph(forward_batch))
+    return int(forward_batch._forward_num_tokens()) if may_be_joint else 0
 
 
 def _begin(steps: ExchangeSteps, rows: int, *, is_decode: bool) -> bool:

@@ -73,6 +73,22 @@ def test_a_joint_forward(steps: Steps) -> None:
     assert steps.said == ["joint"]
 
 
+@pytest.mark.parametrize(
+    ("device", "has_graphs", "fits", "rows"),
+    [("cuda", True, True, 7), ("cuda", True, False, 0), ("cuda", False, False, 0), ("cpu", False, False, 7)],
+)
+def test_a_prefill_without_a_graph_is_not_joint(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch, device: str, *, has_graphs: bool, fits: bool, rows: int
+) -> None:
+    began: list[tuple[int, bool]] = []
+    monkeypatch.setattr(steps, "begin", lambda rows, is_decode: bool(began.append((rows, is_decode))))
+    graphs = SimpleNamespace(can_run_graph=lambda _batch: fits) if has_graphs else None
+    runner = SimpleNamespace(is_draft_worker=False, device=device, prefill_cuda_graph_runner=graphs)
+    mode = SimpleNamespace(is_decode=lambda: False)
+    exchange.forward(lambda *_args: None, runner, SimpleNamespace(forward_mode=mode, _forward_num_tokens=lambda: 7))
+    assert began == [(rows, False)]
+
+
 def test_a_peer_that_leaves_it(steps: Steps, caplog: pytest.LogCaptureFixture) -> None:
     assert forward(LOST, "tokens") == "tokens, alone"
     assert steps.said == ["gave up", "alone"]
