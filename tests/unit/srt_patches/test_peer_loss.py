@@ -12,6 +12,7 @@ import zmq
 
 from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.exchange import page
+from sglang_dwdp.exchange.lock import unlock
 from sglang_dwdp.exchange.meeting import Meeting
 from sglang_dwdp.exchange.policy import StepTimes
 from sglang_dwdp.srt_patches import exchange
@@ -183,10 +184,12 @@ def test_requests_of_a_void_forward_end_with_an_error(steps: Steps) -> None:
 
 
 def test_a_meeting_whose_page_cannot_be_had_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next forward does not wait for the page again."""
+    """The next forward does not wait for the page again, and peers do not wait for this rank, which had entered."""
     fd = page.create()
-    meeting = Meeting(page.Page(fd, 0, 2), StepTimes(((1, 2.0),), ((1, 1.0),)))
+    times = StepTimes(((1, 2e6),), ((1, 1.0),))
+    meeting = Meeting(page.Page(fd, 0, 2), times)
     holder = page.Page(fd, 1, 2)
+    holder.change(lambda state: state.enter(0, 1))
     monkeypatch.setattr(page, "_LOCK_LIMIT_S", 0.05)
     try:
         holder._take()
@@ -194,6 +197,10 @@ def test_a_meeting_whose_page_cannot_be_had_is_over(monkeypatch: pytest.MonkeyPa
             meeting.meet(1)
         assert meeting.ended
         assert meeting.meet(1) is None
+        unlock(holder._fd, 0)
+        peer = Meeting(holder, times)
+        assert peer.meet(1) is None
+        assert peer.ended
     finally:
         meeting.close()
         holder.close()
