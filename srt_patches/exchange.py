@@ -10,6 +10,7 @@ in `exchange_steps.py`.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 _CPU_PREFILLS = (512,)
 _WAIT_LIMIT_S = 10.0
 _NEXT_STEP_MS = 100  # after which an idle rank that has helped looks after itself again
+_HOUSEKEEPING_S = 1.0  # at the latest after which one that helps does: its load, that it publishes, is a sign of life
 # Where forwards are not graphs, which are timed at start. Ranks of the CPU engine share few cores, so a peer may be
 # milliseconds late.
 _UNTIMED = StepTimes(*([(rows, us) for rows in (1, *_CPU_PREFILLS)] for us in (40_000.0, 4_000.0)))
@@ -127,9 +129,9 @@ def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args
     """Around `ModelRunner.forward`: meet the peers before a small forward."""
     if not _current or runner.is_draft_worker:
         return original(runner, forward_batch, *args, **kwargs)
-    steps, mode = _current[0], forward_batch.forward_mode
-    rows = forward_batch.batch_size if mode.is_decode() else forward_batch._forward_num_tokens()
-    is_joint = current_runtime().in_exchange_step = _begin(steps, rows, is_decode=mode.is_decode())
+    steps, is_decode = _current[0], forward_batch.forward_mode.is_decode()
+    rows = forward_batch.batch_size if is_decode else _prefill_rows(runner, forward_batch)
+    is_joint = current_runtime().in_exchange_step = _begin(steps, rows, is_decode=is_decode)
     try:
         output = original(runner, forward_batch, *args, **kwargs)
     except DwdpRuntimeError as error:
@@ -140,6 +142,17 @@ def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args
         output = original(runner, forward_batch, *args, **kwargs)  # it writes the same KV to the same places
     steps.end(is_joint=is_joint)
     return output
+
+
+def _prefill_rows(runner: Any, forward_batch: Any) -> int:
+    """Tokens that a prefill brings to a joint forward.
+
+    0 on a GPU if SGLang will run it without a graph, as it does with a single token that no cache has, or with
+    embeddings as input: peers would wait in their kernels while it is launched.
+    """
+    graphs = runner.prefill_cuda_graph_runner
+    may_be_joint = runner.device != "cuda" or (graphs is not None and graphs.can_run_graph(forward_batch))
+    return int(forward_batch._forward_num_tokens()) if may_be_joint else 0
 
 
 def _begin(steps: ExchangeSteps, rows: int, *, is_decode: bool) -> bool:
@@ -160,17 +173,19 @@ def idle(original: Callable[..., None], scheduler: Any) -> None:
     if not _current:
         original(scheduler)
         return
-    steps, channels = _current[0], scheduler.ipc_channels
-    if not _help_out(steps):
+    steps, channels, now = _current[0], scheduler.ipc_channels, time.monotonic()
+    if not _help_out(steps) or now >= steps.housekeeping_at:
+        steps.housekeeping_at = now + _HOUSEKEEPING_S
         original(scheduler)
         return
     sockets = [one for one in (channels.recv_from_tokenizer, channels.recv_from_rpc) if isinstance(one, zmq.Socket)]
-    if not sockets:  # requests come another way, so look there after each step
+    # Requests may come another way, or wait here for a grammar, a cache or memory: look there after each step.
+    if not sockets or not scheduler.is_fully_idle():
         return
     poller, bell = zmq.Poller(), steps.bells.fileno()
     for source in (*sockets, bell):
         poller.register(source, zmq.POLLIN)
-    while [source for source, _ in poller.poll(_NEXT_STEP_MS)] == [bell]:
+    while time.monotonic() < steps.housekeeping_at and [one for one, _ in poller.poll(_NEXT_STEP_MS)] == [bell]:
         steps.bells.silence()
         _help_out(steps)
 

@@ -35,6 +35,7 @@ class ExchangeSteps:
         layers: What joint forwards run.
         prefill_buckets: Sizes of joint prefills, rising; none where prefills are never joint.
         bucket: Of the joint forward under way, or under capture; 0 outside of one.
+        housekeeping_at: When an idle rank lets SGLang do what it does in one, though it helps (`time.monotonic`).
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class ExchangeSteps:
         """Steps of a rank."""
         self.forwards, self.bells, self.layers = forwards, bells, layers
         self.prefill_buckets = tuple(prefill_buckets)
+        self.housekeeping_at = 0.0
         self._last_joint: Any = None  # event after the last joint forward
         # While a piece of a prefill is launched, this rank helps nobody: seconds of the longest piece of the last one.
         self._launch_s = 0.0

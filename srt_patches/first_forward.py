@@ -13,6 +13,7 @@ from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, Forw
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_dwdp.errors import DwdpError, DwdpSetupError
+from sglang_dwdp.srt_patches.exchange import current_steps
 from sglang_dwdp.srt_patches.forward import current_runtime
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.lost_rank import end_stalled
@@ -31,6 +32,8 @@ def run_first_forward(_result: None, runner: Any, *_args: Any, **_kwargs: Any) -
     try:
         with torch.no_grad():
             runner.forward(_batch(runner))
+        if (steps := current_steps()) is not None:
+            steps.wait()  # no scheduler asks for this result, and it would wait for the one before each time
     except DwdpError:
         raise
     except Exception as error:

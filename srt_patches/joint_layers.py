@@ -56,8 +56,10 @@ class JointLayers:
         return layer_id in self._layers
 
     def decode_size(self, rows: int) -> int:
-        """The size of the graph in which a decode of so many rows is replayed; `rows` without graphs."""
-        return min((size for size in self._graphs if MAX_DECODE_ROWS >= size >= rows), default=rows)
+        """The size of the graph in which a decode of so many rows is replayed; `rows` without graphs, and 0 with more
+        rows than they have: peers with fewer could not take that size."""
+        sizes = [size for size in self._graphs if size <= MAX_DECODE_ROWS]
+        return min((size for size in sizes if size >= rows), default=0 if sizes else rows)
 
     def set_rows(self, rows: int) -> None:
         """The current stream is about to run a joint forward with so many own rows."""

@@ -25,7 +25,7 @@ whatever is being captured or run.
 
 A step:
 
-    round = joint.begin(bucket, away_us)     # before the graph is chosen
+    round = joint.begin(bucket, rows)        # before the graph is chosen
     replay(direct graph of bucket, or joint graph of round.bucket)
     wait = joint.end(done)                   # done: an event recorded after the replay
     …

@@ -45,7 +45,8 @@ class JointForwards:
         """A forward is about to run.
 
         A small one first waits until the GPU has run the one before, unless that was joint too: the host is ahead of
-        the GPU, and peers that are joined with this rank would wait in their kernels.
+        the GPU, and peers that are joined with this rank would wait in their kernels. Where that may save nothing, it
+        runs alone behind the one before.
 
         Args:
             bucket: Its rows, as the CUDA graph takes them. 0 to look whether peers wait, in a rank that is idle or
@@ -60,7 +61,11 @@ class JointForwards:
             DwdpRuntimeError: A peer is stopped while it holds the page.
         """
         if bucket:
-            if self._alone is not None and self._meeting.times.may_save(bucket, rows):
+            if self._alone is not None and not self._alone.query():
+                if not self._meeting.times.may_save(bucket, rows):
+                    self._meeting.counters.alone_rounds += 1
+                    self.bucket = None
+                    return None
                 self.until(self._alone)
             joint = self._meeting.meet(bucket, rows)
         else:

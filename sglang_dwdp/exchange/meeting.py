@@ -233,6 +233,7 @@ class Meeting:
             state = self.page.change(update)
         except DwdpRuntimeError:
             self.ended = True  # for this rank: the page cannot be had
+            self.page.leave()  # where it may have entered, and peers would take it for one that waits
             raise
         self.ended = state.ended
         return state

@@ -125,6 +125,10 @@ class Page:
         """The peers that have died, or closed the page, or have not yet opened it."""
         return [r for r in range(self.size) if r != self.rank and not is_locked(self._fd, 1 + r)]
 
+    def leave(self) -> None:
+        """Let peers see this rank as lost, though its process goes on; it needs no lock that another may hold."""
+        unlock(self._fd, 1 + self.rank)
+
     def close(self) -> None:
         """Unmap the page: peers see this rank as lost. Idempotent."""
         if self._fd >= 0:

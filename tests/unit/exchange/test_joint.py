@@ -194,6 +194,22 @@ def test_a_rank_enters_when_its_gpu_is_free() -> None:
         assert log == ["large", "alone"]
 
 
+def test_a_forward_that_saves_nothing_runs_alone_behind_the_one_before() -> None:
+    """Though a peer has entered, which would wait in its kernels for the one before."""
+    log: list[str] = []
+    with engines(2) as made:
+        engine, peer = made
+        engine.forwards.times = StepTimes(alone=((1, 1.0),), joint=((1, 2.0),))
+        engine.forwards.go_away(0)
+        engine.forwards.end(Event(log, "large"))
+        peer.forwards._meeting.page.change(lambda state: state.enter(1, 1))
+        assert engine.forwards.begin(1) is None
+        assert log == []
+        assert engine.forwards.report()["alone_rounds"] == 1
+        log.append("large")  # the GPU has run it
+        assert engine.forwards.begin(1) is not None
+
+
 def test_a_rank_helps_while_its_gpu_runs_a_forward_of_its_own() -> None:
     """Which is waited for after that as before."""
     log: list[str] = []

@@ -221,6 +221,16 @@ def test_a_short_prefill_takes_the_next_bucket() -> None:
     assert forwards.away == 1
 
 
+def test_a_decode_larger_than_its_graphs_meets_nobody() -> None:
+    """A peer with fewer rows would be asked for a graph of a size that there is not."""
+    steps = exchange_steps(Rounds())
+    assert steps.bucket_of(9) == 9
+    steps.layers._graphs = dict.fromkeys((8, 4, 512))
+    assert [steps.bucket_of(rows) for rows in (1, 4, 5, 8, 9)] == [4, 4, 8, 8, 0]
+    assert not steps.begin(9, is_decode=True)
+    assert steps.forwards.began == []  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("rows", [0, 1025])
 def test_a_prefill_of_another_size_meets_nobody(rows: int) -> None:
     forwards = Rounds()

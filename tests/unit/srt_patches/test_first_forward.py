@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sglang_dwdp.errors import DwdpRuntimeError, DwdpSetupError
-from sglang_dwdp.srt_patches import first_forward
+from sglang_dwdp.srt_patches import exchange, first_forward
 
 
 class Runner:
@@ -45,6 +45,14 @@ def test_a_prompt_is_run_that_nothing_counts(runtime: Any) -> None:
     assert batch.positions.tolist() == [0, 1, 2, 3]
     assert batch.out_cache_loc.tolist() == [0, 0, 0, 0]  # no request's
     assert runtime.counted == 0
+
+
+def test_with_exchange_steps_it_is_waited_for(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its result is none that a scheduler asks for, and waits are for one forward after the other."""
+    runner, waited = Runner(runtime), list[int]()
+    monkeypatch.setattr(exchange, "_current", [SimpleNamespace(wait=lambda: waited.append(len(runner.batches)))])
+    first_forward.run_first_forward(None, runner)
+    assert waited == [1]
 
 
 def test_any_error_names_the_model_and_the_cause(runtime: Any) -> None:

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import zmq
 
 from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.exchange import page
+from sglang_dwdp.exchange.lock import unlock
 from sglang_dwdp.exchange.meeting import Meeting
 from sglang_dwdp.exchange.policy import StepTimes
 from sglang_dwdp.srt_patches import exchange
@@ -23,6 +25,7 @@ class Steps:
 
     def __init__(self) -> None:
         self.joint, self.page_lost = True, False
+        self.housekeeping_at = float("inf")
         self.said: list[Any] = []
         self.forwards = SimpleNamespace(end=lambda: self.said.append("gave up"))
 
@@ -71,6 +74,22 @@ def test_a_joint_forward(steps: Steps) -> None:
     assert steps.said == ["joint"]
 
 
+@pytest.mark.parametrize(
+    ("device", "has_graphs", "fits", "rows"),
+    [("cuda", True, True, 7), ("cuda", True, False, 0), ("cuda", False, False, 0), ("cpu", False, False, 7)],
+)
+def test_a_prefill_without_a_graph_is_not_joint(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch, device: str, *, has_graphs: bool, fits: bool, rows: int
+) -> None:
+    began: list[tuple[int, bool]] = []
+    monkeypatch.setattr(steps, "begin", lambda rows, is_decode: bool(began.append((rows, is_decode))))
+    graphs = SimpleNamespace(can_run_graph=lambda _batch: fits) if has_graphs else None
+    runner = SimpleNamespace(is_draft_worker=False, device=device, prefill_cuda_graph_runner=graphs)
+    mode = SimpleNamespace(is_decode=lambda: False)
+    exchange.forward(lambda *_args: None, runner, SimpleNamespace(forward_mode=mode, _forward_num_tokens=lambda: 7))
+    assert began == [(rows, False)]
+
+
 def test_a_peer_that_leaves_it(steps: Steps, caplog: pytest.LogCaptureFixture) -> None:
     assert forward(LOST, "tokens") == "tokens, alone"
     assert steps.said == ["gave up", "alone"]
@@ -97,6 +116,55 @@ def test_an_idle_rank_goes_on(steps: Steps) -> None:
     assert steps.said == ["gave up"]
 
 
+@pytest.mark.parametrize(("waits_here", "helps"), [(True, 1), (False, 3)])
+def test_a_rank_whose_requests_wait_helps_once_at_a_time(steps: Steps, *, waits_here: bool, helps: int) -> None:
+    """They may wait for a grammar, of which no socket tells, while peers ring step after step."""
+    rings, helped = iter((True, True, False)), list[int]()
+    bell, requests = os.eventfd(1), zmq.Context().socket(zmq.PULL)
+
+    def help_out() -> bool:
+        helped.append(1)
+        if not next(rings):
+            os.eventfd_read(bell)  # peers have stopped
+        return True
+
+    steps.help_out = help_out  # type: ignore[method-assign]
+    steps.bells = SimpleNamespace(fileno=lambda: bell, silence=lambda: None)  # type: ignore[attr-defined]
+    channels = SimpleNamespace(recv_from_tokenizer=requests, recv_from_rpc=None)
+    try:
+        exchange.idle(
+            lambda _scheduler: None, SimpleNamespace(ipc_channels=channels, is_fully_idle=lambda: not waits_here)
+        )
+    finally:
+        requests.close()
+        os.close(bell)
+    assert len(helped) == helps
+
+
+def test_a_rank_that_helps_for_long_gives_signs_of_life(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the launcher would take it for one that does not respond, and send it no requests."""
+    clock, helped, idled = iter(0.1 * step for step in range(1000)), list[int](), list[Any]()
+    bell, requests = os.eventfd(1), zmq.Context().socket(zmq.PULL)  # it rings all the time
+    monkeypatch.setattr(exchange, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+    def help_out() -> bool:
+        helped.append(1)
+        assert len(helped) < 100
+        return True
+
+    steps.help_out, steps.housekeeping_at = help_out, 0.0  # type: ignore[method-assign]
+    steps.bells = SimpleNamespace(fileno=lambda: bell, silence=lambda: None)  # type: ignore[attr-defined]
+    channels = SimpleNamespace(recv_from_tokenizer=requests, recv_from_rpc=None)
+    try:
+        for _ in range(6):
+            exchange.idle(idled.append, SimpleNamespace(ipc_channels=channels, is_fully_idle=lambda: True))
+    finally:
+        requests.close()
+        os.close(bell)
+    assert len(idled) == 3
+    assert len(helped) > 20
+
+
 def test_requests_of_a_void_forward_end_with_an_error(steps: Steps) -> None:
     """Where the GPU waits, that a peer has left a forward is known only after it was launched."""
     requests = [SimpleNamespace(inflight_middle_chunks=0, to_finish=None, skip_radix_cache_insert=False)]
@@ -116,10 +184,12 @@ def test_requests_of_a_void_forward_end_with_an_error(steps: Steps) -> None:
 
 
 def test_a_meeting_whose_page_cannot_be_had_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next forward does not wait for the page again."""
+    """The next forward does not wait for the page again, and peers do not wait for this rank, which had entered."""
     fd = page.create()
-    meeting = Meeting(page.Page(fd, 0, 2), StepTimes(((1, 2.0),), ((1, 1.0),)))
+    times = StepTimes(((1, 2e6),), ((1, 1.0),))
+    meeting = Meeting(page.Page(fd, 0, 2), times)
     holder = page.Page(fd, 1, 2)
+    holder.change(lambda state: state.enter(0, 1))
     monkeypatch.setattr(page, "_LOCK_LIMIT_S", 0.05)
     try:
         holder._take()
@@ -127,6 +197,10 @@ def test_a_meeting_whose_page_cannot_be_had_is_over(monkeypatch: pytest.MonkeyPa
             meeting.meet(1)
         assert meeting.ended
         assert meeting.meet(1) is None
+        unlock(holder._fd, 0)
+        peer = Meeting(holder, times)
+        assert peer.meet(1) is None
+        assert peer.ended
     finally:
         meeting.close()
         holder.close()
