@@ -150,9 +150,10 @@ def _prefill_rows(runner: Any, forward_batch: Any) -> int:
     0 on a GPU if SGLang will run it without a graph, as it does with a single token that no cache has, or with
     embeddings as input: peers would wait in their kernels while it is launched.
     """
-    graphs = runner.prefill_cuda_graph_runner
-    may_be_joint = runner.device != "cuda" or (graphs is not None and graphs.can_run_graph(forward_batch))
-    return int(forward_batch._forward_num_tokens()) if may_be_joint else 0
+    graphs, on_gpu = runner.prefill_cuda_graph_runner, runner.device == "cuda"
+    if on_gpu and not (forward_batch.forward_mode.is_extend() and graphs and graphs.can_run_graph(forward_batch)):
+        return 0
+    return int(forward_batch._forward_num_tokens())
 
 
 def _begin(steps: ExchangeSteps, rows: int, *, is_decode: bool) -> bool:
