@@ -23,6 +23,7 @@ from sglang_dwdp.srt_patches.joint_layers import JointLayers
 
 logger = logging.getLogger(__name__)
 _NAP_S = 20e-6
+_MAX_PREFILLS = 8  # of peers, one after the other, that a decode waits for; then it is run alone
 _MAX_HELPS = 1  # that run beside the next: peers are ahead of their GPUs by one forward, too
 
 
@@ -86,7 +87,10 @@ class ExchangeSteps:
         """
         self.layers.log_capture()
         bucket = self.bucket_of(rows, is_decode=is_decode)
-        while bucket and (joint := self.forwards.begin(bucket, None if is_decode else rows)):
+        for _ in range(_MAX_PREFILLS if bucket else 0):
+            joint = self.forwards.begin(bucket, None if is_decode else rows)
+            if joint is None:
+                break
             if joint.buckets[self.forwards.rank]:
                 self._join(rows)
                 return True
@@ -136,7 +140,7 @@ class ExchangeSteps:
     def between_pieces(self) -> None:
         """A piece of a prefill has been launched, and others follow: help peers that wait for this rank.
 
-        Never waits for a GPU, which would keep the next piece from it.
+        Never waits, neither for a GPU nor for a third rank, since the next piece is to be launched.
         """
         if self._piece_start is not None:
             self._end_piece()
@@ -144,7 +148,7 @@ class ExchangeSteps:
             while self._helps and (self._helps[0][1] is None or self._helps[0][1].query()):
                 self._end_helps(len(self._helps) - 1)
             if len(self._helps) <= _MAX_HELPS:
-                self._help()
+                self._help(wait=False)
         except DwdpRuntimeError as error:
             self._help_no_more(error)
 
@@ -171,9 +175,9 @@ class ExchangeSteps:
             with suppress(DwdpRuntimeError):
                 self._helps.popleft()[0]()
 
-    def _help(self) -> bool:
+    def _help(self, *, wait: bool = True) -> bool:
         self._end_helps(_MAX_HELPS)
-        if self.forwards.begin(0) is None:
+        if self.forwards.begin(0, wait=wait) is None:
             return False
         self._run_help()
         return True

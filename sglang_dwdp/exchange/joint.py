@@ -41,7 +41,7 @@ class JointForwards:
         self._limit_s = limit_s
         self._alone: Any = None  # event after the last own forward, if that was not joint
 
-    def begin(self, bucket: int, rows: int | None = None) -> Joint | None:
+    def begin(self, bucket: int, rows: int | None = None, *, wait: bool = True) -> Joint | None:
         """A forward is about to run.
 
         A small one first waits until the GPU has run the one before, unless that was joint too: the host is ahead of
@@ -52,6 +52,7 @@ class JointForwards:
             bucket: Its rows, as the CUDA graph takes them. 0 to look whether peers wait, in a rank that is idle or
                 waits for a forward of its own.
             rows: As in `StepTimes.alone_us`.
+            wait: As in `Meeting.help`; of a rank that comes with 0.
 
         Returns:
             The joint round to run; None: run alone, or go on waiting. If this rank has no rows in the round, though
@@ -69,7 +70,7 @@ class JointForwards:
                 self.until(self._alone)
             joint = self._meeting.meet(bucket, rows)
         else:
-            joint = self._meeting.help()
+            joint = self._meeting.help(wait=wait)
         self.bucket = joint.bucket if joint else None
         return joint
 

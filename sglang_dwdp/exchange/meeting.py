@@ -121,12 +121,13 @@ class Meeting:
             self.counters.alone_rounds += 1
         return joint
 
-    def help(self) -> Joint | None:
+    def help(self, *, wait: bool = True) -> Joint | None:
         """A rank that is idle, or that serves, looks whether peers wait for it.
 
         Costs one read of memory while nothing changes.
 
-        Where others are missing too it waits with those that do, for at most some milliseconds at a time.
+        Args:
+            wait: Where others are missing too, wait with those that do, for at most some milliseconds at a time.
 
         Returns:
             The joint round to run with no rows of its own, or None.
@@ -142,7 +143,7 @@ class Meeting:
         self._wanted = state.wants_help(rank)
         if not self._wanted:
             return None
-        end = self._clock_us() + _HELP_US
+        end = self._clock_us() + (_HELP_US if wait else 0)
         state, waited_us = self._meet(0, lambda state: end if state.wants_help(rank) else 0, 0)
         self.counters.round_wait_us += waited_us
         joint = state.joint_of(rank)

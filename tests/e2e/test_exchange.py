@@ -21,7 +21,6 @@ from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family
 
 ROUNDS = ("joint_rounds", "helped_rounds", "alone_rounds", "withdrawn_rounds")
-JOINT_TOKENS = 512  # of a prefill on the CPU engine; one with more is staged
 HELP_S = 180.0  # on a host that runs other tests as well
 
 
@@ -65,7 +64,7 @@ def test_ranks_decode_together(
             assert time.monotonic() < deadline, f"idle ranks helped with few steps: {first}"
             time.sleep(0.7)
         check_short_prefills(server)
-        check_metrics(server, stages=chunk > JOINT_TOKENS)
+        check_metrics(server)
         check_under_pressure(server, expected)
         assert not any(report["joint_rounds_ended"] for report in server.reports())
         if ranks == 3:
@@ -121,9 +120,9 @@ def check_survivors(server: Server, expected: Answers) -> None:
     assert all(report["joint_rounds_ended"] for report in server.reports())
 
 
-def check_metrics(server: Server, *, stages: bool) -> None:
+def check_metrics(server: Server) -> None:
     """/metrics has every rank's counters, under DWDP's and SGLang's labels, as they were a moment ago."""
-    for number in range(8 * server.ranks):  # too long to be joint, if not in chunks
+    for number in range(8 * server.ranks):  # too long to be joint
         server.generate(f"{number} {PROMPTS[14]} {PROMPTS[15]}", 1, number % server.ranks)
     text = requests.get(f"{server.url}/metrics", timeout=30).text
     samples = {
@@ -143,10 +142,10 @@ def check_metrics(server: Server, *, stages: bool) -> None:
                 # What ran after SGLang published last is still to come.
                 assert 0 <= sample.value <= now + 1e-9, name
     for rank in range(server.ranks):
-        for kind in ("staged", "joint") if stages else ("joint",):
+        for kind in ("staged", "joint"):
             exported = samples["sglang:dwdp_forwards_total", rank, kind].value
             assert exported >= 0.8 * reports[rank][f"{kind}_forwards"] > 0
-        assert samples["sglang:dwdp_copy_wait_seconds_count", rank, None].value > 0 or not stages
+        assert samples["sglang:dwdp_copy_wait_seconds_count", rank, None].value > 0
         assert samples["sglang:dwdp_setup_seconds", rank, None].value == pytest.approx(reports[rank]["setup_s"])
     line = r"Decode batch, .* dwdp: [1-9]\d* joint, \d+ direct, \d+ staged, [\d.]+ ms waited, "
     assert re.search(line, server.log.read_text(errors="replace"))

@@ -77,8 +77,9 @@ class Forwards:
         self.looks -= 1
         return self.looks < 0
 
-    def begin(self, bucket: int, rows: int | None = None) -> object | None:
+    def begin(self, bucket: int, rows: int | None = None, *, wait: bool = True) -> object | None:
         assert bucket == 0
+        self.waits = wait
         if self.rounds == 0:
             return None
         self.rounds -= 1
@@ -111,7 +112,7 @@ class Rounds(Forwards):
         super().__init__(rounds=0, looks=0)
         self.coming, self.began = list(rounds), list[int]()
 
-    def begin(self, bucket: int, rows: int | None = None) -> Any:
+    def begin(self, bucket: int, rows: int | None = None, *, wait: bool = True) -> Any:
         self.began.append(bucket)
         self.rows = rows
         buckets = self.coming.pop(0)
@@ -143,6 +144,7 @@ def test_peers_are_helped_between_pieces_of_a_prefill_that_is_launched() -> None
         steps.between_pieces()
     assert forwards.helped == 2
     assert forwards.running == 0
+    assert not forwards.waits
 
 
 def test_between_pieces_no_help_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +209,13 @@ def test_a_rank_that_decodes_helps_prefills_and_comes_again() -> None:
     forwards = Rounds((0, 1024), None)
     assert not exchange_steps(forwards).begin(4, is_decode=True)
     assert forwards.helped == 1
+
+
+def test_prefills_without_end_do_not_keep_a_rank_from_decoding() -> None:
+    forwards = Rounds(*[(0, 1024)] * 100)
+    assert not exchange_steps(forwards).begin(4, is_decode=True)
+    assert 1 < forwards.helped < 20
+    assert forwards.bucket is None
 
 
 def test_a_short_prefill_takes_the_next_bucket() -> None:

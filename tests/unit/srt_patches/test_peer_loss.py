@@ -75,17 +75,30 @@ def test_a_joint_forward(steps: Steps) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "has_graphs", "fits", "rows"),
-    [("cuda", True, True, 7), ("cuda", True, False, 0), ("cuda", False, False, 0), ("cpu", False, False, 7)],
+    ("device", "has_graphs", "fits", "extends", "rows"),
+    [
+        ("cuda", True, True, True, 7),
+        ("cuda", True, False, True, 0),
+        ("cuda", True, True, False, 0),
+        ("cuda", False, False, True, 0),
+        ("cpu", False, False, True, 7),
+    ],
 )
 def test_a_prefill_without_a_graph_is_not_joint(
-    steps: Steps, monkeypatch: pytest.MonkeyPatch, device: str, *, has_graphs: bool, fits: bool, rows: int
+    steps: Steps,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    *,
+    has_graphs: bool,
+    fits: bool,
+    extends: bool,
+    rows: int,
 ) -> None:
     began: list[tuple[int, bool]] = []
     monkeypatch.setattr(steps, "begin", lambda rows, is_decode: bool(began.append((rows, is_decode))))
     graphs = SimpleNamespace(can_run_graph=lambda _batch: fits) if has_graphs else None
     runner = SimpleNamespace(is_draft_worker=False, device=device, prefill_cuda_graph_runner=graphs)
-    mode = SimpleNamespace(is_decode=lambda: False)
+    mode = SimpleNamespace(is_decode=lambda: False, is_extend=lambda: extends)
     exchange.forward(lambda *_args: None, runner, SimpleNamespace(forward_mode=mode, _forward_num_tokens=lambda: 7))
     assert began == [(rows, False)]
 
