@@ -48,7 +48,7 @@ def markdown(result: Row) -> str:
         [
             row["case"],
             name,
-            *(_counts(reports, key) for key in ("staged_forwards", "direct_forwards", "late_fills")),
+            *(_counts(reports, key) for key in ("staged_forwards", "direct_forwards", "joint_forwards", "late_fills")),
             " / ".join(f"{1e3 * report.get('exposed_copy_s', 0):.1f}" for report in reports),
         ]
         for row in result["cases"]
@@ -56,7 +56,7 @@ def markdown(result: Row) -> str:
     ]
     if counted:
         lines += ["", "Counters of DWDP in all repeats of a case, rank by rank:", ""]
-        lines += _table(["case", "variant", "staged", "direct", "late fills", "ms of copies waited for"], counted)
+        lines += _table(["case", "variant", "staged", "direct", "joint", "late fills", "ms waited for copies"], counted)
     if result.get("tokens"):
         lines += ["", "Answers that are those of `replicas`:", ""]
         rows = [[name, *map(str, found.values())] for name, found in result["tokens"].items()]

@@ -131,8 +131,10 @@ def test_table_has_ratios_and_how_far_repeats_lie_apart() -> None:
     assert text.endswith("- cut\n")
 
 
-@pytest.mark.parametrize("counters", [{}, {"dwdp": [{"staged_forwards": 3, "exposed_copy_s": 0.0015}]}])
+@pytest.mark.parametrize(
+    "counters", [{}, {"dwdp": [{"staged_forwards": 3, "joint_forwards": 2, "exposed_copy_s": 0.0015}]}]
+)
 def test_table_of_counters(counters: dict[str, Any]) -> None:
     row = {"case": "prefill:1", "rates": {"dwdp": [1.0]}, "counters": counters}
     text = markdown({"variants": {"dwdp": {}}, "cases": [row], "notes": []})
-    assert ("| prefill:1 | dwdp | 3 | 0 | 0 | 1.5 |" in text) == bool(counters)
+    assert ("| prefill:1 | dwdp | 3 | 0 | 2 | 0 | 1.5 |" in text) == bool(counters)
