@@ -130,7 +130,7 @@ def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args
     if not _current or runner.is_draft_worker:
         return original(runner, forward_batch, *args, **kwargs)
     steps, is_decode = _current[0], forward_batch.forward_mode.is_decode()
-    rows = forward_batch.batch_size if is_decode else _prefill_rows(runner, forward_batch)
+    rows = forward_batch.batch_size if is_decode else _prefill_rows(steps, runner, forward_batch)
     is_joint = current_runtime().in_exchange_step = _begin(steps, rows, is_decode=is_decode)
     try:
         output = original(runner, forward_batch, *args, **kwargs)
@@ -144,16 +144,18 @@ def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args
     return output
 
 
-def _prefill_rows(runner: Any, forward_batch: Any) -> int:
-    """Tokens that a prefill brings to a joint forward.
+def _prefill_rows(steps: ExchangeSteps, runner: Any, forward_batch: Any) -> int:
+    """Tokens that a prefill brings to a joint forward, if it is short enough for one.
 
-    0 on a GPU if SGLang will run it without a graph, as it does with a single token that no cache has, or with
+    0 on a GPU if SGLang will run a short one without a graph, as it does with a single token that no cache has, or with
     embeddings as input: peers would wait in their kernels while it is launched.
     """
-    graphs, on_gpu = runner.prefill_cuda_graph_runner, runner.device == "cuda"
-    if on_gpu and not (forward_batch.forward_mode.is_extend() and graphs and graphs.can_run_graph(forward_batch)):
-        return 0
-    return int(forward_batch._forward_num_tokens())
+    rows = int(forward_batch._forward_num_tokens())
+    if runner.device != "cuda" or not steps.bucket_of(rows, is_decode=False):
+        return rows
+    graphs = runner.prefill_cuda_graph_runner
+    fits = forward_batch.forward_mode.is_extend() and graphs and graphs.can_run_graph(forward_batch)
+    return rows if fits else 0
 
 
 def _begin(steps: ExchangeSteps, rows: int, *, is_decode: bool) -> bool:

@@ -92,10 +92,6 @@ class Round:
         """There will be no further joint round."""
         return any(seat.phase is Phase.GONE for seat in self.seats)
 
-    def others_entered(self, rank: int) -> bool:
-        """Only `rank` is missing."""
-        return all(seat.phase is Phase.ENTERED for peer, seat in enumerate(self.seats) if peer != rank)
-
     def wants_help(self, rank: int) -> bool:
         """A peer that has rows waits, so that an idle `rank` would do well to enter with none."""
         return not self.ended and any(

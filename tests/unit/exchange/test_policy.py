@@ -144,8 +144,9 @@ def decode(group: Group, rank: int, rows: int, served: Served) -> Steps:
     def deadline() -> int:
         return deadline_us(group.state, rank, rows, start, TIMES, served.patient_from)
 
-    if group.exchange and (group.state.others_entered(rank) or deadline() > start):
-        group.change(group.state.enter(rank, rows))
+    entered = group.state.enter(rank, rows)
+    if group.exchange and (entered.joint_of(rank) is not None or deadline() > start):
+        group.change(entered)
     while group.state.seats[rank].phase is Phase.ENTERED:
         if deadline() <= env.now:
             group.change(group.state.withdraw(rank))

@@ -180,7 +180,6 @@ def test_the_largest_bucket_counts_and_idle_ranks_help() -> None:
     assert not state.wants_help(0)
     state = state.enter(1, 0)
     assert state.joint_of(0) is None
-    assert state.others_entered(2)
     state = state.enter(2, 16)
     joint = Joint(1, (4, 0, 16))
     assert [state.joint_of(rank) for rank in range(3)] == [joint] * 3

@@ -34,6 +34,9 @@ class Steps:
             raise LOST
         return self.joint and is_decode
 
+    def bucket_of(self, rows: int, *, is_decode: bool) -> int:
+        return 512 if not is_decode and rows <= 512 else 0
+
     def end(self, *, is_joint: bool) -> None:
         self.said.append("joint" if is_joint else "alone")
 
@@ -101,6 +104,15 @@ def test_a_prefill_without_a_graph_is_not_joint(
     mode = SimpleNamespace(is_decode=lambda: False, is_extend=lambda: extends)
     exchange.forward(lambda *_args: None, runner, SimpleNamespace(forward_mode=mode, _forward_num_tokens=lambda: 7))
     assert began == [(rows, False)]
+
+
+def test_sglang_is_not_asked_for_the_graph_of_a_long_prefill(steps: Steps) -> None:
+    def asked(_batch: Any) -> bool:
+        raise AssertionError
+
+    runner = SimpleNamespace(device="cuda", prefill_cuda_graph_runner=SimpleNamespace(can_run_graph=asked))
+    batch = SimpleNamespace(_forward_num_tokens=lambda: 4096)
+    assert exchange._prefill_rows(steps, runner, batch) == 4096  # type: ignore[arg-type]
 
 
 def test_a_peer_that_leaves_it(steps: Steps, caplog: pytest.LogCaptureFixture) -> None:
