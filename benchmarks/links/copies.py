@@ -14,7 +14,7 @@ from benchmarks.links.layer import UNCUT, SharedLayer
 from sglang_dwdp.memory.handshake import Exchange
 
 MIB = 1 << 20
-SLICES_MIB = (0, 1, 4, 16, 32, 128)  # 0: uncut
+SLICES_MIB = (0, 2, 4, 16, 32, 128)  # 0: uncut
 DEFAULT_MIB = 32
 REFERENCE_BYTES = 1 << 30
 Reads = tuple[tuple[int, int], ...]  # (reader, source) at once; a source of -1 stands for all peers

@@ -11,8 +11,11 @@ from sglang_dwdp.experts.placement import Placement
 
 # A copy costs the driver about 4 us to start, and 32 MiB at a time already run at the speed of one large copy.
 MIN_SLICE_BYTES = 32 << 20
-# Enough for peers to take turns, and few enough for one driver call to hold a layer's copies from many peers.
-SLICES_PER_PEER = 8
+SLICES_OF_ONE_PEER = 8
+# Ranks that read several peers meet at a source now and then, and the shorter a slice, the sooner they part: four H200
+# that all read at once got 275 GB/s each by 2 MiB, 245 by 4 MiB and 238 by 32 MiB (two that read each other: 363).
+MIN_SLICE_BYTES_OF_SEVERAL = 2 << 20
+MAX_SLICES = 512  # about so many of a layer, which one driver call has to hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +159,11 @@ def overlap(a: Span, b: Span) -> Span:
     return Span(low, max(0, min(a.end, b.end) - low))
 
 
-def slice_bytes_for(peer_bytes: int) -> int:
-    """The size of the slices in which `peer_bytes` bytes of one layer are copied from one peer."""
-    return max(MIN_SLICE_BYTES, -(-peer_bytes // SLICES_PER_PEER))
+def slice_bytes_for(peer_bytes: int, peers: int) -> int:
+    """The size of the slices in which `peer_bytes` bytes of one layer are copied from each of `peers` peers."""
+    if peers == 1:
+        return max(MIN_SLICE_BYTES, -(-peer_bytes // SLICES_OF_ONE_PEER))
+    return max(MIN_SLICE_BYTES_OF_SEVERAL, -(-peer_bytes * peers // MAX_SLICES))
 
 
 def copy_order(
@@ -186,7 +191,7 @@ def copy_order(
             for name, layout in layouts.items()
             for run in layout.remote_runs[rank]
         ]
-        size = slice_bytes or slice_bytes_for(sum(span.nbytes for _, span in wanted))
+        size = slice_bytes or slice_bytes_for(sum(span.nbytes for _, span in wanted), group_size - 1)
         by_peer.append(
             [Slice(name, peer, piece) for name, span in wanted for piece in cut(span, size, layouts[name].page_bytes)]
         )

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dwdp.experts.layout import (
+    MAX_SLICES,
     MIN_SLICE_BYTES,
+    MIN_SLICE_BYTES_OF_SEVERAL,
     Span,
     TensorLayout,
     copy_order,
@@ -210,16 +212,28 @@ def test_pieces_tile_the_span(nbytes: int, slice_bytes: int, unit: int) -> None:
 
 # DeepSeek-R1 in block-FP8: bytes of one expert's weights.
 R1 = {"w13_weight": 2 * 2048 * 7168, "w2_weight": 7168 * 2048}
+# Qwen3-30B-A3B in bf16.
+QWEN3 = {"w13_weight": 2 * 2 * 768 * 2048, "w2_weight": 2 * 2048 * 768}
 
 
-def test_a_layer_of_r1_is_copied_in_few_large_slices() -> None:
+def test_a_layer_of_r1_is_copied_in_not_too_many_slices() -> None:
     layouts = {name: tensor_layout(balanced(256, 8), nbytes, 2 << 20) for name, nbytes in R1.items()}
     order = copy_order(layouts, 3)
-    assert len(order) < 100
-    assert set(Counter(piece.owner for piece in order).values()) == {8}
-    assert min(piece.span.nbytes for piece in order) > MIN_SLICE_BYTES
+    assert MAX_SLICES / 1.2 < len(order) < 1.2 * MAX_SLICES
+    assert len(set(Counter(piece.owner for piece in order).values())) == 1
+    assert min(piece.span.nbytes for piece in order) > MIN_SLICE_BYTES_OF_SEVERAL
 
 
 def test_slices_are_no_smaller_than_pays() -> None:
-    assert slice_bytes_for(1000) == MIN_SLICE_BYTES
-    assert slice_bytes_for(100 * MIN_SLICE_BYTES) == 100 * MIN_SLICE_BYTES / 8
+    assert slice_bytes_for(1000, 1) == MIN_SLICE_BYTES
+    assert slice_bytes_for(100 * MIN_SLICE_BYTES, 1) == 100 * MIN_SLICE_BYTES / 8
+    assert slice_bytes_for(1000, 3) == MIN_SLICE_BYTES_OF_SEVERAL
+    assert slice_bytes_for(MAX_SLICES * MIN_SLICE_BYTES_OF_SEVERAL, 3) == 3 * MIN_SLICE_BYTES_OF_SEVERAL
+
+
+def test_slices_of_several_peers_are_pages() -> None:
+    """A layer of Qwen3-30B-A3B on four ranks: slices of 2 MiB, taken from the three peers in turn."""
+    layouts = {name: tensor_layout(balanced(128, 4), nbytes, 2 << 20) for name, nbytes in QWEN3.items()}
+    order = copy_order(layouts, 0)
+    assert {piece.span.nbytes for piece in order} == {2 << 20}
+    assert [piece.owner for piece in order] == [1, 2, 3] * (32 * sum(QWEN3.values()) >> 21)

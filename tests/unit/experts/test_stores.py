@@ -39,7 +39,8 @@ def test_no_copy_touches_the_memory_of_two_ranks(
     size: int, local_experts: int | None, pieces: list[tuple[View, Span]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = checkpoint(2, 11, TAILS)
-    monkeypatch.setattr("sglang_dwdp.experts.layout.MIN_SLICE_BYTES", 16 << 10)
+    for name in ("MIN_SLICE_BYTES", "MIN_SLICE_BYTES_OF_SEVERAL"):
+        monkeypatch.setattr(f"sglang_dwdp.experts.layout.{name}", 16 << 10)
     config = DwdpConfig(timeout_s=20, local_experts=local_experts)
     seen = run_ranks(
         size, full, lambda r, layers: all(equal(forward(r, layers, tokens), full) for tokens in (1, 1000)), config
