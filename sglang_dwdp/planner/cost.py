@@ -145,9 +145,9 @@ def pull_bandwidth(gpu: Gpu, group: Group) -> float:
 
     Serial pulls use one peer at a time; sliced ones all of them together.
     """
-    if group.copies == "serial":
+    if group.copies == "serial" or group.size <= 2:
         return gpu.pair_bandwidth
-    return min(gpu.copy_bandwidth, gpu.pair_bandwidth * max(1, group.size - 1))
+    return min(gpu.copy_bandwidth, gpu.pair_bandwidth * (group.size - 1))
 
 
 def serial_slowdown(group_size: int, uncontended: float, window: float) -> float:
@@ -191,7 +191,7 @@ def dwdp(
     if total_bytes == 0:
         return Estimate(scheme, batch.tokens, base, base.total)
     alone = total_bytes / pull_bandwidth(gpu, group)
-    interference = gpu.copy_interference * alone
+    interference = gpu.copy_interference * total_bytes / max(gpu.copy_bandwidth, gpu.pair_bandwidth)
     compute = base.total + interference
     contended = group.copies == "serial" and gpu.switched and group.size > 2
     slowdown = serial_slowdown(group.size, alone, compute) if contended else 1.0

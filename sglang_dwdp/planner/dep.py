@@ -46,12 +46,14 @@ def exchange_seconds(
 ) -> float:
     """Seconds of all layers' exchanges.
 
-    They run at a fraction of the link, but no faster than copies from several peers were measured to cross it: on a
-    switched fabric that bound is idle, on a mesh of point-to-point wires it is the tighter one.
+    They run at a fraction of the link; on a mesh of point-to-point wires no faster than copies from several peers were
+    measured to cross it, which is less.
     """
     if ranks == 1:
         return 0.0
-    bandwidth = min(gpu.link_bandwidth * gpu.efficiency.collective, gpu.copy_bandwidth)
+    bandwidth = gpu.link_bandwidth * gpu.efficiency.collective
+    if not gpu.switched:
+        bandwidth = min(bandwidth, gpu.copy_bandwidth)
     sent = exchange_bytes(model, precision, tokens, ranks, exchange)
     return model.moe_layers * (sent / bandwidth + 2 * gpu.kernel_gap)
 
