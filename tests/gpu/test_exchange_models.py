@@ -1,4 +1,4 @@
-"""Exchange steps of models between two GPUs: answers of ranks that run together beside those that run alone.
+"""Exchange steps of models between all GPUs: answers of ranks that run together beside those that run alone.
 
 Sums are rounded in another order, as in expert parallelism, whose answers say how much that changes.
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.engine import REPORT, EngineProcess, Request
 from benchmarks.variants import QUIET
@@ -22,10 +23,16 @@ from tests.gpu.cases import BY_NAME, NEW_TOKENS, OPTIONS, prompts
 from tests.gpu.test_models import Distance
 
 pytestmark = [pytest.mark.gpus(2), pytest.mark.models]
-SIZE, READY_S = 2, 300.0
+SIZE, READY_S = max(2, torch.cuda.device_count()), 300.0
 # Large enough that decoding together is the faster way, or else ranks would never choose it.
 PREFILL = 512  # tokens of the prefill graph, of which there is a joint one
+TRIES = 8  # prefills, one of which at least is joint: on a busy host idle ranks may come too late
 LARGE = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "top_k": 8}
+
+
+def reports_of(engine: EngineProcess) -> list[dict[str, Any]]:
+    """The ranks' reports, in their order; SGLang has them in the order of the ranks' answers."""
+    return sorted((state["dwdp"] for state in engine.ask(REPORT)), key=lambda report: int(report["rank"]))
 
 
 @pytest.mark.parametrize(
@@ -71,16 +78,18 @@ def test_answers_are_those_of_running_alone(tmp_path: Path, name: str, joint: bo
             engine.wait_ready(READY_S)
             found[mode] = engine.ask(Request("answers", dict.fromkeys(range(SIZE), prompts()), NEW_TOKENS))
             if mode == "auto":
-                before = [state["dwdp"] for state in engine.ask(REPORT)]
-                engine.ask(Request("answers", {0: [[11] * (PREFILL - 12)]}, 1))  # the other rank is idle
-                reports = [state["dwdp"] for state in engine.ask(REPORT)]
+                before = reports_of(engine)
+                alone = [[token] * (PREFILL - 12) for token in range(11, 11 + TRIES)]
+                engine.ask(Request("answers", {0: alone}, 1))  # the other ranks are idle
+                reports = reports_of(engine)
     if not joint:
         assert "ranks decode alone" in engines["auto"].log.read_text(errors="replace")
         assert found["auto"] == found["off"]
         return
     assert all(report["joint_rounds"] > 0 and not report["joint_rounds_ended"] for report in reports)
-    assert reports[0]["exchanged_rows"] == before[0]["exchanged_rows"] + PREFILL - 12
-    assert reports[1]["helped_rounds"] == before[1]["helped_rounds"] + 1
+    rows = reports[0]["exchanged_rows"] - before[0]["exchanged_rows"]
+    assert rows in range(PREFILL - 12, TRIES * (PREFILL - 12) + 1, PREFILL - 12)
+    assert reports[1]["helped_rounds"] == before[1]["helped_rounds"] + rows // (PREFILL - 12)
     for rank in range(SIZE):
         distance, usual = (Distance(found[name][rank], found["off"][rank]) for name in ("auto", "ep"))
         assert distance.tokens > usual.tokens / 1.5, (distance, usual)
