@@ -67,7 +67,7 @@ def test_the_documentation_quotes_the_figures() -> None:
         assert f"{min(errors):+.1f} to {max(errors):+.1f} points" in text
     for row in rows:
         if row.holds is False:
-            assert f"| {row.published:g} | {row.planned:.3f} |" in text, row
+            assert f"({row.published:g}, {row.planned:.3f})" in text, row
 
 
 def test_slices_help_most_where_the_window_is_short() -> None:
