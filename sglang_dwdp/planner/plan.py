@@ -98,6 +98,8 @@ class Plan:
         chunk: `--chunked-prefill-size` per rank, as given or as found.
         memories: bytes by scheme at the chunk.
         decode: steps of a server that decodes too, after prompts of the longest length.
+        smaller: The smallest groups that leave room too, and from how many tokens per rank they beat DEP on all GPUs
+            of this one; None if they do not from fewer.
     """
 
     case: Case
@@ -108,6 +110,7 @@ class Plan:
     chunk: int
     memories: dict[str, Memory]
     decode: tuple[Step, ...]
+    smaller: tuple[int, int] | None = None
 
     @property
     def title(self) -> str:
@@ -132,6 +135,8 @@ class Plan:
         clauses = [_against_dep(self)]
         if self.memories["dwdp"].fits and abs(self.chosen.speedup - 1) < TIE:
             clauses.append("the difference is within the model's error")
+        if self.smaller:
+            clauses.append("groups of {} fit too, and pay above {:,}".format(*self.smaller))
         if self.memories["replica"].fits:
             freed = self.memories["dwdp"].kv_cache - self.memories["replica"].kv_cache
             saved = f"the {freed / 1e9:.0f} GB that DWDP{self.group.size} frees for the KV cache matter"
@@ -205,6 +210,21 @@ def _local_experts(case: Case, group: Group, tokens: int) -> int:
     return count if count > share and _leaves_room(case, replace(group, local_experts=count), tokens) else 0
 
 
+def _smaller(case: Case, group: Group, chunk: int, crossover: int | None) -> tuple[int, int] | None:
+    """See `Plan.smaller`. DEP is what it is on all of the group's GPUs."""
+    for size in range(2, group.size):
+        part = replace(group, size=size, local_experts=0)
+        if group.size % size or not _leaves_room(case, part, chunk):
+            continue
+
+        def at(tokens: int, part: Group = part) -> Point:
+            return replace(evaluate(case, group, tokens), dwdp=evaluate(case, part, tokens).dwdp)
+
+        found = _crossover([at(tokens) for tokens in SWEEP], at)
+        return (size, found) if found is not None and (crossover is None or found < crossover) else None
+    return None
+
+
 def make_plan(case: Case, group: Group, gpus: int = 0, *, tokens: int = 0, choose_local_experts: bool = False) -> Plan:
     """Sweep tokens per rank, find the crossover, choose settings.
 
@@ -243,12 +263,14 @@ def make_plan(case: Case, group: Group, gpus: int = 0, *, tokens: int = 0, choos
             f"{model.name} in {precision.experts.name} fits {group.size} x {gpu.name} under no scheme: take a larger "
             "group, smaller weights or GPUs with more memory"
         )
+    crossover = _crossover(points, at)
     return Plan(
         case=case,
         group=group,
         gpus=gpus or group.size,
         points=points,
-        crossover=_crossover(points, at),
+        crossover=crossover,
+        smaller=_smaller(case, group, chunk, crossover),
         chunk=chunk,
         memories=memories,
         decode=tuple(decode_step(model, gpu, precision, group, count, case.lengths.length) for count in SEQUENCES),

@@ -132,6 +132,28 @@ def test_a_chunk_below_the_crossover_is_told_so() -> None:
     assert not plan.pays
 
 
+@pytest.mark.parametrize(
+    ("name", "gpu", "fmt", "size", "smaller"),
+    [
+        ("qwen3-30b-a3b", "H200", "bf16", 4, 2),
+        ("gpt-oss-120b", "H100", "mxfp4", 6, 2),
+        ("deepseek-r1", "H200", "fp8", 8, None),  # 4 do not fit
+        ("qwen3-30b-a3b", "H200", "bf16", 3, None),  # no part of it is a group
+        ("qwen3-30b-a3b", "H200", "bf16", 2, None),
+    ],
+)
+def test_smaller_groups_that_fit_are_named(name: str, gpu: str, fmt: str, size: int, smaller: int | None) -> None:
+    plan = _plan(name, gpu, size, fmt)
+    assert (plan.smaller and plan.smaller[0]) == smaller
+    assert (f"groups of {smaller} fit too" in plan.verdict) == (smaller is not None)
+    if plan.smaller:
+        count, crossover = plan.smaller
+        assert plan.crossover is not None
+        assert crossover < plan.crossover
+        part, dep = evaluate(plan.case, Group(count), crossover).dwdp, evaluate(plan.case, plan.group, crossover).dep
+        assert part.tokens_per_second >= dep.tokens_per_second
+
+
 def test_as_few_experts_are_kept_as_hide_the_copies() -> None:
     case = _case("gpt-oss-120b", "H200", "mxfp4")
     plan = make_plan(case, Group(8), tokens=2048, choose_local_experts=True)
