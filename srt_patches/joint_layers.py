@@ -23,6 +23,12 @@ _FIRST = -100  # a priority: torch takes the highest that there is
 _WITH_ATTENTION = 1.5
 
 
+def _reserved_bytes() -> int:
+    """What torch holds of the GPU, without what it only keeps for later, which a capture would give back."""
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
 class JointLayers:
     """The MoE layers of one rank, as joint forwards run them.
 
@@ -113,12 +119,12 @@ class JointLayers:
     def capture(self, bucket: int) -> Iterator[None]:
         """Warm-ups and the capture of a joint forward of this bucket, whose cost is counted; all ranks do it at the
         same time."""
-        start, reserved = time.monotonic(), torch.cuda.memory_reserved()
+        start, reserved = time.monotonic(), _reserved_bytes()
         self.set_rows(bucket)
         with self._forwards.capturing(bucket):
             yield
         self._capture_s += time.monotonic() - start
-        self._capture_bytes += torch.cuda.memory_reserved() - reserved
+        self._capture_bytes += _reserved_bytes() - reserved
 
     def capture_help(self, bucket: int) -> None:
         """In `capture`: capture what a rank without rows replays in a joint forward of this bucket."""
