@@ -85,7 +85,9 @@ def serve(spec: Mapping[str, Any], parent: Connection) -> None:
     parent.send(None)
     while (request := parent.recv()) is not None:
         if request == REPORT:
-            parent.send(engine.get_server_info()["internal_states"])
+            # SGLang lists the ranks in the order of their answers.
+            states = engine.get_server_info()["internal_states"]
+            parent.send(sorted(states, key=lambda state: (state.get("dwdp") or {}).get("rank", 0)))
         elif isinstance(request, Call):
             parent.send(getattr(engine, request.method)(**request.arguments))
         else:

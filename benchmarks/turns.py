@@ -191,8 +191,7 @@ class Turns:
     def _counters(self, name: str) -> list[dict[str, Any]]:
         """Reports of the ranks of a DWDP engine, in their order; none where it has failed."""
         states = self._ask(name, REPORT) if name in self._engines else None
-        # SGLang lists the ranks in the order of their answers.
-        return sorted((state["dwdp"] for state in states or ()), key=lambda report: int(report["rank"]))
+        return [state["dwdp"] for state in states or ()]
 
     def _parity(self) -> None:
         prompts = parity_prompts(self._setting.parity_longest)

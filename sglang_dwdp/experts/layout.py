@@ -11,11 +11,13 @@ from sglang_dwdp.experts.placement import Placement
 
 # A copy costs the driver about 4 us to start, and 32 MiB at a time already run at the speed of one large copy.
 MIN_SLICE_BYTES = 32 << 20
-SLICES_OF_ONE_PEER = 8
-# Ranks that read several peers meet at a source now and then, and the shorter a slice, the sooner they part: four H200
-# that all read at once got 275 GB/s each by 2 MiB, 245 by 4 MiB and 238 by 32 MiB (two that read each other: 363).
-MIN_SLICE_BYTES_OF_SEVERAL = 2 << 20
-MAX_SLICES = 512  # about so many of a layer, which one driver call has to hold
+# Enough for peers to take turns, and few enough for one driver call to hold a layer's copies from many peers.
+SLICES_PER_PEER = 8
+# Ranks that read several peers meet at a source now and then, and part sooner if slices are short: four H200 that all
+# read at once got 275 GB/s each by 2 MiB, 245 by 4 MiB, 238 by 32 MiB and 262 uncut. So short ones, where a layer is
+# about as many of them as it was there (432), or else long ones.
+SHORT_SLICE_BYTES = 2 << 20
+MOST_SHORT_SLICES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +163,9 @@ def overlap(a: Span, b: Span) -> Span:
 
 def slice_bytes_for(peer_bytes: int, peers: int) -> int:
     """The size of the slices in which `peer_bytes` bytes of one layer are copied from each of `peers` peers."""
-    if peers == 1:
-        return max(MIN_SLICE_BYTES, -(-peer_bytes // SLICES_OF_ONE_PEER))
-    return max(MIN_SLICE_BYTES_OF_SEVERAL, -(-peer_bytes * peers // MAX_SLICES))
+    if peers > 1 and peer_bytes * peers <= MOST_SHORT_SLICES * SHORT_SLICE_BYTES:
+        return SHORT_SLICE_BYTES
+    return max(MIN_SLICE_BYTES, -(-peer_bytes // SLICES_PER_PEER))
 
 
 def copy_order(

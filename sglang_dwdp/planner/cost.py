@@ -143,7 +143,7 @@ def layer_fetch_bytes(model: ModelShape, precision: Precision, group: Group) -> 
 def pull_bandwidth(gpu: Gpu, group: Group) -> float:
     """Bytes/s of a rank's copies when nobody else reads its sources.
 
-    Serial pulls use one peer at a time; sliced ones all of them together.
+    Serial pulls use one peer at a time; sliced ones all of them together, if there are several.
     """
     if group.copies == "serial" or group.size <= 2:
         return gpu.pair_bandwidth

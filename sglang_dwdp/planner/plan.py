@@ -98,8 +98,8 @@ class Plan:
         chunk: `--chunked-prefill-size` per rank, as given or as found.
         memories: bytes by scheme at the chunk.
         decode: steps of a server that decodes too, after prompts of the longest length.
-        smaller: The smallest groups that leave room too, and from how many tokens per rank they beat DEP on all GPUs
-            of this one; None if they do not from fewer.
+        smaller: The size of the smallest groups that leave room for the KV cache too, and the tokens per rank from
+            which they beat DEP on all GPUs of `group`; None where those are no fewer than `crossover`.
     """
 
     case: Case
@@ -211,18 +211,17 @@ def _local_experts(case: Case, group: Group, tokens: int) -> int:
 
 
 def _smaller(case: Case, group: Group, chunk: int, crossover: int | None) -> tuple[int, int] | None:
-    """See `Plan.smaller`. DEP is what it is on all of the group's GPUs."""
-    for size in range(2, group.size):
-        part = replace(group, size=size, local_experts=0)
-        if group.size % size or not _leaves_room(case, part, chunk):
-            continue
+    """See `Plan.smaller`."""
+    parts = (replace(group, size=size, local_experts=0) for size in range(2, group.size) if group.size % size == 0)
+    part = next((part for part in parts if _leaves_room(case, part, chunk)), None)
+    if part is None:
+        return None
 
-        def at(tokens: int, part: Group = part) -> Point:
-            return replace(evaluate(case, group, tokens), dwdp=evaluate(case, part, tokens).dwdp)
+    def at(tokens: int) -> Point:
+        return replace(evaluate(case, group, tokens), dwdp=evaluate(case, part, tokens).dwdp)
 
-        found = _crossover([at(tokens) for tokens in SWEEP], at)
-        return (size, found) if found is not None and (crossover is None or found < crossover) else None
-    return None
+    found = _crossover([at(tokens) for tokens in SWEEP], at)
+    return (part.size, found) if found is not None and (crossover is None or found < crossover) else None
 
 
 def make_plan(case: Case, group: Group, gpus: int = 0, *, tokens: int = 0, choose_local_experts: bool = False) -> Plan:

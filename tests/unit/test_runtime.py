@@ -237,7 +237,7 @@ def test_any_shape(
     full = checkpoint(num_layers, num_experts, {"w13_weight": tail, "w2_weight": tail[::-1]}, kind.device)
     config = DwdpConfig(view="staged", depth=depth, timeout_s=20)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("MIN_SLICE_BYTES", "MIN_SLICE_BYTES_OF_SEVERAL"):
+        for name in ("MIN_SLICE_BYTES", "SHORT_SLICE_BYTES"):
             patch.setattr(f"sglang_dwdp.experts.layout.{name}", min_slice_kib << 10)
         results = run_ranks(
             size, full, lambda r, layers: [equal(forward(r, layers, 9), full) for _ in range(3)], config

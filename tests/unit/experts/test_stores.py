@@ -39,7 +39,7 @@ def test_no_copy_touches_the_memory_of_two_ranks(
     size: int, local_experts: int | None, pieces: list[tuple[View, Span]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = checkpoint(2, 11, TAILS)
-    for name in ("MIN_SLICE_BYTES", "MIN_SLICE_BYTES_OF_SEVERAL"):
+    for name in ("MIN_SLICE_BYTES", "SHORT_SLICE_BYTES"):
         monkeypatch.setattr(f"sglang_dwdp.experts.layout.{name}", 16 << 10)
     config = DwdpConfig(timeout_s=20, local_experts=local_experts)
     seen = run_ranks(

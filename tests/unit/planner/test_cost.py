@@ -16,6 +16,7 @@ from sglang_dwdp.planner.cost import (
     forward_parts,
     in_tree_group,
     layer_fetch_bytes,
+    pull_bandwidth,
     replica,
     serial_slowdown,
 )
@@ -272,3 +273,13 @@ def test_two_h100_are_predicted_within_15_percent(tokens: int) -> None:
     replicas = 2 * replica(model, gpu, BF16, batch).tokens_per_second
     assert dep_rate == pytest.approx(MEASURED[tokens][0], rel=0.15)
     assert replicas == pytest.approx(MEASURED[tokens][1], rel=0.15)
+
+
+def test_one_peer_is_read_faster_than_several_that_all_read() -> None:
+    h200, mi355x = get_gpu("H200"), get_gpu("MI355X")
+    rates = [pull_bandwidth(h200, Group(size)) for size in (2, 3, 8)]
+    assert rates == [h200.pair_bandwidth, h200.copy_bandwidth, h200.copy_bandwidth]
+    assert rates[0] > rates[1]
+    # A mesh has a wire for each pair.
+    rates = [pull_bandwidth(mi355x, Group(size)) for size in (2, 3, 8)]
+    assert rates == [mi355x.pair_bandwidth, 2 * mi355x.pair_bandwidth, mi355x.copy_bandwidth]
