@@ -20,7 +20,15 @@ from sglang_dwdp.planner.cost import (
     replica,
     serial_slowdown,
 )
-from sglang_dwdp.planner.dep import dep, dep_forward, exchange_bytes, expert_wait, gathered_seconds, length_wait
+from sglang_dwdp.planner.dep import (
+    dep,
+    dep_forward,
+    exchange_bytes,
+    exchange_seconds,
+    expert_wait,
+    gathered_seconds,
+    length_wait,
+)
 from sglang_dwdp.planner.formats import FORMATS, default_precision, get_format
 from sglang_dwdp.planner.gpus import GPUS, Gpu, get_gpu
 from sglang_dwdp.planner.models import load_model
@@ -283,3 +291,20 @@ def test_one_peer_is_read_faster_than_several_that_all_read() -> None:
     # A mesh has a wire for each pair.
     rates = [pull_bandwidth(mi355x, Group(size)) for size in (2, 3, 8)]
     assert rates == [mi355x.pair_bandwidth, 2 * mi355x.pair_bandwidth, mi355x.copy_bandwidth]
+
+
+@pytest.mark.parametrize(("name", "slower"), [("H200", False), ("MI355X", True)])
+def test_what_copies_reach_bounds_the_exchange_of_a_mesh_alone(name: str, slower: bool) -> None:
+    gpu, model = get_gpu(name), load_model("gpt-oss-120b")
+    precision = default_precision(FORMATS["mxfp4"])
+    halved = replace(gpu, copy_bandwidth=gpu.copy_bandwidth / 2)
+    before, after = (exchange_seconds(model, each, precision, 4096, 4, "all-gather") for each in (gpu, halved))
+    assert (after > before) == slower
+
+
+def test_a_byte_that_is_copied_costs_the_same_at_any_rate() -> None:
+    gpu, model = get_gpu("H200"), load_model("gpt-oss-120b")
+    precision, batch = default_precision(FORMATS["mxfp4"]), _batch([8192], model.window)
+    found = [dwdp(model, gpu, precision, batch, Group(size)) for size in (2, 4)]
+    costs = [each.parts.interference / each.fetch_bytes for each in found]
+    assert costs[0] / costs[1] == pytest.approx(1)
