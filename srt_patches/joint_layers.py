@@ -17,7 +17,7 @@ from sglang_dwdp.exchange.round import MAX_DECODE_ROWS
 from sglang_dwdp.srt_patches.shard_run import JointLayer
 
 logger = logging.getLogger(__name__)
-_TIMED_REPLAYS = 3
+_TIMED_REPLAYS = 8  # other processes that start may have the GPU or the cores meanwhile, and what is chosen stays
 _FIRST = -100  # a priority: torch takes the highest that there is
 # A guess of a forward's time over that of its MoE layers. Only how long a rank waits depends on it.
 _WITH_ATTENTION = 1.5
@@ -167,7 +167,16 @@ class JointLayers:
             alone_us: What it takes at least if it is not joint.
         """
         self.set_rows(bucket)
-        self._set_times(bucket, alone_us, _WITH_ATTENTION * _replay_us(self._graphs[bucket].replay))
+        joint_us = _WITH_ATTENTION * _replay_us(self._graphs[bucket].replay)
+        self._set_times(bucket, alone_us, joint_us)
+        if joint_us >= alone_us:
+            logger.warning(
+                "DWDP: this rank runs its prefills of %d tokens alone: together they would take %.1f ms, and by copies "
+                "%.1f ms. If something else kept the GPU or its host busy just now, start the server again.",
+                bucket,
+                joint_us / 1000,
+                alone_us / 1000,
+            )
 
     def _set_times(self, bucket: int, alone_us: float, joint_us: float) -> None:
         self._alone_us[bucket], self._joint_us[bucket] = alone_us, joint_us
