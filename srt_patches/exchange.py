@@ -12,12 +12,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from http import HTTPStatus
 from typing import Any
 
 import zmq
 from sglang.srt.layers.moe.topk import TopKOutputChecker
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_exec
@@ -137,7 +135,7 @@ def forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args
     except DwdpRuntimeError as error:
         if not is_joint:
             raise
-        _go_on_alone(error)
+        go_on_alone(error)
         is_joint = current_runtime().in_exchange_step = False
         output = original(runner, forward_batch, *args, **kwargs)  # it writes the same KV to the same places
     steps.end(is_joint=is_joint)
@@ -162,11 +160,12 @@ def _begin(steps: ExchangeSteps, rows: int, *, is_decode: bool) -> bool:
     try:
         return steps.begin(rows, is_decode=is_decode)
     except DwdpRuntimeError as error:
-        _go_on_alone(error)
+        go_on_alone(error)
         return False
 
 
-def _go_on_alone(error: DwdpRuntimeError) -> None:
+def go_on_alone(error: DwdpRuntimeError) -> None:
+    """A peer has left a joint forward: this rank's forwards are no longer joint."""
     logger.warning("DWDP: this rank decodes alone from here on: %s", error)
     _current[0].forwards.end()
 
@@ -197,7 +196,7 @@ def _help_out(steps: ExchangeSteps) -> bool:
     try:
         return steps.help_out()
     except DwdpRuntimeError as error:
-        _go_on_alone(error)
+        go_on_alone(error)
         return False
 
 
@@ -209,27 +208,6 @@ def sleep(original: Callable[..., None], sleeper: Any) -> None:
     sleeper.poller.register(_current[0].bells.fileno(), zmq.POLLIN)  # again and again, which costs little
     original(sleeper)
     _current[0].bells.silence()
-
-
-def before_result(_scheduler: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
-    """Before `Scheduler.process_batch_result`: wait for the forward, and help others meanwhile.
-
-    Raises:
-        DwdpRuntimeError: A peer has left it, and a request of it has more chunks to come, of which this one is void.
-    """
-    if not _current:
-        return
-    try:
-        _current[0].wait()
-    except DwdpRuntimeError as error:
-        _go_on_alone(error)
-        if any(request.inflight_middle_chunks for request in batch.reqs):
-            raise
-        for request in batch.reqs:
-            request.skip_radix_cache_insert = True  # others would read KV that is void
-            request.to_finish = FINISH_ABORT(
-                f"{error} Send the request again.", HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailable"
-            )
 
 
 def run_layer(original: Callable[..., Any], layer: Any, hidden_states: Any, topk_output: Any, **kwargs: Any) -> Any:
@@ -246,7 +224,6 @@ HOOKS = (
     Hook("sglang.srt.model_executor.model_runner.ModelRunner.forward", HookType.AROUND, forward),
     Hook("sglang.srt.managers.scheduler.Scheduler.on_idle", HookType.AROUND, idle),
     Hook("sglang.srt.managers.scheduler_components.idle_sleeper.IdleSleeper.maybe_sleep", HookType.AROUND, sleep),
-    Hook("sglang.srt.managers.scheduler.Scheduler.process_batch_result", HookType.BEFORE, before_result),
     Hook("sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.forward_impl", HookType.AROUND, run_layer),
 )
 

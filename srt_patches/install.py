@@ -91,9 +91,9 @@ def _hooks(role: str, config: DwdpConfig, device: str | None) -> tuple[Hook, ...
 
             hooks = [*flashinfer_fp8.HOOKS, *prefill_graphs.HOOKS, *steps.GPU_HOOKS, *hooks]
         if config.exchange != "off":
-            from sglang_dwdp.srt_patches import exchange, exchange_graphs
+            from sglang_dwdp.srt_patches import exchange, exchange_graphs, exchange_results
 
-            hooks += (*exchange.HOOKS, *(exchange_graphs.HOOKS if device == "cuda" else ()))
+            hooks += (*exchange.HOOKS, *exchange_results.HOOKS, *(exchange_graphs.HOOKS if device == "cuda" else ()))
         return (*hooks, *(experts.AUDIT_HOOKS if config.audit else ()))
     if role == "dp_controller":
         from sglang_dwdp.srt_patches import controller, load_lock, ports, rank_traffic, reports, sessions

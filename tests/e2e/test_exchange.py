@@ -15,11 +15,34 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_dwdp.counters import METRICS
 from sglang_dwdp.demo.server import Server
-from tests.e2e.conftest import Answers, Reference, Running
+from tests.e2e.conftest import Answers, Plugin, Reference, Running
 from tests.e2e.load import RETRY, RIGHT, Load, rank_process
 from tests.e2e.prompts import MAX_NEW_TOKENS, PROMPTS
 from tests.fixtures.families import Family
 
+# On the CPU engine a joint forward fails at once. On GPUs it is known later, as here: of a middle chunk, once.
+VOID = """
+import os, sys
+
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", patched, HookType.AROUND)
+
+def patched(original, *args, **kwargs):
+    from sglang_dwdp.errors import DwdpRuntimeError
+    from sglang_dwdp.srt_patches.exchange_steps import ExchangeSteps
+    wait = ExchangeSteps.wait
+
+    def fail(steps):
+        wait(steps)
+        batch, file = sys._getframe(1).f_locals.get("batch"), os.environ["VOID_CHUNK"]  # none in the first forward
+        if batch and any(request.inflight_middle_chunks for request in batch.reqs) and os.path.exists(file):
+            os.unlink(file)
+            raise DwdpRuntimeError("rank 1 has left.")
+
+    ExchangeSteps.wait = fail
+    return original(*args, **kwargs)
+"""
 ROUNDS = ("joint_rounds", "helped_rounds", "alone_rounds", "withdrawn_rounds")
 HELP_S = 180.0  # on a host that runs other tests as well
 
@@ -149,3 +172,25 @@ def check_metrics(server: Server) -> None:
         assert samples["sglang:dwdp_setup_seconds", rank, None].value == pytest.approx(reports[rank]["setup_s"])
     line = r"Decode batch, .* dwdp: [1-9]\d* joint, \d+ direct, \d+ staged, [\d.]+ ms waited, "
     assert re.search(line, server.log.read_text(errors="replace"))
+
+
+def test_a_prompt_with_a_void_chunk_ends_and_is_not_cached(
+    running: Running, models: Callable[[Family, int], Path], reference: Reference, plugin: Plugin, tmp_path: Path
+) -> None:
+    expected, void = reference("qwen3_moe", 8), tmp_path / "void"
+    options: dict[str, Any] = {"dwdp": ("--dwdp-exchange", "auto"), "flags": ("--chunked-prefill-size", "128")}
+    options["environment"] = {**plugin("void_chunk", VOID), "VOID_CHUNK": str(void)}
+    with running(models("qwen3_moe", 8), 2, **options) as server:
+        for number in (12, 15):  # when it is known, the last chunk is under way, or others are to come
+            sampling = {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS}
+            body = {"text": PROMPTS[number], "sampling_params": sampling, "routed_dp_rank": 0}
+            void.touch()
+            answer = requests.post(f"{server.url}/generate", json=body, timeout=300)
+            assert answer.status_code == 503
+            assert "rank 1 has left. Send the request again." in answer.text
+            cached = []
+            for _ in range(2):
+                again = server.post("/generate", body)
+                assert again["output_ids"] == expected[number]
+                cached.append(again["meta_info"]["cached_tokens"])
+            assert cached[0] == 0 < cached[1]

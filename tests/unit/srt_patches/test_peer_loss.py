@@ -15,7 +15,7 @@ from sglang_dwdp.exchange import page
 from sglang_dwdp.exchange.lock import unlock
 from sglang_dwdp.exchange.meeting import Meeting
 from sglang_dwdp.exchange.policy import StepTimes
-from sglang_dwdp.srt_patches import exchange
+from sglang_dwdp.srt_patches import exchange, exchange_results
 
 LOST = DwdpRuntimeError("rank 0: MoE layer 2 of a joint forward: rank 1 sent no rows: its process ended.")
 
@@ -190,22 +190,46 @@ def test_a_rank_that_helps_for_long_gives_signs_of_life(steps: Steps, monkeypatc
     assert len(helped) > 20
 
 
+def a_request(middle_chunks: int) -> Any:
+    return SimpleNamespace(
+        inflight_middle_chunks=middle_chunks, to_finish=None, discard_output_reason=None, skip_radix_cache_insert=False
+    )
+
+
 def test_requests_of_a_void_forward_end_with_an_error(steps: Steps) -> None:
     """Where the GPU waits, that a peer has left a forward is known only after it was launched."""
-    requests = [SimpleNamespace(inflight_middle_chunks=0, to_finish=None, skip_radix_cache_insert=False)]
-    batch = SimpleNamespace(reqs=requests)
-    exchange.before_result(None, batch)
-    assert requests[0].to_finish is None
+    whole, middle, before_last = a_request(0), a_request(1), a_request(1)
+    scheduler = SimpleNamespace(chunked_req=middle, _pending_chunked_abort_req=None)
+    batch = SimpleNamespace(reqs=[whole, middle, before_last])
+    exchange_results.before_result(scheduler, batch)
+    assert whole.to_finish is middle.discard_output_reason is None
     steps.page_lost = True
-    exchange.before_result(None, batch)
-    reason = requests[0].to_finish.to_json()
-    assert (reason["type"], reason["status_code"]) == ("abort", 503)
-    assert "rank 1 sent no rows" in reason["message"]
-    assert requests[0].skip_radix_cache_insert
+    exchange_results.before_result(scheduler, batch)
+    for reason in (whole.to_finish, middle.discard_output_reason, before_last.discard_output_reason):
+        found = reason.to_json()
+        assert (found["type"], found["status_code"]) == ("abort", 503)
+        assert "rank 1 sent no rows" in found["message"]
+    assert all(request.skip_radix_cache_insert for request in batch.reqs)
+    assert scheduler._pending_chunked_abort_req is middle  # its next chunk is not launched
+    assert middle.to_finish is before_last.to_finish is None
     assert steps.said == ["gave up"]
-    requests[0].inflight_middle_chunks = 1
-    with pytest.raises(DwdpRuntimeError):
-        exchange.before_result(None, batch)
+
+
+@pytest.mark.parametrize(("tokens", "private", "held"), [(512, False, True), (513, False, False), (512, True, False)])
+def test_a_chunk_is_cached_once_its_prompt_is_known_to_be_right(
+    steps: Steps, tokens: int, private: bool, held: bool
+) -> None:
+    """SGLang caches a chunk when it schedules the next one, which may be before its result is known."""
+    request = a_request(1)
+    request.skip_radix_cache_insert = private
+    scheduler, batch = SimpleNamespace(chunked_req=request), SimpleNamespace(extend_num_tokens=tokens, reqs=[request])
+    assert exchange_results.new_prefill(lambda _: (batch, None), scheduler)[0] is batch
+    assert request.skip_radix_cache_insert is (held or private)
+    exchange_results.before_result(scheduler, batch)
+    assert request.skip_radix_cache_insert is (held or private)
+    request.inflight_middle_chunks = 0  # of its last chunk
+    exchange_results.before_result(scheduler, batch)
+    assert request.skip_radix_cache_insert is private
 
 
 def test_a_meeting_whose_page_cannot_be_had_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
