@@ -69,6 +69,7 @@ def markdown(result: Row) -> str:
     if started:
         lines += ["", *_table(["variant", "seconds to start", "GiB on each GPU after it"], started)]
     errors = [f"- {name}: {found['error']}" for name, found in variants.items() if "error" in found]
+    errors += [f"- {name}: {found['untuned']}" for name, found in variants.items() if found.get("untuned")]
     lines += ["", *errors, *(f"- {note}" for note in result["notes"])]
     return "\n".join(lines).strip() + "\n"
 

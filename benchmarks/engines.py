@@ -9,9 +9,8 @@ Cases: prefill:TOKENS (one prompt in each forward; the rate is that of --prompts
 once), prefill:TOKENS:PERCENT (lengths vary by so much), decode:SEQUENCES (of a rank; the rate is that between the last
 sequence's first token and the first sequence's last), decode:SEQUENCES:RANKS (only so many ranks have sequences).
 
-Engines are started --at-a-time, and take turns: for each case, for each repeat, every engine runs it while the others
-wait. Whatever is finished is in OUT/results.json at once, and each engine's log beside it. With one GPU, which
-ranks share, and on the CPU engine (--device cpu), runs prove that the code works: they say nothing about several GPUs.
+Engines are started --at-a-time, and take turns. Whatever is finished is in OUT/results.json at once, and each engine's
+log beside it. With one GPU, which ranks share, and on the CPU engine (--device cpu), runs prove that the code works.
 
 --tokens sends 64 prompts of 1 to 16,384 tokens to every rank and says how many answers are bitwise those of `replicas`;
 weights are then a random checkpoint, made once (without it SGLang draws them).
@@ -108,9 +107,8 @@ def setting_of(args: argparse.Namespace, variants: list[Variant], devices: int) 
     )
 
 
-def gpu_memory(engine: Engine) -> list[float]:
+def gpu_memory(engine: EngineProcess) -> list[float]:
     """GiB that an engine's processes take, GPU by GPU; none where the driver does not say."""
-    assert isinstance(engine, EngineProcess)
     query = ["nvidia-smi", "--query-compute-apps=gpu_uuid,pid,used_memory", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
@@ -162,9 +160,12 @@ def main() -> int:
         variables |= variant.environment
         return EngineProcess(variant.name, options, variables, folder, index=index, routed=variant.routed)
 
+    def of_engine(engine: Engine) -> dict[str, Any]:
+        assert isinstance(engine, EngineProcess)
+        return {"memory_gib": gpu_memory(engine), "untuned": engine.process.untuned()}
+
     about: dict[str, Any] = {"machine": machine(), "ranks": setting.ranks, "devices": devices}
     about |= {"command": sys.argv[1:], "prompts_per_rank": setting.prompts, "decode_tokens": setting.decode_tokens}
-    about |= {"layers": args.layers, "experts": args.experts, "model": args.model}
 
     def save(result: Result) -> None:
         answers = result.get("answers")
@@ -175,7 +176,7 @@ def main() -> int:
                 partial.write_text(json.dumps(content, indent=1 if name == "results.json" else None) + "\n")
                 partial.replace(args.out / name)
 
-    turns = Turns(setting, start, gpu_memory, save, say, repeats=args.repeats, start_s=args.start_limit, end=end)
+    turns = Turns(setting, start, of_engine, save, say, repeats=args.repeats, start_s=args.start_limit, end=end)
     result = turns.run(variants, args.at_a_time)
     text = markdown(result)
     (args.out / "table.md").write_text(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -15,6 +16,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 FAILED = "Scheduler hit an exception"  # what SGLang logs before a scheduler ends by itself
 # Lines of a log that say why a program ended, the most telling first.
+_UNTUNED = re.compile(r"Using default MoE kernel config\..*/(E=\d+,N=\d+)")
 _TELLING = ("sglang-dwdp: error:", "AssertionError", "ValueError", "RuntimeError", "OutOfMemoryError", "Error:")
 
 
@@ -77,6 +79,11 @@ class Process:
             children = psutil.Process(self._process.pid).children(recursive=True)
             return {self._process.pid, *(child.pid for child in children)}
         return set()
+
+    def untuned(self) -> str:
+        """That SGLang has no tuned kernels for its experts, so it is not at its best; "" where it has, by the log."""
+        experts = sorted(set(_UNTUNED.findall(self.log.read_text(errors="replace"))))
+        return f"no tuned Triton configuration for {' and '.join(experts)}" if experts else ""
 
     def check_alive(self) -> None:
         """Look whether it still runs.

@@ -39,7 +39,7 @@ class Turns:
     Args:
         setting: What all variants have in common.
         start: Starts a variant's engine; `ValueError` where the variant cannot run.
-        memory: GiB that an engine takes on each GPU.
+        about: What is to be said of an engine that has started, for `variants`.
         save: Called with the result whenever something was added.
         say: Called with a line of progress.
         repeats: Of each case, for each engine.
@@ -51,7 +51,7 @@ class Turns:
         self,
         setting: Setting,
         start: Callable[[Variant, int], Engine],
-        memory: Callable[[Engine], list[float]],
+        about: Callable[[Engine], Result],
         save: Callable[[Result], None],
         say: Callable[[str], None],
         *,
@@ -59,7 +59,7 @@ class Turns:
         start_s: float,
         end: float,
     ) -> None:
-        self._setting, self._start, self._memory = setting, start, memory
+        self._setting, self._start, self._about = setting, start, about
         self._save, self._say = save, say
         self._repeats, self._start_s, self._end = repeats, start_s, end
         self._engines: dict[str, Engine] = {}
@@ -75,7 +75,7 @@ class Turns:
         """Measure the variants, `at_a_time` of them beside each other.
 
         Returns:
-            `variants`: by name `start_s`, `memory_gib`, `states`, `error`. `cases`: `case`; by variant `rates`, tokens
+            `variants`: by name `start_s`, `about`'s, `states`, `error`. `cases`: `case`; by variant `rates`, tokens
             per second of all ranks in each repeat; by DWDP variant `counters` of each rank. `tokens`: by variant, see
             `same_answers`. `notes`.
         """
@@ -129,8 +129,9 @@ class Turns:
         with ThreadPoolExecutor(max(1, len(names))) as pool:
             list(pool.map(wait, names))
         for name, engine in self._engines.items():
-            found[name]["memory_gib"] = self._memory(engine)
-            self._say(f"{name}: started in {found[name]['start_s']} s, {found[name]['memory_gib']} GiB")
+            about = self._about(engine)
+            self._say(f"{name}: started in {found[name]['start_s']} s, {about}")
+            found[name] |= about
         self._save(self.result)
 
     def _drop(self, name: str, error: Exception) -> None:

@@ -53,8 +53,8 @@ class Comparison:
         """Measure the named variants.
 
         Returns:
-            `variants`: by name `start_s`, `same_tokens` (a part of 1), `error`. `runs`: `load`, `variant`, `benchmark`
-            (SGLang's own figures) and `dwdp`, the counters of each rank.
+            `variants`: by name `start_s`, `same_tokens` (a part of 1), `untuned`, `error`. `runs`: `load`, `variant`,
+            `benchmark` (SGLang's own figures) and `dwdp`, the counters of each rank.
         """
         scenario = self._scenario
         preload()
@@ -102,6 +102,7 @@ class Comparison:
                     sent = dataset_options(load, self._files.get(load_name)) + options
                     try:
                         self._measure(name, deployment, label, load, sent)
+                        found[name]["untuned"] = deployment.untuned()
                     except RunError as error:
                         self._failed(running, name, error)
 

@@ -55,6 +55,7 @@ def notes(result: Row) -> list[str]:
         said = [f"started in {variant['start_s']} s"] if "start_s" in variant else []
         if "same_tokens" in variant:
             said.append(f"{variant['same_tokens']:.0%} of answers are those of {result['scenario']['reference']}")
+        said += [variant["untuned"]] if variant.get("untuned") else []
         said += [f"error: {variant['error']}"] if "error" in variant else []
         lines.append(f"{name}: {'; '.join(said)}")
     return lines

@@ -37,13 +37,7 @@ def server_flags(scenario: Scenario, variant: ServedVariant) -> dict[str, Any]:
 
 
 def split_flags(scenario: Scenario, variant: ServedVariant, bootstrap: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Flags of the prefill server and of the decode server of a disaggregated variant.
-
-    Args:
-        scenario: Whose.
-        variant: With `decode`.
-        bootstrap: The port where the two meet.
-    """
+    """Flags of a disaggregated variant's prefill and decode server, which meet at port `bootstrap`."""
     decode = variant.decode
     assert decode is not None
     backend = {"disaggregation-transfer-backend": decode.transfer_backend}
@@ -82,13 +76,8 @@ def router_command(prefill: str, bootstrap_port: int, decode: str, port: int) ->
 def wait_healthy(process: Process, url: str, timeout_s: float) -> None:
     """Return when `url` answers GET /health.
 
-    Args:
-        process: That is to answer.
-        url: Where.
-        timeout_s: Seconds since the process was started.
-
     Raises:
-        RunError: The process ended, or did not answer in time.
+        RunError: The process ended, or did not answer within `timeout_s` of its start.
     """
     while True:
         process.check_alive()
@@ -124,6 +113,10 @@ class Deployment:
         for url, process in self._processes.items():
             wait_healthy(process, url, timeout_s)
         return time.monotonic() - min(process.started for process in self._processes.values())
+
+    def untuned(self) -> str:
+        """As `Process.untuned`, of all."""
+        return "; ".join(filter(None, (process.untuned() for process in self._processes.values())))
 
     def check_alive(self) -> None:
         """Look whether all processes run.

@@ -27,6 +27,20 @@ def test_the_log_says_why(tmp_path: Path) -> None:
     assert reason(tmp_path / "none") == "it has no log"
 
 
+def test_the_log_says_whose_kernels_are_not_tuned(tmp_path: Path) -> None:
+    """As SGLang 0.5.23 logs it, by each rank, for both products of a layer."""
+    name = "E=64,N=768,device_name=NVIDIA_H200"
+    lines = [f"Using default MoE kernel config. Performance might be sub-optimal! Config file not found at /a/b/{name}"]
+    lines = [f"{lines[0]}{down}.json, you can create them with https://a.b" for down in ("", "_down")]
+    tuned = (
+        "Config file not found at /a/E=8,N=8,d.json. Fallback to triton version 3.6.0 and use MoE kernel config from"
+    )
+    for said, expected in (([*lines, tuned] * 2, "no tuned Triton configuration for E=64,N=768"), ([tuned], "")):
+        process = Process("x", [sys.executable, "-c", "print(" + repr("\n".join(said)) + ")"], {}, tmp_path / "log")
+        process.wait(30)
+        assert process.untuned() == expected
+
+
 def test_children_with_groups_of_their_own_end_too(tmp_path: Path) -> None:
     code = (
         "import subprocess as s, time; print(s.Popen(['sleep', '60'], process_group=0).pid, flush=True); time.sleep(60)"

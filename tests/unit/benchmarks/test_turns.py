@@ -57,7 +57,14 @@ class Driver:
         parsed = [parse_case(case) for case in cases]
         setting = Setting(2, 0, "model", False, parsed, prompts=3, decode_tokens=11, parity=parity)
         self.turns = Turns(
-            setting, self._start, lambda _: [1.5], self._save, lambda _: None, repeats=2, start_s=5, end=end
+            setting,
+            self._start,
+            lambda _: {"memory_gib": [1.5], "untuned": "slow"},
+            self._save,
+            lambda _: None,
+            repeats=2,
+            start_s=5,
+            end=end,
         )
 
     def _start(self, variant: Variant, index: int) -> FakeEngine:
@@ -106,6 +113,7 @@ def test_who_fails_is_left_out_and_the_others_go_on() -> None:
     assert [row["rates"] for row in result["cases"]] == [{"replicas": [1000.0] * 2}, {"replicas": [40.0] * 2}]
     text = markdown(result)
     assert "- dwdp: dwdp ended: CUDA out of memory" in text
+    assert "- replicas: slow" in text
     assert "| decode:2 | 40 (±0 %) |" in text
 
 

@@ -30,6 +30,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.reply({"output_ids": [length, int(sys.argv[2])]})
     def log_message(self, *_): pass
 if int(sys.argv[2]) == 9: sys.exit("RuntimeError: no such model")
+if int(sys.argv[2]) == 2: print("Using default MoE kernel config. Not at /a/E=64,N=768,device_name=X.json", flush=True)
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 FIGURES = {"total_throughput": 100.0, "median_ttft_ms": 50.0, "request_throughput": 2.0, "ttfts": [1, 2]}
@@ -105,7 +106,8 @@ def test_variants_are_compared_and_failures_reported(scenario: Scenario, tmp_pat
     table, page = markdown(about | result), html(about | result)
     assert "| dwdp | 50.0 | – | – | – | 2.0 | – | 50.0 |" in table  # per GPU
     assert "- other: started in" in table
-    assert "0% of answers are those of dep" in table
+    assert "0% of answers are those of dep; no tuned Triton configuration for E=64,N=768" in table
+    assert table.count("no tuned") == 1
     assert "&lt;fake&gt;" in page
     assert "no such model" in page
 
