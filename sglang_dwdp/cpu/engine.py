@@ -61,6 +61,8 @@ def environment(num_ranks: int, base: Mapping[str, str] | None = None) -> dict[s
         # PyNccl loads the NCCL that pip installed with torch and then fails on a CPU device. A
         # library that cannot be loaded makes it step aside; the collectives go through gloo.
         "SGLANG_NCCL_SO_PATH": "/nonexistent/libnccl.so.2",
+        # Ranks share the host's memory. Where another process takes some between their looks at it, SGLang would end.
+        "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
     }
     cores = sorted(os.sched_getaffinity(0))
     if num_ranks > numa_nodes(cores):

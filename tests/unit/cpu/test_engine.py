@@ -48,6 +48,7 @@ class TestEnvironment:
         assert cpu_engine.environment(1, {}) == {
             "SGLANG_USE_CPU_ENGINE": "1",
             "SGLANG_NCCL_SO_PATH": "/nonexistent/libnccl.so.2",
+            "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
             "PYTHONPATH": str(cpu_engine.STUBS),
         }
 
