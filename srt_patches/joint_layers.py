@@ -170,7 +170,7 @@ class JointLayers:
         joint_us = _WITH_ATTENTION * _replay_us(self._graphs[bucket].replay)
         self._set_times(bucket, alone_us, joint_us)
         if joint_us >= alone_us:
-            logger.warning(
+            logger.info(
                 "DWDP: this rank runs its prefills of %d tokens alone: together they would take %.1f ms, and by copies "
                 "%.1f ms. If something else kept the GPU or its host busy just now, start the server again.",
                 bucket,
