@@ -70,6 +70,7 @@ def _run_plan(args: argparse.Namespace) -> int:
     from sglang_dwdp.planner.plan import Case, make_plan
     from sglang_dwdp.planner.plots import check_figure, plot_plan
     from sglang_dwdp.planner.report import plan_json, plan_tables
+    from sglang_dwdp.planner.tuned import sglang_folder, untuned_notes
     from sglang_dwdp.planner.workload import Lengths
 
     if args.plot is not None:
@@ -92,8 +93,9 @@ def _run_plan(args: argparse.Namespace) -> int:
         tokens=args.tokens_per_rank,
         choose_local_experts=args.local_experts is None,
     )
+    notes = untuned_notes(model, gpu, precision.experts.name, plan.group, sglang_folder())
     if args.json:
-        _emit(plan_json(plan))
+        _emit(plan_json(plan) | {"untuned": notes})
     else:
         console = Console()
         console.print(plan_tables(plan))
@@ -101,6 +103,8 @@ def _run_plan(args: argparse.Namespace) -> int:
             label = "Set" if plan.pays else "To serve with DWDP nonetheless"
             console.print(f"{label}: " + " ".join(plan.flags), highlight=False, soft_wrap=True)
         console.print(f"[bold]{plan.verdict}[/bold]", highlight=False)
+        for note in notes:
+            console.print(note, highlight=False)
     if args.plot is not None:
         plot_plan(plan, args.plot)
     return 0
