@@ -15,8 +15,8 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 FAILED = "Scheduler hit an exception"  # what SGLang logs before a scheduler ends by itself
-# Lines of a log that say why a program ended, the most telling first.
 _UNTUNED = re.compile(r"Using default MoE kernel config\..*/(E=\d+,N=\d+)")
+# Lines of a log that say why a program ended, the most telling first.
 _TELLING = ("sglang-dwdp: error:", "AssertionError", "ValueError", "RuntimeError", "OutOfMemoryError", "Error:")
 
 

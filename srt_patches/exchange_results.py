@@ -48,6 +48,8 @@ def before_result(scheduler: Any, batch: Any, *_args: Any, **_kwargs: Any) -> No
         for request in batch.reqs:
             _abort(scheduler, request, error)
         return
+    if batch.forward_mode.is_decode():
+        return
     for request in batch.reqs:
         if getattr(request, _HELD, False) and not request.inflight_middle_chunks:
             request.skip_radix_cache_insert = False

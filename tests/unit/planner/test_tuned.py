@@ -43,6 +43,11 @@ def test_what_is_not_tuned(sglang: Path, gpu: str, weights: str, missing: list[s
         assert text.format(gpu) in note
 
 
+def test_a_width_without_any_file_is_not_tuned(sglang: Path) -> None:
+    other = replace(MODEL, moe_intermediate=1000)
+    assert len(untuned_notes(other, get_gpu("H200"), "bf16", Group(2), sglang)) == 2
+
+
 def test_nothing_is_said_where_it_cannot_be_known(tmp_path: Path) -> None:
     assert untuned_notes(MODEL, get_gpu("H200"), "bf16", Group(2), None) == []
     assert untuned_notes(MODEL, get_gpu("H200"), "bf16", Group(2), tmp_path) == []  # another SGLang

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import zmq
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.exchange import page
@@ -200,7 +201,7 @@ def test_requests_of_a_void_forward_end_with_an_error(steps: Steps) -> None:
     """Where the GPU waits, that a peer has left a forward is known only after it was launched."""
     whole, middle, before_last = a_request(0), a_request(1), a_request(1)
     scheduler = SimpleNamespace(chunked_req=middle, _pending_chunked_abort_req=None)
-    batch = SimpleNamespace(reqs=[whole, middle, before_last])
+    batch = SimpleNamespace(reqs=[whole, middle, before_last], forward_mode=ForwardMode.MIXED)
     exchange_results.before_result(scheduler, batch)
     assert whole.to_finish is middle.discard_output_reason is None
     steps.page_lost = True
@@ -222,7 +223,8 @@ def test_a_chunk_is_cached_once_its_prompt_is_known_to_be_right(
     """SGLang caches a chunk when it schedules the next one, which may be before its result is known."""
     request = a_request(1)
     request.skip_radix_cache_insert = private
-    scheduler, batch = SimpleNamespace(chunked_req=request), SimpleNamespace(extend_num_tokens=tokens, reqs=[request])
+    scheduler = SimpleNamespace(chunked_req=request)
+    batch = SimpleNamespace(extend_num_tokens=tokens, reqs=[request], forward_mode=ForwardMode.EXTEND)
     assert exchange_results.new_prefill(lambda _: (batch, None), scheduler)[0] is batch
     assert request.skip_radix_cache_insert is (held or private)
     exchange_results.before_result(scheduler, batch)
