@@ -44,6 +44,7 @@ class DwdpRuntime:
         self.rank = rank
         self.size = size
         self._counts = ForwardCounts()
+        self._exposed_before_s = 0.0
         self._memory = memory
         self._copy_limit_s = min(config.timeout_s, LIMIT_S)
         self._engine = memory.copy_engine(self._copy_limit_s)
@@ -272,8 +273,8 @@ class DwdpRuntime:
         yield
 
     def reset_counts(self) -> None:
-        """Forget the forwards so far: they were no request's."""
-        self._counts = ForwardCounts()
+        """Forget the forwards and waits so far: they were no request's."""
+        self._counts, self._exposed_before_s = ForwardCounts(), self._engine.exposed_s()
 
     def report(self) -> Mapping[str, int | float | str]:
         """Plain numbers and words for /server_info."""
@@ -291,7 +292,7 @@ class DwdpRuntime:
             "setup_s": round(self._setup_s, 3),
             "bytes_copied": self.staged.prefetcher.copied_bytes,
             "late_fills": self.staged.prefetcher.late_fills,
-            "exposed_copy_s": round(self._engine.exposed_s(), 6),
+            "exposed_copy_s": round(self._engine.exposed_s() - self._exposed_before_s, 6),
             **dataclasses.asdict(self._counts),
             **{name: value for report in self._reports for name, value in report().items()},
         }

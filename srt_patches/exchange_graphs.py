@@ -20,7 +20,7 @@ from sglang_dwdp.srt_patches.forward import current_runtime
 from sglang_dwdp.srt_patches.hooks import Hook
 
 _VARIANT = "dwdp_exchange"
-_COPIED_PER_US = 376_000  # bytes between two H100: only how long a rank waits depends on it
+_READ_PER_US = 376_000  # bytes between two H100, for --dwdp-view direct, with which nothing is copied
 
 
 def capture_decode(original: Callable[..., None], runner: Any, size: int, *args: Any, **kwargs: Any) -> None:
@@ -69,7 +69,8 @@ def capture_prefill(original: Callable[..., None], runner: Any, size: int, **kwa
             steps.layers.capture_help(size)
     finally:
         runtime.in_exchange_step = False
-    steps.layers.time_prefill(size, runtime.copy_bytes() / _COPIED_PER_US)
+    prefetcher = runtime.staged.prefetcher
+    steps.layers.time_prefill(size, prefetcher.copy_all if prefetcher.depth else runtime.copy_bytes() / _READ_PER_US)
 
 
 def capture_key(original: Callable[..., None], backend: Any, key: Any, *args: Any, **kwargs: Any) -> None:

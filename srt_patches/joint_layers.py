@@ -18,6 +18,7 @@ from sglang_dwdp.srt_patches.shard_run import JointLayer
 
 logger = logging.getLogger(__name__)
 _TIMED_REPLAYS = 8  # other processes that start may have the GPU or the cores meanwhile, and what is chosen stays
+_TIMED_COPIES = 2  # some hundred milliseconds each
 _FIRST = -100  # a priority: torch takes the highest that there is
 # A guess of a forward's time over that of its MoE layers. Only how long a rank waits depends on it.
 _WITH_ATTENTION = 1.5
@@ -53,6 +54,7 @@ class JointLayers:
         self._capture_s, self._capture_bytes = 0.0, 0
         self._alone_us: dict[int, float] = {}  # by bucket, as measured
         self._joint_us: dict[int, float] = {}
+        self._copies_us: float | None = None
         # Rows of a graph's bucket that are a request's; the others are padding, and are sent nowhere.
         self._num_rows = torch.zeros(1, dtype=torch.int32, device=device)
         self._row_numbers = torch.arange(shape.max_bucket, dtype=torch.int32, device=device)[:, None]
@@ -157,17 +159,21 @@ class JointLayers:
         joint_us = _replay_us(joint)
         self._set_times(bucket, _replay_us(alone), joint_us)
 
-    def time_prefill(self, bucket: int, alone_us: float) -> None:
+    def time_prefill(self, bucket: int, alone: Callable[[], Any] | float) -> None:
         """Time what a rank replays that helps with a prefill of this bucket; all ranks do it at the same time.
 
         A prefill's own graph is in pieces, with attention to the batch's sequences between them.
 
         Args:
             bucket: Of the prefill.
-            alone_us: What it takes at least if it is not joint.
+            alone: Microseconds that it takes at least if it is not joint; or copies the experts that it needs then,
+                which is timed once, while all ranks copy and so are in each other's way, as in prefills.
         """
         self.set_rows(bucket)
         joint_us = _WITH_ATTENTION * _replay_us(self._graphs[bucket].replay)
+        if self._copies_us is None:
+            self._copies_us = alone if isinstance(alone, float) else _replay_us(alone, _TIMED_COPIES)
+        alone_us = self._copies_us
         self._set_times(bucket, alone_us, joint_us)
         if joint_us >= alone_us:
             logger.info(
@@ -186,19 +192,19 @@ class JointLayers:
         )
 
 
-def _replay_us(replay: Callable[[], Any]) -> float:
+def _replay_us(replay: Callable[[], Any], times: int = _TIMED_REPLAYS) -> float:
     """Microseconds of a replay on the GPU: the shortest of some, after one that warms up.
 
     Ranks must replay equally often, so this is not a loop that fills a time.
     """
     replay()
-    times: list[float] = []
-    for _ in range(_TIMED_REPLAYS):
+    found: list[float] = []
+    for _ in range(times):
         start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         stop: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         start.record()
         replay()
         stop.record()
         stop.synchronize()
-        times.append(1000.0 * start.elapsed_time(stop))
-    return min(times)
+        found.append(1000.0 * start.elapsed_time(stop))
+    return min(found)

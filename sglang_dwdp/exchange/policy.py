@@ -17,8 +17,8 @@ from sglang_dwdp.exchange.round import MAX_DECODE_ROWS, Phase, Round
 
 PATIENCE = 4  # so waits in vain cost at most a quarter of the time
 
-_PREFILL_ROWS = (512, 1024, 2048)  # larger prefills are faster by copies
-_MOST_RECEIVED = 8192  # rows in a layer, which take as much memory as those of SGLang's usual chunk
+_PREFILL_ROWS = (512, 1024, 2048, 4096)  # the last where copies take long: large groups, many or large experts
+_MOST_RECEIVED = 16384  # rows in a layer, which take as much memory as those of SGLang's largest usual chunk
 
 Points = Sequence[tuple[int, float]]
 
@@ -31,8 +31,8 @@ def prefill_buckets(captured: Sequence[int], ranks: int) -> tuple[int, ...]:
         ranks: Of the group, each of which may send as many rows to one.
 
     Returns:
-        The largest of them up to 512, 1,024 and 2,048 rows (fewer with more than four ranks), rising; none where they
-        are decodes' sizes.
+        The largest of them up to 512, 1,024, 2,048 and 4,096 rows (fewer with more than four ranks), rising; none
+        where they are decodes' sizes.
     """
     limits = [min(rows, _MOST_RECEIVED // ranks) for rows in _PREFILL_ROWS]
     found = {max((n for n in captured if MAX_DECODE_ROWS < n <= most), default=0) for most in limits}

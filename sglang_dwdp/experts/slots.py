@@ -59,6 +59,11 @@ class Prefetcher:
         self.copied_bytes = 0
         self.late_fills = 0
 
+    @property
+    def depth(self) -> int:
+        """Slots in use; 0 where nothing is copied."""
+        return len(self._slots)
+
     def prime(self) -> None:
         """Fetch the first layer of every slot that holds nothing yet, as in the first step."""
         for index, slot in enumerate(self._slots):
@@ -100,6 +105,17 @@ class Prefetcher:
         if slot.holds != following:
             self._engine.record(slot.released)
             self._fill(slot, following)
+
+    def copy_all(self) -> None:
+        """Between forwards: what a staged forward copies, with nothing that computes meanwhile.
+
+        Raises:
+            DwdpRuntimeError: copies failed or did not end in time.
+        """
+        self.prime()
+        for layer in range(len(self._next)):
+            self.wait(layer)
+            self.release(layer)
 
     def _wait(self, slot: _Slot) -> None:
         try:

@@ -100,11 +100,12 @@ class ModelEngine:
 
 
 def simulate(
-    num_layers: int, depth: int, order: Order, steps: list[list[int]], cut: Sequence[int] = ()
+    num_layers: int, depth: int, order: Order, steps: list[list[int]], cut: Sequence[int] = (), copies: int = 0
 ) -> tuple[Prefetcher, ModelEngine]:
     """Run steps (lists of layers in order); every layer must find its own experts, from wait to release.
 
     cut: steps whose last layer runs, but is not released, as where an exception ends a forward.
+    copies: how often all layers are copied before the first step.
     """
     used = min(depth, num_layers)
     holds, reading = [[-1, -1] for _ in range(used)], [False] * used
@@ -125,6 +126,8 @@ def simulate(
 
     engine = ModelEngine(apply, *order)
     ring = Prefetcher(engine, [[layer] for layer in range(num_layers)], [1] * num_layers, depth)
+    for _ in range(copies):
+        ring.copy_all()
     for number, step in enumerate(steps):
         ring.prime()
         for position, layer in enumerate(step, 1):
@@ -189,6 +192,15 @@ def test_a_step_does_not_start_cold(num_layers: int, depth: int) -> None:
     per_step = num_layers - alone
     assert engine.fills == depth + 2 * per_step
     assert ring.copied_bytes == engine.fills
+
+
+@given(shapes, st.integers(1, 3))
+def test_copies_without_forwards_are_those_of_forwards(shape: tuple[int, int, Order], copies: int) -> None:
+    num_layers, depth, order = shape
+    ring, engine = simulate(num_layers, depth, order, [[*range(num_layers)]], copies=copies)
+    other, forwards = simulate(num_layers, depth, order, [[*range(num_layers)]] * (copies + 1))
+    assert engine.fills == forwards.fills
+    assert (ring.late_fills, ring.depth) == (0, other.depth)
 
 
 @pytest.mark.parametrize("depth", [4, 7])

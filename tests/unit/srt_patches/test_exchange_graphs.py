@@ -21,7 +21,7 @@ class Steps:
     prefill_buckets = (512, 1024)
 
     def __init__(self) -> None:
-        self.bucket, self.helps, self.timed = 0, list[int](), list[int]()
+        self.bucket, self.helps, self.timed, self.copies = 0, list[int](), list[int](), True
         self.forwards, self.layers = SimpleNamespace(apart=self.apart), self
 
     @contextmanager
@@ -40,9 +40,9 @@ class Steps:
         assert self.bucket == bucket
         self.helps.append(bucket)
 
-    def time_prefill(self, bucket: int, alone_us: float) -> None:
+    def time_prefill(self, bucket: int, alone: Any) -> None:
         assert self.bucket == 0
-        assert alone_us == 1000
+        assert alone == ("copies" if self.copies else 1000)
         self.timed.append(bucket)
 
 
@@ -68,11 +68,16 @@ def test_a_joint_prefill_has_a_graph_of_its_own(steps: Steps) -> None:
     assert key_of(ShapeKey(8, variant_label="lora")) == ShapeKey(8, variant_label="lora")
 
 
+@pytest.mark.parametrize("copies", [True, False])
 @pytest.mark.parametrize(("size", "drafts", "graphs"), [(512, False, 2), (768, False, 1), (1024, True, 1)])
 def test_some_prefill_buckets_are_captured_twice(
-    monkeypatch: pytest.MonkeyPatch, steps: Steps, size: int, drafts: bool, graphs: int
+    monkeypatch: pytest.MonkeyPatch, steps: Steps, size: int, drafts: bool, graphs: int, copies: bool
 ) -> None:
-    runtime = SimpleNamespace(in_exchange_step=False, copy_bytes=lambda: 376_000_000)
+    steps.copies = copies
+    prefetcher = SimpleNamespace(depth=2 * copies, copy_all="copies")
+    runtime = SimpleNamespace(
+        in_exchange_step=False, staged=SimpleNamespace(prefetcher=prefetcher), copy_bytes=lambda: 376_000_000
+    )
     monkeypatch.setattr(exchange_graphs, "current_runtime", lambda: runtime)
     captured: list[tuple[int, bool]] = []
 
