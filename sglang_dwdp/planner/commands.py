@@ -1,4 +1,4 @@
-"""The subcommands `plan` and `simulate` of `sglang-dwdp`."""
+"""The subcommands `plan`, `kernels` and `simulate` of `sglang-dwdp`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 # option, default, help
 _COUNTS = (
@@ -35,6 +36,12 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     add("--exchange", choices=exchanges, default=exchanges[0], help="DEP's: SGLang's default, or an all-to-all backend")
     add("--eplb", action="store_true", help="DEP balances its experts: no wait for hot ones")
     plan.set_defaults(run=_run_plan)
+    kernels = subparsers.add_parser("kernels", help="Triton configurations for experts that SGLang has none tuned for")
+    kernels.add_argument("model", help="as of plan")
+    kernels.add_argument("--gpu", required=True, help="as of plan")
+    kernels.add_argument("--group-size", type=at_least(1), required=True, metavar="N", help="ranks that share experts")
+    kernels.add_argument("--out", required=True, metavar="FOLDER", help="to be made, for SGLANG_MOE_CONFIG_DIR")
+    kernels.set_defaults(run=_run_kernels)
     simulate = subparsers.add_parser("simulate", help="simulate prefill serving request by request")
     simulate.add_argument("--scenario", required=True, metavar="FILE", help="YAML; see benchmarks/scenarios")
     simulate.set_defaults(run=_run_simulate)
@@ -107,6 +114,23 @@ def _run_plan(args: argparse.Namespace) -> int:
             console.print(note, highlight=False)
     if args.plot is not None:
         plot_plan(plan, args.plot)
+    return 0
+
+
+def _run_kernels(args: argparse.Namespace) -> int:
+    from sglang_dwdp.planner.checks import PlannerError
+    from sglang_dwdp.planner.gpus import get_gpu
+    from sglang_dwdp.planner.models import load_model
+    from sglang_dwdp.planner.tables import write_tables
+    from sglang_dwdp.planner.tuned import sglang_folder
+
+    sglang = sglang_folder()
+    if sglang is None:
+        raise PlannerError("SGLang is not installed here, whose tables are needed")
+    out = Path(args.out).absolute()
+    for name in write_tables(load_model(args.model), get_gpu(args.gpu), args.group_size, sglang, out):
+        sys.stdout.write(f"added {name}\n")
+    sys.stdout.write(f"export SGLANG_MOE_CONFIG_DIR={out}\n")
     return 0
 
 

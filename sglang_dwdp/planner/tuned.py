@@ -14,13 +14,18 @@ from sglang_dwdp.planner.cost import Group
 from sglang_dwdp.planner.gpus import Gpu
 from sglang_dwdp.planner.shape import ModelShape
 
-_CONFIGS = "srt/layers/moe/moe_runner/triton_utils/configs"
+CONFIGS = "srt/layers/moe/moe_runner/triton_utils/configs"
 
 
 def sglang_folder() -> Path | None:
     """Where SGLang is installed, if it is; it is not imported."""
     found = find_spec("sglang")
     return Path(found.submodule_search_locations[0]) if found and found.submodule_search_locations else None
+
+
+def device_pattern(gpu: Gpu) -> str:
+    """A regular expression for the part of a file's name that says which GPU it is for."""
+    return rf"device_name=NVIDIA_{re.escape(gpu.name)}(?:_\d+GB_HBM3)?"
 
 
 def untuned_notes(model: ModelShape, gpu: Gpu, expert_format: str, group: Group, sglang: Path | None) -> list[str]:
@@ -38,14 +43,14 @@ def untuned_notes(model: ModelShape, gpu: Gpu, expert_format: str, group: Group,
     """
     if sglang is None or not gpu.gathered_rows or expert_format != "bf16":
         return []
-    files = [file.name for file in (sglang / _CONFIGS).glob("*/E=*.json")]
+    files = [file.name for file in (sglang / CONFIGS).glob("*/E=*.json")]
     if not files:  # another release may have them elsewhere
         return []
     runs = (("DWDP and replicas", model.experts), ("DEP and joint forwards", model.experts // group.size))
-    width, device = model.moe_intermediate, rf"device_name=NVIDIA_{re.escape(gpu.name)}(_\d+GB_HBM3)?\.json"
+    width, device = model.moe_intermediate, device_pattern(gpu)
     return [
         f"SGLang has no tuned Triton kernels for {count} experts of {width} on {gpu.name}, so {who} will be slower "
-        "than planned: tune them (docs/troubleshooting.md, `Using default MoE kernel config`)."
+        "than planned: tune them, or see `sglang-dwdp kernels`."
         for who, count in runs
-        if not any(re.fullmatch(f"E={count},N={width},{device}", name) for name in files)
+        if not any(re.fullmatch(rf"E={count},N={width},{device}\.json", name) for name in files)
     ]
