@@ -11,9 +11,11 @@ import torch
 from cuda.bindings import driver
 
 from sglang_dwdp.memory.base import TIMED_WAITS, CopyList, Event
+from sglang_dwdp.memory.copies import Copy, joined
 from sglang_dwdp.memory.cuda_driver import call
 
-Copy = tuple[int, int, int]  # destination, source, bytes
+# Where each copy is a call of the driver, and takes the host microseconds: more are joined, up to so many bytes.
+_MOST_CALLS, _JOINED_BYTES = 512, 32 << 20
 
 
 class Stopwatch:
@@ -116,6 +118,8 @@ class CudaCopyEngine:
 
     def prepare(self, copies: CopyList) -> list[_Part]:
         plan = [(to.data_ptr(), source.data_ptr(), source.numel()) for to, source in copies]
+        if self._submit is None and len(plan) > _MOST_CALLS:
+            plan = joined(plan, _JOINED_BYTES)
         parts = [plan[first :: len(self._streams)] for first in range(len(self._streams))]
         return [_Part(self._submit, part) for part in parts if part]
 
