@@ -54,7 +54,7 @@ for step in "$@"; do
     run served 1800 "$PYTHON" benchmarks/compare_serving.py $served --out "$out/served" --time-limit 1790
     ;;
   large)
-    sed 's/"num_experts": 128/"num_experts": 256/' benchmarks/models/nvfp4/config.json >"$out/large.json"
+    sed 's/"n_routed_experts": 128/"n_routed_experts": 256/' benchmarks/models/mtp/config.json >"$out/large.json"
     tuned "$out/large.json" 2
     engines large 1500 --variants dwdp-exchange dep in-tree tp --layers $large --experts 256 --mem-fraction 0 \
       --set in-tree mem_fraction_static=0.9 --at-a-time 1 --repeats 2 --prompts-per-rank 12 --decode-tokens 96 \

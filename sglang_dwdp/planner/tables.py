@@ -32,8 +32,11 @@ def write_tables(model: ModelShape, gpu: Gpu, group_size: int, sglang: Path, out
         The names of the files that were added.
 
     Raises:
-        PlannerError: `out` exists, the ranks cannot share the experts evenly, or SGLang has no table of this width.
+        PlannerError: `out` exists, the experts are not bf16, the ranks cannot share them evenly, or SGLang has no
+            table of this width.
     """
+    if model.expert_format != "bf16":
+        raise PlannerError(f"{model.name}'s experts are {model.expert_format}, and these tables are for bf16 alone")
     if model.experts % group_size:
         raise PlannerError(f"{group_size} ranks do not share {model.experts} experts evenly")
     tables = _tables(sglang, gpu, model.moe_intermediate)

@@ -273,6 +273,19 @@ def test_what_the_copies_and_counters_say() -> None:
         assert staged["slot_bytes"] == remote
 
 
+def test_forwards_and_waits_of_the_start_are_no_request_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> list[Any]:
+        exposed = iter((1.5, 1.5, 1.75))
+        monkeypatch.setattr(runtime._engine, "exposed_s", lambda: next(exposed))
+        forward(runtime, layers, 1000)
+        before = runtime.report()
+        runtime.reset_counts()
+        return [(report["staged_forwards"], report["exposed_copy_s"]) for report in (before, runtime.report())]
+
+    full = checkpoint(3, 8, {"w1": (32, 64)})
+    assert run_ranks(2, full, step, DwdpConfig(timeout_s=20)) == [[(1, 1.5), (0, 0.25)]] * 2
+
+
 def test_an_exchange_step_is_a_kind_of_its_own() -> None:
     def step(runtime: DwdpRuntime, layers: list[PlainLayer]) -> list[Any]:
         for is_joint in (True, False):

@@ -34,6 +34,8 @@ def test_every_command_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         step, _, command = line.partition(": ")
         found[step] = shlex.split(command)[1:]
     assert list(found) == list(STEPS)
+    large = load_model(str(tmp_path / "large.json"))
+    assert (large.experts, large.moe_intermediate, large.expert_format) == (256, 768, "bf16")
     script, scenario, *_ = found.pop("served")
     assert (script, load_scenario(Path(scenario)).gpus) == ("benchmarks/compare_serving.py", 2)
     for step, (script, *words) in found.items():

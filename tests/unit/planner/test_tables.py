@@ -66,6 +66,8 @@ def test_what_cannot_be_made(sglang: Path, tmp_path: Path) -> None:
         write_tables(MODEL, get_gpu("H100"), 2, sglang, tmp_path / "out")
     with pytest.raises(PlannerError, match="3 ranks"):
         write_tables(MODEL, get_gpu("H200"), 3, sglang, tmp_path / "out")
+    with pytest.raises(PlannerError, match="fp8, and these tables are for bf16"):
+        write_tables(load_model("deepseek-r1"), get_gpu("H200"), 8, sglang, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
