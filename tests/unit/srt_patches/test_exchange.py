@@ -11,6 +11,7 @@ import torch
 
 from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.exchange.inbox import RowShape
+from sglang_dwdp.exchange.policy import StepTimes
 from sglang_dwdp.experts.placement import balanced
 from sglang_dwdp.srt_patches import exchange_steps as exchange_steps_module
 from sglang_dwdp.srt_patches.exchange import why_alone
@@ -69,6 +70,7 @@ class Forwards:
     def __init__(self, rounds: int, looks: int) -> None:
         self.rounds, self.looks = rounds, looks
         self.bucket: int | None = None
+        self.times = StepTimes([(512, 9_000.0), (1024, 9_000.0)], [(512, 4_000.0), (1024, 8_000.0)])
         self.until: Callable[[Any], None] = lambda done: None
         self.running = self.most = self.helped = self.away = 0
         self.away_us = 0.0
@@ -240,9 +242,10 @@ def test_a_decode_larger_than_its_graphs_meets_nobody() -> None:
     assert steps.forwards.began == []  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("rows", [0, 1025])
-def test_a_prefill_of_another_size_meets_nobody(rows: int) -> None:
+@pytest.mark.parametrize(("rows", "joint_us"), [(0, 8_000.0), (1025, 8_000.0), (513, 9_000.0)])
+def test_a_prefill_of_another_size_or_that_is_no_slower_alone_meets_nobody(rows: int, joint_us: float) -> None:
     forwards = Rounds()
+    forwards.times = StepTimes(forwards.times.alone, [(512, 4_000.0), (1024, joint_us)])
     assert not exchange_steps(forwards).begin(rows, is_decode=False)
     assert forwards.began == []
     assert forwards.away == 1
