@@ -18,7 +18,7 @@ def test_engines_of_two_ranks(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "benchmarks" / "engines.py"), "--device", "cpu", "--out", str(out)]
     command += ["--variants", "dwdp", "dep", "replicas", "--cases", "prefill:96", "decode:2", "--tokens"]
-    command += ["--repeats", "1", "--prompts-per-rank", "2", "--decode-tokens", "96", "--time-limit", "800"]
+    command += ["--repeats", "1", "--prompts-per-rank", "2", "--decode-tokens", "256", "--time-limit", "800"]
     done = subprocess.run(
         command, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True, timeout=900
     )
