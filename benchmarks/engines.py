@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -125,6 +126,7 @@ def gpu_memory(engine: EngineProcess) -> list[float]:
 def main() -> int:
     """Run; the exit code is 1 where no variant was measured."""
     args, variants = parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that engines end with it
     end = time.monotonic() + args.time_limit
     devices = 0
     if args.device == "cuda":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The figures of docs/performance.md that come from engines and servers, on two GPUs or four:
 #   benchmarks/figures.sh OUT two served large formats      benchmarks/figures.sh OUT four r1
-# Each step writes OUT/STEP/ and OUT/STEP.log; one that fails does not keep the next from running. Where SGLang has
+# Each step writes OUT/STEP/ and OUT/STEP.log; if one fails, the next runs. Where SGLang has
 # tuned no kernels for a rank's experts, they get another number's (`sglang-dwdp kernels`), but for `plain`, which is
 # expert parallelism as it comes. DRY_RUN=1 prints the commands. PYTHON, CUDA_VISIBLE_DEVICES: as usual.
 set -euo pipefail
@@ -27,7 +27,7 @@ run() { # STEP SECONDS COMMAND...
 engines() { # STEP SECONDS OPTIONS...
   local step=$1 limit=$2
   shift 2
-  run "$step" "$limit" "$PYTHON" benchmarks/engines.py --out "$out/$step" --time-limit "$((limit - 10))" "$@"
+  run "$step" "$limit" "$PYTHON" benchmarks/engines.py --out "$out/$step" --time-limit "$((limit - 60))" "$@"
 }
 
 tuned() { # MODEL RANKS: kernels for all variants that follow
@@ -51,7 +51,7 @@ for step in "$@"; do
   served)
     tuned qwen3-30b-a3b 2
     served=benchmarks/scenarios/serving/two_gpu.yaml
-    run served 1800 "$PYTHON" benchmarks/compare_serving.py $served --out "$out/served" --time-limit 1790
+    run served 1800 "$PYTHON" benchmarks/compare_serving.py $served --out "$out/served" --time-limit 1740
     ;;
   large)
     sed 's/"n_routed_experts": 128/"n_routed_experts": 256/' benchmarks/models/mtp/config.json >"$out/large.json"
