@@ -164,8 +164,9 @@ def engine_options(variant: Variant, setting: Setting) -> dict[str, Any]:
     }
     if setting.dummy:
         options["load_format"] = "dummy"
-    chunk = -(-setting.longest // 512) * 512
-    if not setting.devices or chunk > CHUNK // divided:
+    # Above the longest prompt: with mixed chunks, one of the chunk's size leaves a token for a forward of its own.
+    chunk = (setting.longest // 512 + 1) * 512
+    if not setting.devices or setting.longest > CHUNK // divided:
         options["chunked_prefill_size"] = chunk * divided
     if setting.longest > MAX_PREFILL_TOKENS:
         options["max_prefill_tokens"] = chunk

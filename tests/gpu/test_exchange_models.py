@@ -57,7 +57,6 @@ def test_answers_are_those_of_running_alone(tmp_path: Path, name: str, joint: bo
         "tp_size": SIZE,
         "moe_runner_backend": case.backend,
         "cuda_graph_bs_prefill": [PREFILL],
-        "mem_fraction_static": 0.25,
     }
     found: dict[str, Any] = {}
     kinds: dict[str, dict[str, Any]] = {mode: {"enable_dwdp": True, "dwdp_exchange": mode} for mode in ("off", "auto")}

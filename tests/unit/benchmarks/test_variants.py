@@ -44,9 +44,9 @@ def test_the_chunk_is_the_default_until_a_prompt_is_longer() -> None:
     """SGLang's is 8,192 on these GPUs, which it divides by the ranks of attention data parallelism."""
     assert "chunked_prefill_size" not in options("dwdp", "prefill:8192")
     assert "chunked_prefill_size" not in options("dep", "prefill:4096")
-    assert options("dep", "prefill:8192")["chunked_prefill_size"] == 2 * 8192
-    assert options("in-tree", "prefill:8192")["chunked_prefill_size"] == 2 * 8192
-    assert options("dwdp", "prefill:16384")["chunked_prefill_size"] == 16384
+    assert options("dep", "prefill:8192")["chunked_prefill_size"] == 2 * 8704
+    assert options("in-tree", "prefill:8192")["chunked_prefill_size"] == 2 * 8704
+    assert options("dwdp", "prefill:16384")["chunked_prefill_size"] == 16896
     varied = options("replicas", "prefill:16384:20")
     assert varied["chunked_prefill_size"] == varied["max_prefill_tokens"] == 19968
 
