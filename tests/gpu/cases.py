@@ -34,6 +34,10 @@ STATES = {"max_mamba_cache_size": 192}
 GRANITE_4 = {**BASE, "num_heads": 4, "states": 1}
 QWEN3_NEXT = {**BASE, "num_heads": 4, "head_dim": 256}
 
+# Sparse attention has kernels of its own, for as many heads as are released.
+SPARSE = {**BASE, **LATENT, "num_heads": 64}
+DSA = {"attention_backend": "dsa", "page_size": 64}
+
 # The bits of a sum of atomics differ from call to call, and tactics would be chosen by timing.
 FIXED = {"disable_flashinfer_autotune": True}
 NO_ATOMICS = {"SGLANG_FLASHINFER_MOE_FUSED_FINALIZE": "0"}  # Marlin's, which have no variable: see `test_models`
@@ -218,6 +222,18 @@ CANDIDATES = (
         options=STATES,
         tuned=True,
     ),
+    Case(
+        "kimi_linear",
+        "bf16",
+        "triton",
+        "bf16 experts with triton",
+        {**BASE, **LATENT, "num_heads": 4},
+        ranks=(2,),
+        options=STATES,
+        tuned=True,
+    ),
+    Case("deepseek_v32", "bf16", "triton", "bf16 experts with triton", SPARSE, options=DSA),
+    Case("glm_moe_dsa", "bf16", "triton", "bf16 experts with triton", SPARSE, ranks=(2,), options=DSA),
 )
 _MXFP4 = next(case for case in ALL if case.backend == "flashinfer_mxfp4")
 # Options of DWDP's, each on 2 ranks.

@@ -17,8 +17,10 @@ FAMILIES = get_args(Family)
 DENSE_FIRST = (
     "deepseek_v2",
     "deepseek_v3",
+    "deepseek_v32",
     "kimi_k2",
     "glm4_moe",
+    "glm_moe_dsa",
     "ernie4_5_moe",
     "glm4_moe_lite",
     "exaone_moe",
@@ -42,6 +44,7 @@ NAMED_OTHERWISE = (
     "granitemoe_swa",
     "granitemoehybrid",
     "nemotron_h",
+    "kimi_linear",
     "step3p5",
 )
 NAMED_ALIKE = [family for family in FAMILIES if family not in NAMED_OTHERWISE]
