@@ -67,7 +67,7 @@ def set_up(runtime: DwdpRuntime, runner: Any, name: str) -> None:
     config = runner.model_config
     buckets = _prefill_sizes(size, runner.device)
     if not buckets:
-        logger.warning("DWDP: ranks run no prefills together: those need CUDA graphs of 257 to 4,096 tokens.")
+        logger.warning("DWDP: ranks run no prefills together: those need CUDA graphs of 257 to 5,120 tokens.")
     shape = RowShape(max((MAX_DECODE_ROWS, *buckets)), layers[0].fused.hidden_size, layers[0].fused.top_k, config.dtype)
     why = "a group over several hosts has no memory for it" if hosts.is_group_across() else None
     why = why or why_alone(layers, size, shape, runner.device)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 
 from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.exchange.bells import Bells
 from sglang_dwdp.exchange.page import Page
-from sglang_dwdp.exchange.policy import StepTimes, after_waiting, deadline_us
+from sglang_dwdp.exchange.policy import StepTimes, after_waiting, deadline_us, longest_wait_us
 from sglang_dwdp.exchange.round import Joint, Phase, Round
 
+logger = logging.getLogger(__name__)
 _SPIN_US = 50
 _NAP_S = 20e-6
 _HELP_US = 2000  # at a time: an idle rank's scheduler has requests to look for
@@ -115,7 +117,8 @@ class Meeting:
             self._patient_from_us = (0,) * self.page.size  # all came
         elif waited_us:
             self.counters.withdrawn_rounds += 1
-            in_vain_us = min(waited_us, int(alone_us))  # no limit is longer
+            logger.debug("DWDP: waited %d us in vain, with %d rows: %s", waited_us, bucket, state.seats)
+            in_vain_us = min(waited_us, longest_wait_us(self.times, bucket, rows))  # the rest was for a core
             self._patient_from_us = after_waiting(state, rank, start + waited_us, in_vain_us, self._patient_from_us)
         else:
             self.counters.alone_rounds += 1

@@ -1,10 +1,9 @@
 """When a small forward should wait for peers: pure functions of what was measured and what peers published.
 
 A rank waits only where that is sooner than running alone: where the last missing peer is expected, and the joint
-forward done, before a forward alone would be. So it waits at most for what a joint forward saves, and where peers keep
-what they published it never loses by waiting. A peer that is overdue may come at any moment or not for long; it is
-worth the same limit (which at most doubles the time of that forward, as in the ski-rental problem), but after a wait
-for it in vain no other is begun before `PATIENCE` times as long has passed.
+forward done, before a forward alone would be. Where peers keep what they published it never loses by waiting. A peer
+that is overdue may come at any moment or not for long; it is worth a limit of `_WORTH` times what a joint forward
+saves, but after a wait for it in vain no other is begun before `PATIENCE` times as long has passed.
 """
 
 from __future__ import annotations
@@ -16,8 +15,12 @@ from dataclasses import dataclass
 from sglang_dwdp.exchange.round import MAX_DECODE_ROWS, Phase, Round
 
 PATIENCE = 4  # so waits in vain cost at most a quarter of the time
+# A forward alone is timed while nothing else is on the link or the GPU, and holds up the peers that it reads from. With
+# 1, on two H200, up to one small forward in six was run alone, 8 ms after its rank had begun to wait.
+_WORTH = 2
 
-_PREFILL_ROWS = (512, 1024, 2048, 4096)  # the last where copies take long: large groups, many or large experts
+# The last where copies take long: large groups, many or large experts. Decodes ride along with prompts of such lengths.
+_PREFILL_ROWS = tuple(rows + more for rows in (512, 1024, 2048, 4096) for more in (0, rows // 4))
 _MOST_RECEIVED = 16384  # rows in a layer, which take as much memory as those of SGLang's largest usual chunk
 
 Points = Sequence[tuple[int, float]]
@@ -31,8 +34,8 @@ def prefill_buckets(captured: Sequence[int], ranks: int) -> tuple[int, ...]:
         ranks: Of the group, each of which may send as many rows to one.
 
     Returns:
-        The largest of them up to 512, 1,024, 2,048 and 4,096 rows (fewer with more than four ranks), rising; none
-        where they are decodes' sizes.
+        The largest of them up to 512, 1,024, 2,048 and 4,096 rows and up to a quarter more, but no more than ranks can
+        take (5,120 of two, 4,096 of four, 2,048 of eight), rising; none where they are decodes' sizes.
     """
     limits = [min(rows, _MOST_RECEIVED // ranks) for rows in _PREFILL_ROWS]
     found = {max((n for n in captured if MAX_DECODE_ROWS < n <= most), default=0) for most in limits}
@@ -122,7 +125,12 @@ def deadline_us(
         return start_us
     if any(back <= start_us < patient_from_us[peer] for peer, back in missing):
         return start_us
-    return start_us + int(saving)
+    return start_us + int(_WORTH * saving)
+
+
+def longest_wait_us(times: StepTimes, bucket: int, rows: int | None = None) -> int:
+    """No deadline is later than so many microseconds after the start."""
+    return int(_WORTH * times.alone_us(bucket, rows))
 
 
 def after_waiting(

@@ -161,8 +161,8 @@ def test_between_pieces_no_help_is_waited_for(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_peers_wait_for_a_prefill_no_longer_than_for_its_longest_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([1.0, 1.001, 1.004, 1.005, 9.0])
-    monkeypatch.setattr(exchange_steps_module.time, "monotonic", lambda: next(now))
+    now = [1.0]
+    monkeypatch.setattr(exchange_steps_module.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(exchange_steps_module, "_event", lambda: SimpleNamespace())
     forwards = Forwards(rounds=0, looks=0)
     forwards.end = lambda done: lambda: None  # type: ignore[assignment,method-assign,misc]
@@ -171,10 +171,11 @@ def test_peers_wait_for_a_prefill_no_longer_than_for_its_longest_piece(monkeypat
     for expected in (0.0, 3000.0):
         steps.begin(4096, is_decode=False)
         assert forwards.away_us == pytest.approx(expected)
-        if expected == 0:
+        for seconds in (0.001, 0.003):
+            now[0] += seconds
             steps.between_pieces()
-            steps.between_pieces()
-            steps.end(is_joint=False)
+        now[0] += 0.001
+        steps.end(is_joint=False)
 
 
 def test_an_idle_rank_waits_for_its_help_once_nobody_wants_more() -> None:
