@@ -195,9 +195,6 @@ ALL = (
     Case("qwen3_moe", "nvfp4", "auto", "NVFP4 experts with marlin", ranks=(3,)),
     Case("gpt_oss", "mxfp4", "marlin", "MXFP4 experts with marlin", GPT_OSS, ranks=(3,)),
     Case("step3p5", "bf16", "triton", "bf16 experts with triton", ranks=(2,), options={"trust_remote_code": True}),
-)
-# Cases that have not passed yet, whose models are not called validated. Once one has, it belongs to `ALL`.
-CANDIDATES = (
     Case(
         "granitemoehybrid",
         "bf16",
@@ -210,7 +207,7 @@ CANDIDATES = (
     ),
     Case("nemotron_h", "bf16", "triton", "bf16 experts with triton", ranks=(2,), options=STATES, tuned=True),
     Case(
-        "qwen3_next", "bf16", "triton", "bf16 experts with triton", QWEN3_NEXT, ranks=(2, 3), options=STATES, tuned=True
+        "qwen3_next", "bf16", "triton", "bf16 experts with triton", QWEN3_NEXT, ranks=(3,), options=STATES, tuned=True
     ),
     Case(
         "qwen3_5_moe_text",
@@ -222,6 +219,11 @@ CANDIDATES = (
         options=STATES,
         tuned=True,
     ),
+    Case("deepseek_v32", "bf16", "triton", "bf16 experts with triton", SPARSE, options=DSA),
+    Case("glm_moe_dsa", "bf16", "triton", "bf16 experts with triton", SPARSE, ranks=(2,), options=DSA),
+)
+# Cases that have not passed yet, whose models are not called validated. Once one has, it belongs to `ALL`.
+CANDIDATES = (
     Case(
         "kimi_linear",
         "bf16",
@@ -232,8 +234,6 @@ CANDIDATES = (
         options=STATES,
         tuned=True,
     ),
-    Case("deepseek_v32", "bf16", "triton", "bf16 experts with triton", SPARSE, options=DSA),
-    Case("glm_moe_dsa", "bf16", "triton", "bf16 experts with triton", SPARSE, ranks=(2,), options=DSA),
 )
 _MXFP4 = next(case for case in ALL if case.backend == "flashinfer_mxfp4")
 # Options of DWDP's, each on 2 ranks.

@@ -69,21 +69,30 @@ def register():
 
     HookRegistry.register("sglang.srt.runtime_context.publish", install, HookType.AFTER)
 """
-# Where SGLang has Marlin add the parts of a sum with atomics, their order and so the bits differ from call to call.
-NO_ATOMICS_PLUGIN = """
+# Where SGLang has Marlin add the parts of a sum with atomics, their order and so the bits differ from call to call; and
+# so they do with the tile that a row is in (`tests/fixtures/row_order.py`): ranks of one engine differ as well.
+FIXED_ORDER_PLUGIN = """
 def install(_result, _server_args, *_args, role, **_kwargs):
     if role == "scheduler":
         import functools
 
+        from sglang.srt.layers.moe import fused_moe_triton
         from sglang.srt.layers.moe.fused_moe_triton import fused_marlin_moe
 
-        original = fused_marlin_moe.moe_wna16_marlin_gemm
+        from tests.fixtures.row_order import in_order
 
-        @functools.wraps(original)
+        multiply, align = fused_marlin_moe.moe_wna16_marlin_gemm, fused_moe_triton.moe_align_block_size
+
+        @functools.wraps(multiply)
         def fixed(*args, **kwargs):
-            return original(*args, **{**kwargs, "use_atomic_add": False})
+            return multiply(*args, **{**kwargs, "use_atomic_add": False})
 
-        fused_marlin_moe.moe_wna16_marlin_gemm = fixed
+        @functools.wraps(align)
+        def aligned(ids, block_size, *args, **kwargs):
+            rows, experts, num_padded = align(ids, block_size, *args, **kwargs)
+            return in_order(rows, experts, num_padded, block_size, ids.numel()), experts, num_padded
+
+        fused_marlin_moe.moe_wna16_marlin_gemm, fused_moe_triton.moe_align_block_size = fixed, aligned
         print("Marlin adds up in a fixed order", flush=True)
 
 def register():
@@ -175,7 +184,7 @@ class Engines:
         environment |= {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
         environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         if case.runs[1] == "marlin":
-            environment |= plugin_environment(own, "no_atomics", NO_ATOMICS_PLUGIN, environment)
+            environment |= plugin_environment(own, "fixed_order", FIXED_ORDER_PLUGIN, environment)
         if case.tuned:
             environment |= plugin_environment(own, "first_configuration", FIRST_CONFIGURATION_PLUGIN, environment)
         if ranks > 1:
