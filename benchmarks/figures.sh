@@ -24,10 +24,11 @@ run() { # STEP SECONDS COMMAND...
   timeout --kill-after 20 "$limit" "$@" >"$out/$step.log" 2>&1 || echo "$step failed: $out/$step.log"
 }
 
-engines() { # STEP SECONDS OPTIONS...
+engines() { # STEP SECONDS OPTIONS... Kernels of --tp alone may be compiled for five minutes.
   local step=$1 limit=$2
   shift 2
-  run "$step" "$limit" "$PYTHON" benchmarks/engines.py --out "$out/$step" --time-limit "$((limit - 60))" "$@"
+  run "$step" "$limit" "$PYTHON" benchmarks/engines.py --out "$out/$step" --time-limit "$((limit - 60))" \
+    --start-limit 600 "$@"
 }
 
 tuned() { # MODEL RANKS: kernels for all variants that follow
@@ -43,7 +44,7 @@ for step in "$@"; do
   case "$step" in
   two)
     tuned qwen3-30b-a3b 2
-    engines two 1200 --variants dwdp-exchange dwdp dep plain=dep dep-gatherv replicas in-tree tp \
+    engines two 1500 --variants dwdp-exchange dwdp dep plain=dep dep-gatherv replicas in-tree tp \
       --set plain "SGLANG_MOE_CONFIG_DIR=$sglang" --at-a-time $together --repeats 2 \
       --cases $prefills prefill:4096:20 prefill:8192:20 decode:1 decode:8 decode:32 decode:64 decode:32:1
     ;;
@@ -56,7 +57,7 @@ for step in "$@"; do
   large)
     sed 's/"n_routed_experts": 128/"n_routed_experts": 256/' benchmarks/models/mtp/config.json >"$out/large.json"
     tuned "$out/large.json" 2
-    engines large 1500 --variants dwdp-exchange dep in-tree tp --layers $large --experts 256 --mem-fraction 0 \
+    engines large 1800 --variants dwdp-exchange dep in-tree tp --layers $large --experts 256 --mem-fraction 0 \
       --set in-tree mem_fraction_static=0.9 --at-a-time 1 --repeats 2 --prompts-per-rank 12 --decode-tokens 96 \
       --cases prefill:4096 prefill:8192 prefill:16384 decode:1 decode:8 decode:32
     ;;
@@ -76,7 +77,7 @@ for step in "$@"; do
     ;;
   r1) # DeepSeek-R1's shape with fewer layers; DeepGEMM would compile for minutes
     engines r1 1200 --model benchmarks/models/r1 --variants dwdp-exchange dep --set all load_format=dummy \
-      moe_runner_backend=triton fp8_gemm_runner_backend=triton --at-a-time 1 --repeats 2 --prompts-per-rank 8 \
+      moe_runner_backend=triton fp8_gemm_runner_backend=triton --at-a-time $((together / 4)) --repeats 2 --prompts-per-rank 8 \
       --cases prefill:4096 prefill:8192 decode:8 decode:32
     ;;
   *)

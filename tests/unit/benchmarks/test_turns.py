@@ -24,6 +24,7 @@ class FakeEngine:
         self.closed = False
 
     def wait_ready(self, timeout_s: float) -> None:
+        self.calls.append(f"{self.name} is ready")
         if self.fails_at == 0:
             raise RunError(f"{self.name} ended: CUDA out of memory")
 
@@ -51,6 +52,7 @@ class Driver:
 
     def __init__(self, *cases: str, parity: bool = False, end: float = 1e9, **engines: dict[str, Any]) -> None:
         self.calls: list[str] = []
+        self.starts: list[str] = []
         self.engines: list[FakeEngine] = []
         self.saved = 0
         self._specs = engines
@@ -71,6 +73,7 @@ class Driver:
         spec = self._specs[variant.name]
         if "unsupported" in spec:
             raise ValueError(spec["unsupported"])
+        self.calls.append(f"{variant.name} starts")
         self.engines.append(FakeEngine(variant.name, self.calls, **spec))
         return self.engines[-1]
 
@@ -78,9 +81,11 @@ class Driver:
         self.saved += 1
 
     def run(self, at_a_time: int = 4) -> Result:
-        kinds = {"dwdp": "dwdp", "replicas": "replicas"}
+        kinds = {"dwdp": "dwdp", "replicas": "replicas", "exchange": "dwdp-exchange", "pairs": "dwdp-exchange"}
         result = self.turns.run([Variant(name, kinds.get(name, "dep")) for name in self._specs], at_a_time)
         assert all(engine.closed for engine in self.engines)
+        self.starts = [call for call in self.calls if " " in call]
+        self.calls[:] = [call for call in self.calls if " " not in call]
         return result
 
 
@@ -93,6 +98,14 @@ def test_engines_take_turns_and_each_begins_once() -> None:
     # Of the repeats alone, without the warm-up, rank by rank.
     assert result["cases"][0]["counters"] == {"dwdp": [{"staged_forwards": 2}, {"staged_forwards": 4}]}
     assert driver.saved >= 3
+
+
+def test_engines_that_time_forwards_start_by_themselves() -> None:
+    driver = Driver("prefill:10", dep={}, exchange={}, replicas={}, pairs={})
+    result = driver.run()
+    assert driver.starts[:4] == ["exchange starts", "exchange is ready", "pairs starts", "pairs is ready"]
+    assert driver.starts[4:6] == ["dep starts", "replicas starts"]
+    assert set(result["cases"][0]["rates"]) == {"dep", "exchange", "replicas", "pairs"}
 
 
 def test_no_more_engines_at_a_time_than_asked_for() -> None:
