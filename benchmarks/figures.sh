@@ -77,8 +77,8 @@ for step in "$@"; do
     ;;
   r1) # DeepSeek-R1's shape with fewer layers; DeepGEMM would compile for minutes
     engines r1 1200 --model benchmarks/models/r1 --variants dwdp-exchange dep --set all load_format=dummy \
-      moe_runner_backend=triton fp8_gemm_runner_backend=triton --at-a-time $((together / 4)) --repeats 2 --prompts-per-rank 8 \
-      --cases prefill:4096 prefill:8192 decode:8 decode:32
+      moe_runner_backend=triton fp8_gemm_runner_backend=triton --at-a-time $((together / 4)) --repeats 2 \
+      --prompts-per-rank 8 --cases prefill:4096 prefill:8192 decode:8 decode:32
     ;;
   *)
     echo "figures.sh: error: $step is none of two, tokens, served, large, formats, four, r1" >&2

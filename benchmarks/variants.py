@@ -1,7 +1,7 @@
 """The ways to serve that are compared, as keywords of `sglang.Engine`: each as SGLang comes, nothing turned off.
 
 What is set for all of them only limits what is captured and kept (the cases need no more), and keeps a prefill to one
-prompt: the cache's size, the sizes of graphs, the number of running requests, and the chunk where a prompt is longer.
+prompt: the cache's size, the sizes of graphs, the number of running requests, and the chunk where a prompt is as long.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def engine_options(variant: Variant, setting: Setting) -> dict[str, Any]:
         options["load_format"] = "dummy"
     # Above the longest prompt: with mixed chunks, one of the chunk's size leaves a token for a forward of its own.
     chunk = (setting.longest // 512 + 1) * 512
-    if not setting.devices or setting.longest > CHUNK // divided:
+    if not setting.devices or setting.longest >= CHUNK // divided:
         options["chunked_prefill_size"] = chunk * divided
     if setting.longest > MAX_PREFILL_TOKENS:
         options["max_prefill_tokens"] = chunk

@@ -40,10 +40,11 @@ def test_nothing_is_turned_off(kind: str) -> None:
     assert found["load_format"] == "dummy"
 
 
-def test_the_chunk_is_the_default_until_a_prompt_is_longer() -> None:
+def test_the_chunk_is_the_default_until_a_prompt_is_as_long() -> None:
     """SGLang's is 8,192 on these GPUs, which it divides by the ranks of attention data parallelism."""
-    assert "chunked_prefill_size" not in options("dwdp", "prefill:8192")
-    assert "chunked_prefill_size" not in options("dep", "prefill:4096")
+    assert "chunked_prefill_size" not in options("dwdp", "prefill:8000")
+    assert "chunked_prefill_size" not in options("dep", "prefill:4000")
+    assert options("dwdp", "prefill:8192")["chunked_prefill_size"] == 8704
     assert options("dep", "prefill:8192")["chunked_prefill_size"] == 2 * 8704
     assert options("in-tree", "prefill:8192")["chunked_prefill_size"] == 2 * 8704
     assert options("dwdp", "prefill:16384")["chunked_prefill_size"] == 16896
