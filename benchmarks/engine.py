@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from benchmarks.processes import Process, RunError, reason, with_repository
+from sglang_dwdp.demo.server import rank_of
 
 # Engines that start at the same time draw the same ports, so each has a range of its own, below those that systems
 # hand out. Of two programs that start engines at the same time, one is given another first port.
@@ -85,9 +86,7 @@ def serve(spec: Mapping[str, Any], parent: Connection) -> None:
     parent.send(None)
     while (request := parent.recv()) is not None:
         if request == REPORT:
-            # SGLang lists the ranks in the order of their answers.
-            states = engine.get_server_info()["internal_states"]
-            parent.send(sorted(states, key=lambda state: (state.get("dwdp") or {}).get("rank", 0)))
+            parent.send(sorted(engine.get_server_info()["internal_states"], key=rank_of))
         elif isinstance(request, Call):
             parent.send(getattr(engine, request.method)(**request.arguments))
         else:

@@ -13,8 +13,9 @@ from sglang_dwdp.srt_patches.hooks import Hook
 
 
 def add_state(_result: None, _controller: Any, state: dict[str, Any]) -> None:
-    """After `SchedulerInternalStateController._add_topology`: the counters, under "dwdp"."""
-    state["dwdp"] = dict(current_runtime().report())
+    """After `SchedulerInternalStateController._add_topology`: whose they are and the counters, under "dwdp"."""
+    parallel = get_parallel()
+    state["dwdp"] = {"group": parallel.world_group.rank_in_group // parallel.dwdp_size, **current_runtime().report()}
 
 
 def add_ready(info: dict[str, Any], _scheduler: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from benchmarks.processes import Process, RunError, reason
 from benchmarks.serving.scenario import Scenario, ServedVariant
 from benchmarks.variants import DIVIDED, WAITING, environment, kind_options
 from sglang_dwdp.cpu import engine as cpu_engine
-from sglang_dwdp.demo.server import free_port
+from sglang_dwdp.demo.server import free_port, rank_of
 
 _POLL_S = 0.5
 
@@ -153,7 +153,7 @@ class Deployment:
         """Every rank's DWDP counters, in rank order; empty where the server has none."""
         with contextlib.suppress(requests.RequestException, ValueError):
             states = requests.get(f"{self.server_url}/server_info", timeout=30).json().get("internal_states", [])
-            return sorted((s["dwdp"] for s in states if s.get("dwdp")), key=lambda report: int(report["rank"]))
+            return [state["dwdp"] for state in sorted(states, key=rank_of) if state.get("dwdp")]
         return []
 
 

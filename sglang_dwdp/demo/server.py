@@ -126,7 +126,7 @@ class Server:
     def reports(self) -> list[dict[str, Any]]:
         """Every rank's DWDP counters, in rank order."""
         states = requests.get(f"{self.url}/server_info", timeout=30).json()["internal_states"]
-        return sorted((state["dwdp"] for state in states), key=lambda report: int(report["rank"]))
+        return [state["dwdp"] for state in sorted(states, key=rank_of)]
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         """Ask the server to end and wait for it; its exit code."""
@@ -161,6 +161,12 @@ def fewer_models(modules: Collection[str] = ("qwen3_moe",)) -> dict[str, str]:
     spec = importlib.util.find_spec("sglang")
     names = {path.stem for path in Path(spec.origin).parent.glob("srt/models/*.py")} if spec and spec.origin else set()
     return {"SGLANG_DISABLED_MODEL_ARCHS": ",".join(sorted(names.difference(modules, ("__init__",))))}
+
+
+def rank_of(state: Mapping[str, Any]) -> tuple[int, int]:
+    """Group and rank of a state in /server_info, where SGLang lists ranks in the order of their answers."""
+    report = state.get("dwdp") or {}
+    return report.get("group", 0), report.get("rank", 0)
 
 
 def free_port() -> int:

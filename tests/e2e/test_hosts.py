@@ -51,6 +51,7 @@ def test_two_groups_with_redundant_experts(models: Models, reference: Reference,
         compare(hosts[0], RANKS, reference("qwen3_moe", 8))
         reports = hosts[0].reports()
         assert [report["transport"] for report in reports] == ["host-shm"] * RANKS
+        assert [(report["group"], report["rank"]) for report in reports] == [(0, 0), (0, 1), (1, 0), (1, 1)]
         for report in reports:
             assert min(report[k] for k in ("bytes_copied", "direct_forwards", "staged_forwards")) > 0
         hosts[0].stop()

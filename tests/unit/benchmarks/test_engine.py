@@ -41,7 +41,8 @@ class Engine:
             yield {"meta_info": {"completion_tokens": number + 1}}
 
     def get_server_info(self):
-        return {"internal_states": [{"dwdp": {"rank": 1}}, {"dwdp": {"rank": 0}, "order": self.order}]}
+        late = [{"dwdp": {"group": 1, "rank": 0}}, {"dwdp": {"group": 0, "rank": 1}}]
+        return {"internal_states": [*late, {"dwdp": {"group": 0, "rank": 0}, "order": self.order}]}
 
     def shutdown(self):
         pass
@@ -66,7 +67,9 @@ def engine(environment: dict[str, str], tmp_path: Path) -> Iterator[EngineProces
 
 def test_prompts_reach_their_ranks_in_turn(engine: EngineProcess) -> None:
     assert engine.ask(Request("batch", {0: [[1], [1, 1]], 1: [[2]]}, 1)) > 0
-    assert engine.ask(REPORT) == [{"dwdp": {"rank": 0}, "order": [0, 1, 0]}, {"dwdp": {"rank": 1}}]
+    first, *others = engine.ask(REPORT)
+    assert first == {"dwdp": {"group": 0, "rank": 0}, "order": [0, 1, 0]}
+    assert others == [{"dwdp": {"group": 0, "rank": 1}}, {"dwdp": {"group": 1, "rank": 0}}]
     answers = engine.ask(Request("answers", {0: [[1, 1]], 1: [[1]]}, 1))
     assert answers == {0: [([2, 0], [-0.5], [[-0.5, -1.5]], None)], 1: [([1, 1], [-0.5], [[-0.5, -1.5]], None)]}
     timelines = engine.ask(Request("stream", {0: [[1]], 1: [[1]]}, 20))
