@@ -186,7 +186,7 @@ _current: list[RankWatch] = []  # of the server that was started last in this pr
 def prepare(_result: None, manager: Any, started: Any, *_args: Any) -> None:
     """After `Engine._set_startup_time`: all ranks are ready, and SGLang is about to watch its processes."""
     config, info = config_of(manager.server_args), started.scheduler_infos[0]
-    _is_ready.set()
+    _is_over.set()
     _current.clear()
     if config is not None:
         _current.append(RankWatch(manager, info, info["dp_size"], outlives=config.outlives_ranks))
@@ -225,25 +225,46 @@ def watch_start(result: Any, _cls: type, server_args: Any, *_args: Any, **_kwarg
     SGLang would show what its peers make of that.
     """
     _, processes = result
-    _is_ready.clear()
-    if config_of(server_args) is not None and processes:
-        threading.Thread(target=_until_ready, args=(processes[1:],), daemon=True).start()
+    _is_over.clear()
+    if config_of(server_args) is None or not processes:
+        return
+    ranks, original = processes[1:], signal.getsignal(signal.SIGQUIT)
+
+    def end(number: int, frame: Any) -> None:
+        """A peer may have told first that it failed."""
+        _name_killed(ranks)
+        if callable(original):
+            original(number, frame)
+
+    if threading.current_thread() is threading.main_thread():  # else SGLang has no handler
+        signal.signal(signal.SIGQUIT, end)
+    threading.Thread(target=_until_ready, args=(ranks,), daemon=True).start()
 
 
-_is_ready = threading.Event()
+_is_over = threading.Event()  # the start: all ranks are ready, or one was killed and named
+_naming = threading.RLock()
 
 
 def _until_ready(ranks: Sequence[Any]) -> None:
-    while not _is_ready.is_set():
+    while not _is_over.is_set():
         connection.wait([process.sentinel for process in ranks if process.exitcode is None], _INTERVAL_S)
-        for rank, process in enumerate(ranks):
-            if (process.exitcode or 0) < 0:
-                how = how_it_ended(process.exitcode)
-                logger.error("DWDP: rank %d of %d %s before the server was ready, so it ends.", rank, len(ranks), how)
-                os.kill(os.getpid(), signal.SIGQUIT)
-                return
+        if _name_killed(ranks):
+            os.kill(os.getpid(), signal.SIGQUIT)
+            return
         if not any(process.exitcode is None for process in ranks):
             return
+
+
+def _name_killed(ranks: Sequence[Any]) -> bool:
+    """Whether a rank was killed before the server was ready; it is named once."""
+    killed = {rank: process for rank, process in enumerate(ranks) if (process.exitcode or 0) < 0}
+    with _naming:
+        if killed and not _is_over.is_set():
+            _is_over.set()
+            rank, process = min(killed.items())
+            how = how_it_ended(process.exitcode)
+            logger.error("DWDP: rank %d of %d %s before the server was ready, so it ends.", rank, len(ranks), how)
+    return bool(killed)
 
 
 HOOKS = (

@@ -207,6 +207,14 @@ def test_which_requests_to_all_ranks_can_be_made(
         assert found.value.status_code == 503
 
 
+@pytest.fixture(autouse=True)
+def sigquit() -> Iterator[None]:
+    """`watch_start` has a handler of its own."""
+    before = signal.getsignal(signal.SIGQUIT)
+    yield
+    signal.signal(signal.SIGQUIT, before)
+
+
 def test_an_update_from_disk_needs_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = RankWatch(Manager(), {}, 3, outlives=True)
     monkeypatch.setattr(rank_watch, "_current", [watch])
@@ -238,6 +246,23 @@ def test_a_rank_that_is_killed_before_all_are_ready_ends_the_start(
     finally:
         for process in processes:
             process.kill()
+
+
+def test_a_killed_rank_is_named_though_a_peer_tells_first_that_it_failed(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_watch, "config_of", lambda arguments: arguments)
+    monkeypatch.setattr(rank_watch, "_until_ready", lambda ranks: None)  # a thread that has not been run yet
+    said: list[str] = []
+    signal.signal(signal.SIGQUIT, lambda *_: said.append(caplog.text))
+    processes = [SimpleNamespace(exitcode=code) for code in (None, 1, None)]
+    watch_start((None, processes), Server, "with DWDP")
+    signal.raise_signal(signal.SIGQUIT)
+    processes[2].exitcode = -signal.SIGKILL
+    signal.raise_signal(signal.SIGQUIT)
+    signal.raise_signal(signal.SIGQUIT)
+    named = "DWDP: rank 1 of 2 was ended by SIGKILL"
+    assert [text.count(named) for text in said] == [0, 1, 1]
 
 
 def test_sglangs_own_watch_goes_on_where_this_one_fails_or_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
