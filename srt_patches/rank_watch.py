@@ -258,12 +258,16 @@ def _until_ready(ranks: Sequence[Any]) -> None:
 def _name_killed(ranks: Sequence[Any]) -> bool:
     """Whether a rank was killed before the server was ready; it is named once."""
     killed = {rank: process for rank, process in enumerate(ranks) if (process.exitcode or 0) < 0}
-    with _naming:
-        if killed and not _is_over.is_set():
-            _is_over.set()
-            rank, process = min(killed.items())
-            how = how_it_ended(process.exitcode)
-            logger.error("DWDP: rank %d of %d %s before the server was ready, so it ends.", rank, len(ranks), how)
+    # The signal may have come while the main thread logged, for which a thread that has this lock then waits.
+    if killed and _naming.acquire(timeout=_INTERVAL_S):
+        try:
+            if not _is_over.is_set():
+                _is_over.set()
+                rank, process = min(killed.items())
+                how = how_it_ended(process.exitcode)
+                logger.error("DWDP: rank %d of %d %s before the server was ready, so it ends.", rank, len(ranks), how)
+        finally:
+            _naming.release()
     return bool(killed)
 
 
