@@ -24,7 +24,7 @@ run() { # STEP SECONDS COMMAND...
   timeout --kill-after 20 "$limit" "$@" >"$out/$step.log" 2>&1 || echo "$step failed: $out/$step.log"
 }
 
-engines() { # STEP SECONDS OPTIONS... Kernels of --tp alone may be compiled for five minutes.
+engines() { # STEP SECONDS OPTIONS... Plain --tp was not ready within 300 s, twice.
   local step=$1 limit=$2
   shift 2
   run "$step" "$limit" "$PYTHON" benchmarks/engines.py --out "$out/$step" --time-limit "$((limit - 60))" \

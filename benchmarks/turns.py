@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from benchmarks.cases import PARITY_TOKENS, Case, Draws, decode_rate, parity_prompts, same_answers
 from benchmarks.engine import ANSWER_S, REPORT, Request
 from benchmarks.processes import RunError
-from benchmarks.variants import Setting, Variant
+from benchmarks.variants import TIMED, Setting, Variant
 
 Result = dict[str, Any]
 GRACE_S = 20.0  # what is under way at the end of the time may take so much longer
@@ -103,9 +103,8 @@ class Turns:
         self.result["notes"].append(text)
 
     def _start_all(self, group: Sequence[Variant]) -> None:
-        # With exchange steps ranks time forwards while they start, which engines that start beside them would disturb.
         numbered = list(enumerate(group))
-        quiet = [one for one in numbered if one[1].kind == "dwdp-exchange"]
+        quiet = [one for one in numbered if one[1].kind in TIMED]
         for wave in filter(None, (*([one] for one in quiet), [one for one in numbered if one not in quiet])):
             self._start_beside(wave)
         self._save(self.result)

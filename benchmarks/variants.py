@@ -21,6 +21,7 @@ KINDS = ("dwdp", "dwdp-mixed", "dwdp-exchange", "in-tree", "dep", "dep-gatherv",
 DEFAULT = ("dwdp", "in-tree", "dep", "replicas", "tp")
 ON_CPU = ("dwdp", "dwdp-mixed", "dwdp-exchange", "replicas")
 WAITING = ("dep", "dep-gatherv", "tp")  # their ranks wait for each other in every forward
+TIMED = ("dwdp-exchange",)  # their ranks time forwards while they start, so nothing else may start beside them
 DIVIDED = ("in-tree", "dep", "dep-gatherv")  # SGLang divides their chunk and running requests by the ranks
 # SGLang's chunk on GPUs of 60 to 160 GB (arg_groups/memory_hook.py), which it divides by the ranks of attention data
 # parallelism.

@@ -24,7 +24,6 @@ from sglang_dwdp.srt_patches.joint_layers import JointLayers
 logger = logging.getLogger(__name__)
 _NAP_S = 20e-6
 _MAX_PREFILLS = 8  # of peers, one after the other, that a decode waits for; then it is run alone
-_LONG_S = 0.005  # between two forwards, in which peers may wait for this rank
 _MAX_HELPS = 1  # that run beside the next: peers are ahead of their GPUs by one forward, too
 
 
@@ -48,8 +47,6 @@ class ExchangeSteps:
         self.prefill_buckets = tuple(prefill_buckets)
         self.housekeeping_at = 0.0
         self._last_joint: Any = None  # event after the last joint forward
-        # When the last forward of this rank had met its peers, how long its launch took, and waits for results since.
-        self._met_at, self._launching_s, self._waiting_s = time.monotonic(), 0.0, 0.0
         # While a piece of a prefill is launched, this rank helps nobody: seconds of the longest piece of the last one.
         self._launch_s = 0.0
         self._longest_s = 0.0  # so far, of the one that is being launched
@@ -91,15 +88,6 @@ class ExchangeSteps:
             DwdpRuntimeError: A peer stopped in the middle of a change.
         """
         self.layers.log_capture()
-        if (away_s := time.monotonic() - self._met_at) > _LONG_S:
-            parts = [1000 * seconds for seconds in (away_s, self._launching_s, self._waiting_s)]
-            logger.debug("DWDP: back after %.1f ms: %.1f to launch a forward, %.1f waiting for one", *parts)
-        try:
-            return self._begin(rows, is_decode=is_decode)
-        finally:
-            self._met_at, self._waiting_s = time.monotonic(), 0.0
-
-    def _begin(self, rows: int, *, is_decode: bool) -> bool:
         bucket = self.bucket_of(rows, is_decode=is_decode)
         for _ in range(_MAX_PREFILLS if bucket else 0):
             joint = self.forwards.begin(bucket, None if is_decode else rows)
@@ -126,7 +114,6 @@ class ExchangeSteps:
                 self._end_piece()
                 self._launch_s = self._longest_s
         self._piece_start = None
-        self._launching_s = time.monotonic() - self._met_at
         self._waits.append(self.forwards.end(done))
 
     def wait(self) -> None:
@@ -135,10 +122,8 @@ class ExchangeSteps:
         Raises:
             DwdpRuntimeError: A peer has left a joint forward; layer and peer are named.
         """
-        start = time.monotonic()
         if self._waits:
             self._waits.popleft()()
-        self._waiting_s += time.monotonic() - start
 
     def help_out(self) -> bool:
         """An idle rank: take part in a joint forward with no rows, if peers wait for one.

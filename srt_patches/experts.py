@@ -42,6 +42,12 @@ def rank_in_group() -> int:
     return int(parallel.world_group.rank_in_group) % int(parallel.dwdp_size)
 
 
+def group_number() -> int:
+    """Which of the server's groups this rank is in."""
+    parallel = get_parallel()
+    return int(parallel.world_group.rank_in_group) // int(parallel.dwdp_size)
+
+
 def placement_of(layer: Any) -> Placement:
     """Which rank stores which routed experts of a FusedMoE layer."""
     return balanced(layer.num_global_routed_experts, get_parallel().dwdp_size)

@@ -24,7 +24,7 @@ from sglang_dwdp.memory import memory_for
 from sglang_dwdp.runtime import DwdpRuntime
 from sglang_dwdp.srt_patches import flashinfer_fp8, hosts, updates
 from sglang_dwdp.srt_patches.attached import config_of
-from sglang_dwdp.srt_patches.experts import collect_all, rank_in_group
+from sglang_dwdp.srt_patches.experts import collect_all, group_number, rank_in_group
 from sglang_dwdp.srt_patches.hooks import Hook
 from sglang_dwdp.srt_patches.loading import check_loaded
 from sglang_dwdp.srt_patches.weights import declare_unexportable
@@ -69,9 +69,8 @@ def set_up(_result: None, scheduler: Any) -> None:
     index = torch.cuda.current_device() if runner.device == "cuda" else 0
     memory = memory_for(runner.device, index, config.transport, across_hosts=hosts.is_group_across())
     runtime = DwdpRuntime(config, memory, rank_in_group(), parallel.dwdp_size)
-    group = parallel.tp_rank // parallel.dwdp_size
     server = _common_name(parallel.tp_group)
-    name = f"{server}.{group}"
+    name = f"{server}.{group_number()}"
     hosts.check_weights(runner.model)
     draft_layers = sum(isinstance(module, FusedMoE) for draft in drafts for module in draft.modules())
     runtime.setup(layers, name, hosts.place_of_group(), draft_layers=draft_layers)

@@ -229,14 +229,14 @@ def watch_start(result: Any, _cls: type, server_args: Any, *_args: Any, **_kwarg
     if config_of(server_args) is None or not processes:
         return
     ranks, original = processes[1:], signal.getsignal(signal.SIGQUIT)
+    if callable(original) and threading.current_thread() is threading.main_thread():  # else SGLang has no handler
+        sglangs = original
 
-    def end(number: int, frame: Any) -> None:
-        """A peer may have told first that it failed."""
-        _name_killed(ranks)
-        if callable(original):
-            original(number, frame)
+        def end(number: int, frame: Any) -> None:
+            """A peer may have told first that it failed."""
+            _name_killed(ranks)
+            sglangs(number, frame)
 
-    if threading.current_thread() is threading.main_thread():  # else SGLang has no handler
         signal.signal(signal.SIGQUIT, end)
     threading.Thread(target=_until_ready, args=(ranks,), daemon=True).start()
 

@@ -8,14 +8,14 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_dwdp.errors import DwdpRuntimeError
+from sglang_dwdp.srt_patches.experts import group_number
 from sglang_dwdp.srt_patches.forward import current_runtime
 from sglang_dwdp.srt_patches.hooks import Hook
 
 
 def add_state(_result: None, _controller: Any, state: dict[str, Any]) -> None:
     """After `SchedulerInternalStateController._add_topology`: whose they are and the counters, under "dwdp"."""
-    parallel = get_parallel()
-    state["dwdp"] = {"group": parallel.world_group.rank_in_group // parallel.dwdp_size, **current_runtime().report()}
+    state["dwdp"] = {"group": group_number(), **current_runtime().report()}
 
 
 def add_ready(info: dict[str, Any], _scheduler: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from benchmarks.serving.load import checked_prompts, dataset_options, write_burs
 from benchmarks.serving.scenario import Load, Scenario
 from benchmarks.serving.servers import Deployment, start
 from benchmarks.turns import counted
+from benchmarks.variants import TIMED
 
 Result = dict[str, Any]
 CHECKED_TOKENS = 16
@@ -74,8 +75,7 @@ class Comparison:
     def _group(self, names: Sequence[str], stack: ExitStack) -> None:
         running: dict[str, Deployment] = {}
         found = self.result["variants"]
-        # With exchange steps ranks time forwards while they start, which servers that start beside them would disturb.
-        quiet = [name for name in names if self._scenario.variants[name].kind == "dwdp-exchange"]
+        quiet = [name for name in names if self._scenario.variants[name].kind in TIMED]
         for name in (*quiet, *(name for name in names if name not in quiet)):
             found[name] = {"kind": self._scenario.variants[name].kind}
             if time.monotonic() > self._end:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from sglang_dwdp.exchange.round import MAX_DECODE_ROWS, Phase, Round
 
 PATIENCE = 4  # so waits in vain cost at most a quarter of the time
-# A forward alone is timed while nothing else is on the link or the GPU, and holds up the peers that it reads from. With
-# 1, on two H200, up to one small forward in six was run alone, 8 ms after its rank had begun to wait.
+# Forwards alone are timed on an idle link. With 1, on two H200, up to one small forward in six was run alone, 8 ms
+# after its rank had begun to wait; 2 has not been measured.
 _WORTH = 2
 
 # The last where copies take long: large groups, many or large experts. Decodes ride along with prompts of such lengths.

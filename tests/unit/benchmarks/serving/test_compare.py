@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -110,6 +111,24 @@ def test_variants_are_compared_and_failures_reported(scenario: Scenario, tmp_pat
     assert table.count("no tuned") == 1
     assert "&lt;fake&gt;" in page
     assert "no such model" in page
+
+
+def test_nothing_starts_beside_a_server_that_times_forwards(scenario: Scenario, tmp_path: Path) -> None:
+    exchange = ServedVariant(kind="dwdp-exchange", flags={"token": 1})
+    scenario = msgspec.structs.replace(scenario, variants={"dep": scenario.variants["dep"], "exchange": exchange})
+    said: list[str] = []
+    ready = servers.Deployment.wait
+
+    def wait(deployment: servers.Deployment, timeout_s: float) -> float:
+        said.append("waited")
+        return ready(deployment, timeout_s)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(servers.Deployment, "wait", wait)
+        result = Comparison(scenario, "m", tmp_path, lambda _: None, said.append, 1e9).run(["dep", "exchange"])
+    assert said[:3] == ["starting exchange", "waited", "starting dep"]
+    assert [one["variant"] for one in result["runs"][:2]] == ["dep", "exchange"]
+    assert result["variants"]["exchange"]["same_tokens"] == 1.0
 
 
 def test_nothing_is_begun_when_the_time_is_over(scenario: Scenario, tmp_path: Path) -> None:
