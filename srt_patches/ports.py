@@ -1,12 +1,15 @@
-"""A server's inner ports are free ones, so that servers on neighbouring ports of a host do not collide.
+"""A server's inner ports are free ones, so that servers of a host that start together do not collide.
 
-SGLang derives a block of them from --port: two servers with ports less than seven apart want some of the same. With
-several hosts --dist-init-addr says where the block is on the first one; SGLang wants it to be free on all of them.
+SGLang derives a block of them from --port: two servers with ports less than seven apart want some of the same. And it
+picks one at random for the ranks' rendezvous, which the first rank binds many seconds later: by then another server
+may have it. Here all of them are from one block, which a server claims before it binds any. With several hosts
+--dist-init-addr says where the block is on the first one; SGLang wants it to be free on all of them.
 """
 
 from __future__ import annotations
 
 import random
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +23,7 @@ from sglang_dwdp.srt_patches.attached import config_of
 from sglang_dwdp.srt_patches.hooks import Hook
 
 _BLOCK = "_dwdp_ports"  # attribute of server arguments, which SGLang carries to its processes
-_BLOCK_SIZE = 7
+_BLOCK_SIZE = 8  # seven that SGLang derives from one another, and the one of the rendezvous
 _RANGE = range(20000, 30000, _BLOCK_SIZE)  # below those that systems hand out by themselves
 _TRIES = 200
 
@@ -36,7 +39,11 @@ def use_free_ports(original: Callable[..., Any], server_args: Any, *args: Any, *
         return original(server_args, *args, **kwargs)
     if not hasattr(server_args, _BLOCK):
         setattr(server_args, _BLOCK, free_block())
-    with _replaced("ZMQ_TCP_PORT_DELTA", getattr(server_args, _BLOCK) - server_args.port):
+    first = getattr(server_args, _BLOCK)
+    with (
+        _replaced("ZMQ_TCP_PORT_DELTA", first - server_args.port),
+        _replaced("get_free_port_below_ephemeral", lambda: first + _BLOCK_SIZE - 1),  # asked without --nccl-port
+    ):
         return original(server_args, *args, **kwargs)
 
 
@@ -51,18 +58,33 @@ def _replaced(name: str, value: Any) -> Iterator[None]:
 
 
 def free_block(is_free: Callable[[int], bool] = is_port_available) -> int:
-    """The first of `_BLOCK_SIZE` ports in a row that are free now; at random, for servers that start together.
+    """The first of `_BLOCK_SIZE` ports in a row that are free, and that no other server gets while this process lives.
 
     Raises:
         DwdpConfigError: None was found.
     """
     for first in random.sample(_RANGE, _TRIES):
-        if all(is_free(port) for port in range(first, first + _BLOCK_SIZE)):
+        if all(is_free(port) for port in range(first, first + _BLOCK_SIZE)) and _claim(first):
             return first
     raise DwdpConfigError(
         f"no {_BLOCK_SIZE} ports in a row between {_RANGE.start} and {_RANGE.stop} are free. Set --dist-init-addr "
         f"127.0.0.1:PORT, where the {_BLOCK_SIZE} ports from PORT on are."
     )
+
+
+def _claim(first: int) -> bool:
+    """Take a block, where no process of this network namespace has it; the system gives it back when this one ends."""
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        claim.bind(f"\0ports of sglang_dwdp from {first}")
+    except OSError:
+        claim.close()
+        return False
+    _claims.append(claim)
+    return True
+
+
+_claims: list[socket.socket] = []
 
 
 HOOKS = (Hook("sglang.srt.server_args.PortArgs.init_new", HookType.AROUND, use_free_ports),)

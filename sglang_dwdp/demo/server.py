@@ -22,8 +22,10 @@ from sglang_dwdp.errors import DwdpError
 
 # A folder of packages that need not be imported; not a package itself.
 STUBS = Path(__file__).resolve().parent / "stubs"
-# Below the range from which the system hands out ports by itself. Tests that run beside each other divide it.
-PORTS = range(20000, 30000)
+# Below the range from which the system hands out ports by itself, and those that servers take for themselves.
+# Tests that run beside each other divide it.
+PORTS = range(10000, 20000)
+_LAST_LINES = 60  # of a log: what ended a server comes before what its other processes make of that
 
 
 class ServerFailed(DwdpError):
@@ -102,7 +104,7 @@ class Server:
 
     def log_end(self) -> str:
         """The last lines of the log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
 
     def post(self, path: str, body: Mapping[str, Any], timeout_s: float = 120.0) -> Any:
         """The JSON answer to a POST.

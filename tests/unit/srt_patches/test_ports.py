@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import pickle
 import random
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ from sglang.srt import server_args as sglang_server_args
 
 from sglang_dwdp.config import DwdpConfig
 from sglang_dwdp.errors import DwdpConfigError
+from sglang_dwdp.srt_patches import ports
 from sglang_dwdp.srt_patches.arguments import attach
 from sglang_dwdp.srt_patches.ports import free_block, use_free_ports
 
@@ -31,7 +34,31 @@ def first_port(server_args: Any) -> int:
 def test_neighbours_get_blocks_apart() -> None:
     random.seed(1)
     starts = sorted(first_port(arguments(30000 + number)) for number in range(8))
-    assert all(later - earlier >= 7 for earlier, later in itertools.pairwise(starts))
+    assert all(later - earlier >= 8 for earlier, later in itertools.pairwise(starts))
+
+
+def test_the_rendezvous_is_in_the_block_too() -> None:
+    server_args = arguments(30000)
+    first = first_port(server_args)
+    assert use_free_ports(lambda _given: sglang_server_args.get_free_port_below_ephemeral(), server_args) == first + 7
+    assert first_port(server_args) == first
+
+
+def test_a_block_that_a_server_has_not_bound_yet_is_no_other_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports, "_RANGE", range(19000, 19016, 8))  # two blocks that no server gets
+    monkeypatch.setattr(ports, "_TRIES", 2)
+    other = (
+        "from sglang_dwdp.srt_patches import ports; ports._RANGE, ports._TRIES = range(19000, 19008, 8), 1\n"
+        "print(ports.free_block(lambda port: True), flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert int(process.stdout.readline()) == 19000
+        assert free_block(lambda _port: True) == 19008
+        with pytest.raises(DwdpConfigError, match="no 8 ports in a row"):
+            free_block(lambda _port: True)
+        process.kill()
+    assert free_block(lambda _port: True) == 19000  # given back when its process ended
 
 
 def test_all_processes_of_a_server_agree() -> None:
