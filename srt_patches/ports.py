@@ -8,6 +8,7 @@ may have it. Here all of them are from one block, which a server claims before i
 
 from __future__ import annotations
 
+import errno
 import random
 import socket
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ _TRIES = 200
 
 
 def use_free_ports(original: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around `PortArgs.init_new`, which adds a constant to --port for the first port of the block."""
+    """Around `PortArgs.init_new`, which adds a constant to --port for the first port, and asks for the rendezvous's."""
     if config_of(server_args) is None:
         return original(server_args, *args, **kwargs)
     if server_args.node_rank:
@@ -68,7 +69,7 @@ def free_block(is_free: Callable[[int], bool] = is_port_available) -> int:
             return first
     raise DwdpConfigError(
         f"no {_BLOCK_SIZE} ports in a row between {_RANGE.start} and {_RANGE.stop} are free. Set --dist-init-addr "
-        f"127.0.0.1:PORT, where the {_BLOCK_SIZE} ports from PORT on are."
+        f"127.0.0.1:PORT, where the {_BLOCK_SIZE - 1} ports from PORT on are."  # which is the rendezvous then
     )
 
 
@@ -77,8 +78,10 @@ def _claim(first: int) -> bool:
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         claim.bind(f"\0ports of sglang_dwdp from {first}")
-    except OSError:
+    except OSError as error:
         claim.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
         return False
     _claims.append(claim)
     return True
