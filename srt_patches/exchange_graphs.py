@@ -34,7 +34,15 @@ def capture_decode(original: Callable[..., None], runner: Any, size: int, *args:
         original(runner, size, forward_fn, stream_idx, _VARIANT)
         steps.layers.capture_help(size)
     if size & (size - 1) == 0:  # the times of others lie between theirs
+        steps.layers.time_copies(_copies())
         _time(steps, runner, size, args)
+
+
+def _copies() -> Callable[[], Any] | float:
+    """What a forward waits for that is not joint: copies of all experts, or the microseconds of reading as much."""
+    runtime = current_runtime()
+    prefetcher = runtime.staged.prefetcher
+    return prefetcher.copy_all if prefetcher.depth else runtime.copy_bytes() / _READ_PER_US
 
 
 def _time(steps: ExchangeSteps, runner: Any, size: int, args: Sequence[Any]) -> None:
@@ -69,8 +77,8 @@ def capture_prefill(original: Callable[..., None], runner: Any, size: int, **kwa
             steps.layers.capture_help(size)
     finally:
         runtime.in_exchange_step = False
-    prefetcher = runtime.staged.prefetcher
-    steps.layers.time_prefill(size, prefetcher.copy_all if prefetcher.depth else runtime.copy_bytes() / _READ_PER_US)
+    steps.layers.time_copies(_copies())
+    steps.layers.time_prefill(size)
 
 
 def capture_key(original: Callable[..., None], backend: Any, key: Any, *args: Any, **kwargs: Any) -> None:

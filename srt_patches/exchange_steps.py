@@ -68,12 +68,12 @@ class ExchangeSteps:
             is_decode: Whether they are of a decode, whose size without graphs is `rows`.
 
         Returns:
-            0 if the forward cannot be joint, or is a prefill that is faster alone: it would be joint whenever peers
-            wait for something else.
+            0 if the forward cannot be joint, or is a prefill that is hardly slower alone: it would be joint whenever
+            peers wait for something else.
         """
         if not is_decode:
             size = min((size for size in self.prefill_buckets if size >= rows > 0), default=0)
-            return size if size and self.forwards.times.may_save(size) else 0
+            return size if size and self.forwards.times.is_joint(size) else 0
         if rows > MAX_DECODE_ROWS:
             return 0
         return self.layers.decode_size(rows)

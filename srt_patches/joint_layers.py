@@ -14,6 +14,7 @@ from sglang_dwdp.exchange.inbox import RowShape
 from sglang_dwdp.exchange.joint import JointForwards
 from sglang_dwdp.exchange.policy import StepTimes
 from sglang_dwdp.exchange.round import MAX_DECODE_ROWS
+from sglang_dwdp.experts.direct_limit import in_place_over_copies
 from sglang_dwdp.srt_patches.shard_run import JointLayer
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class JointLayers:
             device: "cuda" or "cpu".
         """
         self._forwards, self._layers, self._shape = forwards, layers, shape
+        self._num_experts = max((len(layer.table) - 1 for layer in layers.values()), default=shape.top_k)
         on_gpu = device == "cuda"
         self.beside: Any = torch.cuda.Stream(priority=_FIRST) if on_gpu else None  # type: ignore[no-untyped-call]
         self._graphs: dict[int, Any] = {}  # by bucket: what a rank without rows replays
@@ -110,7 +112,7 @@ class JointLayers:
         shape, device = self._shape, self._num_rows.device
         rows = torch.zeros((num_rows, shape.hidden_size), dtype=shape.dtype, device=device)
         # Spread over the experts, since the time of a graph with all of its rows is measured.
-        experts = max((len(layer.table) - 1 for layer in self._layers.values()), default=1)
+        experts = self._num_experts
         first = 5 * torch.arange(num_rows, dtype=torch.int32, device=device)[:, None]
         ids = (first + experts // shape.top_k * torch.arange(shape.top_k, dtype=torch.int32, device=device)) % experts
         weights = torch.zeros((num_rows, shape.top_k), dtype=torch.float32, device=device)
@@ -156,29 +158,40 @@ class JointLayers:
         """
         self.set_rows(bucket)
         # Joint first: its kernels make the ranks begin together, as they read from each other in the other.
-        joint_us = _replay_us(joint)
-        self._set_times(bucket, _replay_us(alone), joint_us)
+        joint_us, alone_us = _replay_us(joint), _replay_us(alone)
+        if self._copies_us is not None:
+            # Here tokens are all in one place of the cache, and choose fewer experts than requests' do: 24 took 5 ms
+            # alone, and 20 when they were served.
+            share = in_place_over_copies(bucket, self._num_experts, self._shape.top_k)
+            alone_us = max(alone_us, share * self._copies_us)
+        self._set_times(bucket, alone_us, joint_us)
 
-    def time_prefill(self, bucket: int, alone: Callable[[], Any] | float) -> None:
-        """Time what a rank replays that helps with a prefill of this bucket; all ranks do it at the same time.
-
-        A prefill's own graph is in pieces, with attention to the batch's sequences between them.
+    def time_copies(self, copies: Callable[[], Any] | float) -> None:
+        """Time once, in the first graph that is captured, what a forward waits for that is not joint; all ranks do it
+        at the same time, so that they are in each other's way, as in prefills.
 
         Args:
-            bucket: Of the prefill.
-            alone: Microseconds that it takes at least if it is not joint; or copies the experts that it needs then,
-                which is timed once, while all ranks copy and so are in each other's way, as in prefills.
+            copies: Copies all experts that a forward needs; or the microseconds that they take.
         """
+        if self._copies_us is None:
+            self._copies_us = copies if isinstance(copies, float) else _replay_us(copies, _TIMED_COPIES)
+
+    def time_prefill(self, bucket: int) -> None:
+        """Time what a rank replays that helps with a prefill of this bucket; all ranks do it at the same time, after
+        `time_copies`.
+
+        A prefill's own graph is in pieces, with attention to the batch's sequences between them.
+        """
+        assert self._copies_us is not None
         self.set_rows(bucket)
         joint_us = _WITH_ATTENTION * _replay_us(self._graphs[bucket].replay)
-        if self._copies_us is None:
-            self._copies_us = alone if isinstance(alone, float) else _replay_us(alone, _TIMED_COPIES)
         alone_us = self._copies_us
         self._set_times(bucket, alone_us, joint_us)
-        if joint_us >= alone_us:
+        if not self._forwards.times.is_joint(bucket):
             logger.info(
-                "DWDP: this rank runs its prefills of %d tokens alone: together they would take %.1f ms, and by copies "
-                "%.1f ms. If something else kept the GPU or its host busy just now, start the server again.",
+                "DWDP: this rank runs its prefills of %d tokens alone: together they would take %.1f ms of all ranks, "
+                "and by copies %.1f ms of this one. If something else kept the GPU or its host busy just now, start "
+                "the server again.",
                 bucket,
                 joint_us / 1000,
                 alone_us / 1000,

@@ -2,8 +2,8 @@
 
 A rank waits only where that is sooner than running alone: where the last missing peer is expected, and the joint
 forward done, before a forward alone would be. Where peers keep what they published it never loses by waiting. A peer
-that is overdue may come at any moment or not for long; it is worth a limit of `_WORTH` times what a joint forward
-saves, but after a wait for it in vain no other is begun before `PATIENCE` times as long has passed.
+that is overdue may come at any moment or not for long; it is worth as long as a joint forward saves, but after a wait
+for it in vain no other is begun before `PATIENCE` times as long has passed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from sglang_dwdp.exchange.round import MAX_DECODE_ROWS, Phase, Round
 
 PATIENCE = 4  # so waits in vain cost at most a quarter of the time
-# Forwards alone are timed on an idle link. With 1, on two H200, up to one small forward in six was run alone, 8 ms
-# after its rank had begun to wait; 2 has not been measured.
-_WORTH = 2
+# A joint prefill takes its peers' time too, who may have nothing in it. On two H200, prefills of 4,096 tokens that were
+# a tenth sooner together cost a server a tenth of its requests.
+_PREFILL_GAIN = 1.25
 
 # The last where copies take long: large groups, many or large experts. Decodes ride along with prompts of such lengths.
 _PREFILL_ROWS = tuple(rows + more for rows in (512, 1024, 2048, 4096) for more in (0, rows // 4))
@@ -40,6 +40,11 @@ def prefill_buckets(captured: Sequence[int], ranks: int) -> tuple[int, ...]:
     limits = [min(rows, _MOST_RECEIVED // ranks) for rows in _PREFILL_ROWS]
     found = {max((n for n in captured if MAX_DECODE_ROWS < n <= most), default=0) for most in limits}
     return tuple(sorted(found - {0}))
+
+
+def joint_prefill_pays(alone: float, joint: float) -> bool:
+    """Whether a prefill that takes so long alone, or jointly, is joint."""
+    return alone >= _PREFILL_GAIN * joint
 
 
 def interpolate(points: Points, rows: int) -> float:
@@ -89,6 +94,10 @@ class StepTimes:
         """Microseconds of a joint forward whose largest bucket is `bucket`."""
         return interpolate(self.joint, bucket)
 
+    def is_joint(self, bucket: int) -> bool:
+        """Whether prefills of `bucket` tokens are joint where peers have none."""
+        return joint_prefill_pays(self.alone_us(bucket), self.joint_us(bucket))
+
     def may_save(self, bucket: int, rows: int | None = None) -> bool:
         """Whether a forward (see `alone_us`) is sooner done jointly than alone, if peers have no more rows."""
         return self.alone_us(bucket, rows) > self.joint_us(bucket)
@@ -125,12 +134,12 @@ def deadline_us(
         return start_us
     if any(back <= start_us < patient_from_us[peer] for peer, back in missing):
         return start_us
-    return start_us + int(_WORTH * saving)
+    return start_us + int(saving)
 
 
 def longest_wait_us(times: StepTimes, bucket: int, rows: int | None = None) -> int:
     """No deadline is later than so many microseconds after the start."""
-    return int(_WORTH * times.alone_us(bucket, rows))
+    return int(times.alone_us(bucket, rows))
 
 
 def after_waiting(

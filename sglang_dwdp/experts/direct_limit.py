@@ -1,4 +1,5 @@
-"""Up to how many tokens `--dwdp-view auto` reads experts in place, where the user did not say (pure)."""
+"""How long reading chosen experts in place takes, and up to how many tokens `--dwdp-view auto` does so, where the user
+did not say (pure)."""
 
 from __future__ import annotations
 
@@ -11,11 +12,29 @@ from sglang_dwdp.config import DEFAULT_DIRECT_MAX_TOKENS
 IN_PLACE_OVER_COPY = 0.87
 
 
+def touched_share(tokens: int, num_experts: int, experts_per_token: int) -> float:
+    """The share of a layer's experts that so many tokens choose: 1 - (1 - k/E)^n, if routing is uniform.
+
+    Args:
+        tokens: n.
+        num_experts: E.
+        experts_per_token: k.
+    """
+    return 1.0 - (1.0 - experts_per_token / num_experts) ** tokens
+
+
+def in_place_over_copies(tokens: int, num_experts: int, experts_per_token: int) -> float:
+    """Time of reading in place the experts that tokens choose, over that of copying all; arguments as above.
+
+    A layer's experts are divided among ranks, so the share that is remote is the same.
+    """
+    return touched_share(tokens, num_experts, experts_per_token) / IN_PLACE_OVER_COPY
+
+
 def direct_limit(num_experts: int, experts_per_token: int | None) -> int:
     """The largest forward, in tokens, for which reading the chosen experts in place is no slower than copying all.
 
-    If routing is uniform, n tokens that choose k of E experts touch the share 1 - (1 - k/E)^n of them, remote or not.
-    Reading that share in place, at r times the bandwidth of copies, takes as long as copying everything when
+    Reading in place is done at r times the bandwidth of copies, so it takes as long as copying everything when
 
         (1 - (1 - k/E)^n) / r = 1,  so  n = log(1 - r) / log(1 - k/E).
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sglang_dwdp.experts.direct_limit import IN_PLACE_OVER_COPY
+from sglang_dwdp.experts.direct_limit import IN_PLACE_OVER_COPY, touched_share
 from sglang_dwdp.planner import kernels
 from sglang_dwdp.planner.cost import Group, equal_share, pull_bandwidth
 from sglang_dwdp.planner.formats import FORMATS, Precision
@@ -61,7 +61,7 @@ def decode_step(
         return kernels.grouped_gemm(model, gpu, experts, rows * model.top_k * count / model.experts, count)
 
     remote = 1 - group.stored(model) / model.experts
-    touched = model.experts * (1 - (1 - model.top_k / model.experts) ** sequences)
+    touched = model.experts * touched_share(sequences, model.experts, model.top_k)
     over_link = touched * remote * one / (IN_PLACE_OVER_COPY * pull_bandwidth(gpu, group))
     rows = sequences * (ranks - 1) * model.hidden * 2 * precision.activation_bytes
     exchange = EXCHANGE_SECONDS + rows / (gpu.link_bandwidth * gpu.efficiency.collective)

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from sglang_dwdp.exchange.policy import prefill_buckets
+from sglang_dwdp.exchange.policy import joint_prefill_pays, prefill_buckets
 from sglang_dwdp.planner.checks import PlannerError
 from sglang_dwdp.planner.cost import Estimate, Group, dwdp, in_tree_group, replica
 from sglang_dwdp.planner.decode import SEQUENCES, Step, decode_step
@@ -74,11 +74,13 @@ def evaluate(case: Case, group: Group, tokens: int) -> Point:
     rounds = typical_rounds(case.lengths, tokens, True, max(1, group.size), model.window, 64)
     batch = mean_batch(rounds)
     single = memory(model, gpu, precision, "replica", group, tokens)
-    is_joint = tokens <= max(prefill_buckets(SWEEP, group.size), default=0)
+    alone, joint = dwdp(model, gpu, precision, batch, group), dep(model, gpu, precision, rounds)
+    has_graph = tokens <= max(prefill_buckets(SWEEP, group.size), default=0)
+    is_joint = has_graph and joint_prefill_pays(alone.seconds, joint.seconds)
     return Point(
         tokens=tokens,
-        dwdp=dwdp(model, gpu, precision, batch, group),
-        together=replace(dep(model, gpu, precision, rounds), scheme="together") if is_joint else None,
+        dwdp=alone,
+        together=replace(joint, scheme="together") if is_joint else None,
         dep=dep(model, gpu, precision, rounds, case.exchange),
         in_tree=dwdp(model, gpu, precision, batch, in_tree_group(group.size), "in-tree dwdp"),
         replica=replica(model, gpu, precision, batch) if single.fits else None,

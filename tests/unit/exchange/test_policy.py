@@ -37,8 +37,8 @@ def test_times_between_measurements() -> None:
 @pytest.mark.parametrize(
     ("back_us", "expected"),
     [
-        (0, 24_000),  # it may come at any moment: wait for twice what a joint forward saves
-        (10_999, 24_000),  # back early enough for the joint forward to end first
+        (0, 17_000),  # it may come at any moment: wait for as long as a joint forward saves
+        (10_999, 17_000),  # back early enough for the joint forward to end first
         (17_000, 10_000),  # no sooner than alone
         (90_000, 10_000),
     ],
@@ -70,7 +70,7 @@ def test_joint_prefills_take_few_of_the_engine_s_sizes(
 
 
 def test_larger_buckets_of_peers_make_waiting_worth_less() -> None:
-    assert deadline_us(Round.start(3).enter(1, 32), 0, 8, 0, TIMES, NEW) == 2 * (10_000 - 4_500)
+    assert deadline_us(Round.start(3).enter(1, 32), 0, 8, 0, TIMES, NEW) == 10_000 - 4_500
     assert deadline_us(Round.start(2), 0, 1, 5, TIMES, NEW) == 5  # one row alone is sooner than together
 
 
@@ -79,10 +79,18 @@ def test_a_prefill_of_few_tokens_is_worth_no_wait() -> None:
     times = StepTimes(((1, 900.0), (64, 28_000.0), (512, 19_300.0)), ((512, 4_000.0),))
     waits = {rows: deadline_us(Round.start(2), 0, 512, 0, times, NEW, rows) for rows in (1, 16, 64, 500)}
     assert waits[1] == 0
-    assert 0 < waits[16] < 2 * 4_000
-    assert waits[64] == waits[500] == 2 * (19_300 - 4_000)
+    assert 0 < waits[16] < 4_000
+    assert waits[64] == waits[500] == 19_300 - 4_000
     assert not times.may_save(512, 1)
     assert times.may_save(512, 64)
+
+
+@pytest.mark.parametrize(
+    ("joint_us", "expected"), [(4_000.0, True), (15_000.0, True), (17_000.0, False), (24_000.0, False)]
+)
+def test_prefills_are_joint_where_that_gains_enough(joint_us: float, expected: bool) -> None:
+    """It takes peers' time, too."""
+    assert StepTimes(((512, 19_300.0),), ((512, joint_us),)).is_joint(512) is expected
 
 
 def test_overdue_peers_are_not_waited_for_again_at_once() -> None:
@@ -105,14 +113,14 @@ def test_only_those_who_were_missing_and_overdue_lose_trust() -> None:
     backs=st.lists(st.integers(0, 10**6), min_size=1, max_size=7),
     patient=st.lists(st.integers(0, 10**6), min_size=8, max_size=8),
 )
-def test_nobody_waits_longer_than_twice_what_a_joint_forward_saves(
+def test_nobody_waits_longer_than_what_a_joint_forward_saves(
     bucket: int, start: int, backs: list[int], patient: int
 ) -> None:
     state = Round.start(len(backs) + 1)
     for peer, back in enumerate(backs):
         state = state.publish(peer + 1, back)
     deadline = deadline_us(state, 0, bucket, start, TIMES, patient)
-    assert start <= deadline <= start + 2 * max(0, TIMES.alone_us(bucket) - TIMES.joint_us(bucket))
+    assert start <= deadline <= start + max(0, TIMES.alone_us(bucket) - TIMES.joint_us(bucket))
     assert deadline <= start + longest_wait_us(TIMES, bucket)
     if deadline > start:
         assert max(backs) + TIMES.joint_us(bucket) < start + TIMES.alone_us(bucket) or max(backs) <= start

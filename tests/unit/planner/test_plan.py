@@ -33,7 +33,7 @@ def test_where_a_replica_fits_it_is_preferred() -> None:
     assert f"{freed / 1e9:.0f} GB" in plan.verdict
 
 
-@pytest.mark.parametrize(("size", "largest"), [(2, 4096), (8, 2048)])
+@pytest.mark.parametrize(("size", "largest"), [(2, 2048), (8, 2048)])
 def test_short_prefills_are_planned_together_too(size: int, largest: int) -> None:
     plan = _plan("gpt-oss-120b", "H200", size, "mxfp4")
     assert [p.tokens for p in plan.points if p.together] == [tokens for tokens in SWEEP if tokens <= largest]

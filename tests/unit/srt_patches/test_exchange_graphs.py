@@ -19,6 +19,7 @@ class Steps:
     """Of a rank, with its layers: `bucket` is that of the joint forward under way."""
 
     prefill_buckets = (512, 1024)
+    copies_timed = False
 
     def __init__(self) -> None:
         self.bucket, self.helps, self.timed, self.copies = 0, list[int](), list[int](), True
@@ -40,9 +41,13 @@ class Steps:
         assert self.bucket == bucket
         self.helps.append(bucket)
 
-    def time_prefill(self, bucket: int, alone: Any) -> None:
+    def time_copies(self, copies: Any) -> None:
+        assert copies == ("copies" if self.copies else 1000)
+        self.copies_timed = True
+
+    def time_prefill(self, bucket: int) -> None:
         assert self.bucket == 0
-        assert alone == ("copies" if self.copies else 1000)
+        assert self.copies_timed
         self.timed.append(bucket)
 
 
