@@ -83,7 +83,7 @@ class Meeting:
         self._patient_from_us = (0,) * page.size
         self._serves = serves
         self._back_us = 0  # as it was published
-        self._wanted = False  # peers waited when this rank, idle, looked last
+        self._wanted = False  # peers waited when this rank looked last
         self._closed = False
 
     def meet(self, bucket: int, rows: int | None = None) -> Joint | None:
@@ -142,8 +142,7 @@ class Meeting:
         if self.ended or (self.page.version == self.page.seen and not self._wanted and not early):
             return None
         self._back_us = 0
-        state = self._change(lambda state: state.publish(rank, 0) if early else state)
-        self._wanted = state.wants_help(rank)
+        self._change(lambda state: state.publish(rank, 0) if early else state)
         if not self._wanted:
             return None
         end = self._clock_us() + (_HELP_US if wait else 0)
@@ -239,7 +238,7 @@ class Meeting:
             self.ended = True  # for this rank: the page cannot be had
             self.page.leave()  # where it may have entered, and peers would take it for one that waits
             raise
-        self.ended = state.ended
+        self.ended, self._wanted = state.ended, state.wants_help(self.page.rank)
         return state
 
     def _wait(self, end_us: int) -> None:

@@ -348,6 +348,19 @@ def test_a_rank_says_when_it_is_back_and_when_it_is_sooner(fd: int) -> None:
     meeting.close()
 
 
+def test_a_rank_that_goes_away_helps_those_that_wait_already(fd: int) -> None:
+    """They change nothing that it could see later."""
+    now = [1000]
+    meeting, peer = Meeting(Page(fd, 0, 2), HASTY, clock_us=lambda: now[0]), Page(fd, 1, 2)
+    peer.change(lambda state: state.enter(1, 4))
+    meeting.go_away(300)
+    now[0] = 1400  # as late as it said
+    assert meeting.help(wait=False) == Joint(1, (0, 4))
+    assert meeting.help(wait=False) is None
+    meeting.close()
+    peer.close()
+
+
 @pytest.mark.parametrize(("serves", "away_us"), [(False, 200), (True, 0)])
 def test_a_rank_that_runs_alone_is_away_unless_it_serves(fd: int, serves: bool, away_us: int) -> None:
     times = StepTimes(alone=((1, 200.0),), joint=((1, 300.0),))
