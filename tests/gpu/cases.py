@@ -221,9 +221,6 @@ ALL = (
     ),
     Case("deepseek_v32", "bf16", "triton", "bf16 experts with triton", SPARSE, options=DSA),
     Case("glm_moe_dsa", "bf16", "triton", "bf16 experts with triton", SPARSE, ranks=(2,), options=DSA),
-)
-# Cases that have not passed yet, whose models are not called validated. Once one has, it belongs to `ALL`.
-CANDIDATES = (
     Case(
         "kimi_linear",
         "bf16",
@@ -283,7 +280,7 @@ DRAFTS = (
     _EAGLE,
     replace(_EAGLE, options={"speculative_algorithm": "EAGLE3", **_CHAIN}, drafts="eagle3", head="eagle3"),
 )
-BY_NAME = {case.name: case for case in ALL + CANDIDATES + VARIATIONS + DRAFTS}
+BY_NAME = {case.name: case for case in ALL + VARIATIONS + DRAFTS}
 # Models whose shared experts SGLang fuses into the routed ones by itself, which DWDP turns off. With each, two models
 # that differ in their MoE kernels alone, and so in how sums are rounded.
 FUSED = {

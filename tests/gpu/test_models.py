@@ -36,7 +36,7 @@ from benchmarks.processes import RunError
 from benchmarks.variants import QUIET
 from tests.fixtures.families import make_checkpoint, make_head
 from tests.fixtures.model_modules import FEWER_MODELS
-from tests.gpu.cases import ALL, BY_NAME, CANDIDATES, FUSED, LENGTHS, NEW_TOKENS, OPTIONS, VARIATIONS, Case, prompts
+from tests.gpu.cases import ALL, BY_NAME, FUSED, LENGTHS, NEW_TOKENS, OPTIONS, VARIATIONS, Case, prompts
 
 RESUME = os.environ.get("DWDP_ENGINES_RESUME") == "1"
 pytestmark = [pytest.mark.models] if RESUME else [pytest.mark.gpu(3), pytest.mark.models]
@@ -294,7 +294,7 @@ def skip_without_kernels(case: Case) -> None:
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize(("name", "ranks"), [(case.name, ranks) for case in ALL + CANDIDATES for ranks in case.ranks])
+@pytest.mark.parametrize(("name", "ranks"), [(case.name, ranks) for case in ALL for ranks in case.ranks])
 def test_parity(engines: Engines, name: str, ranks: int) -> None:
     case = BY_NAME[name]
     skip_without_kernels(case)

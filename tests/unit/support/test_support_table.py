@@ -15,6 +15,7 @@ from tests.fixtures.families import Family, Shape, config
 from tests.fixtures.support_table import (
     BY_MODELS,
     FAMILIES,
+    GPU_DRAFTS,
     GPU_MODELS,
     IMAGES,
     MODELS,
@@ -28,7 +29,7 @@ from tests.fixtures.support_table import (
     page,
     remember,
 )
-from tests.gpu.cases import ALL, FUSED
+from tests.gpu.cases import ALL, DRAFTS, FUSED
 
 RESULTS = """<testsuites><testsuite>
 <testcase classname="tests.e2e.test_models" name="test_parity[glm4_moe-2]"/>
@@ -82,6 +83,20 @@ def test_a_model_has_a_row_with_a_cell_for_each_backend() -> None:
     text = page({f"{GPU_MODELS}test_parity[{case.name}-3]": "2026-01-01"})
     row = f"| {FAMILIES[case.family]} | {WEIGHTS[case.weights]} | unvalidated | 3 (2026-01-01) | "
     assert sum(line.startswith(row) for line in text.splitlines()) == 1
+
+
+def test_drafts_are_validated_only_with_all_their_cases() -> None:
+    names = [
+        f"{GPU_DRAFTS}test_parity[{case.name}-{ranks}]"
+        for case in DRAFTS
+        for ranks in case.ranks
+        if (case.family, case.options["speculative_algorithm"]) == ("deepseek_v3", "NEXTN")
+    ]
+    assert len(names) > 2
+    record = dict.fromkeys(names, "2026-01-01")
+    assert "\n- NEXTN: DeepSeek-V3 / R1 2, 3 (2026-01-01), GLM-4.5 unvalidated\n" in page(record)
+    del record[names[-1]]
+    assert "\n- NEXTN: DeepSeek-V3 / R1 unvalidated, GLM-4.5 unvalidated\n" in page(record)
 
 
 def test_models_on_cpus_are_grouped_by_outcome() -> None:
