@@ -15,7 +15,7 @@ from collections.abc import Callable
 from sglang_dwdp.errors import DwdpRuntimeError
 from sglang_dwdp.exchange.bells import Bells
 from sglang_dwdp.exchange.page import Page
-from sglang_dwdp.exchange.policy import StepTimes, after_waiting, deadline_us, longest_wait_us
+from sglang_dwdp.exchange.policy import StepTimes, after_waiting, deadline_us
 from sglang_dwdp.exchange.round import Joint, Phase, Round
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class Meeting:
         elif waited_us:
             self.counters.withdrawn_rounds += 1
             logger.debug("DWDP: waited %d us in vain, with %d rows: %s", waited_us, bucket, state.seats)
-            in_vain_us = min(waited_us, longest_wait_us(self.times, bucket, rows))  # the rest was for a core
+            in_vain_us = min(waited_us, int(alone_us))  # no deadline is later; the rest was for a core
             self._patient_from_us = after_waiting(state, rank, start + waited_us, in_vain_us, self._patient_from_us)
         else:
             self.counters.alone_rounds += 1

@@ -12,29 +12,24 @@ from sglang_dwdp.config import DEFAULT_DIRECT_MAX_TOKENS
 IN_PLACE_OVER_COPY = 0.87
 
 
-def touched_share(tokens: int, num_experts: int, experts_per_token: int) -> float:
-    """The share of a layer's experts that so many tokens choose: 1 - (1 - k/E)^n, if routing is uniform.
+def in_place_over_copies(tokens: int, num_experts: int, experts_per_token: int) -> float:
+    """Time of reading in place the experts that tokens choose, over that of copying all.
+
+    If routing is uniform, n tokens that choose k of E experts touch the share 1 - (1 - k/E)^n of them, remote or not.
+    They are read at r times the bandwidth of copies, so it is that share over r.
 
     Args:
         tokens: n.
         num_experts: E.
         experts_per_token: k.
     """
-    return 1.0 - (1.0 - experts_per_token / num_experts) ** tokens
-
-
-def in_place_over_copies(tokens: int, num_experts: int, experts_per_token: int) -> float:
-    """Time of reading in place the experts that tokens choose, over that of copying all; arguments as above.
-
-    A layer's experts are divided among ranks, so the share that is remote is the same.
-    """
-    return touched_share(tokens, num_experts, experts_per_token) / IN_PLACE_OVER_COPY
+    return (1 - (1 - experts_per_token / num_experts) ** tokens) / IN_PLACE_OVER_COPY
 
 
 def direct_limit(num_experts: int, experts_per_token: int | None) -> int:
     """The largest forward, in tokens, for which reading the chosen experts in place is no slower than copying all.
 
-    Reading in place is done at r times the bandwidth of copies, so it takes as long as copying everything when
+    It takes as long when `in_place_over_copies` is 1:
 
         (1 - (1 - k/E)^n) / r = 1,  so  n = log(1 - r) / log(1 - k/E).
 

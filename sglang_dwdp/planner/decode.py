@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sglang_dwdp.experts.direct_limit import IN_PLACE_OVER_COPY, touched_share
+from sglang_dwdp.experts.direct_limit import in_place_over_copies
 from sglang_dwdp.planner import kernels
 from sglang_dwdp.planner.cost import Group, equal_share, pull_bandwidth
 from sglang_dwdp.planner.formats import FORMATS, Precision
@@ -61,8 +61,8 @@ def decode_step(
         return kernels.grouped_gemm(model, gpu, experts, rows * model.top_k * count / model.experts, count)
 
     remote = 1 - group.stored(model) / model.experts
-    touched = model.experts * touched_share(sequences, model.experts, model.top_k)
-    over_link = touched * remote * one / (IN_PLACE_OVER_COPY * pull_bandwidth(gpu, group))
+    all_copied = model.experts * remote * one / pull_bandwidth(gpu, group)
+    over_link = in_place_over_copies(sequences, model.experts, model.top_k) * all_copied
     rows = sequences * (ranks - 1) * model.hidden * 2 * precision.activation_bytes
     exchange = EXCHANGE_SECONDS + rows / (gpu.link_bandwidth * gpu.efficiency.collective)
     everything = run(sequences, model.experts)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from sglang.srt.model_executor.runner.shape_key import ShapeKey
 
 from sglang_dwdp.srt_patches import exchange, exchange_graphs
@@ -44,6 +45,11 @@ class Steps:
     def time_copies(self, copies: Any) -> None:
         assert copies == ("copies" if self.copies else 1000)
         self.copies_timed = True
+
+    def time_decode(self, bucket: int, alone: Any, joint: Any) -> None:
+        assert self.copies_timed
+        assert [alone(), joint()] == [(bucket, None), (bucket, "dwdp_exchange")]
+        self.timed.append(bucket)
 
     def time_prefill(self, bucket: int) -> None:
         assert self.bucket == 0
@@ -94,6 +100,35 @@ def test_some_prefill_buckets_are_captured_twice(
     assert captured == [(0, False), (size, True)][:graphs]
     assert steps.helps == steps.timed == [size] * (graphs - 1)
     assert not runtime.in_exchange_step
+
+
+@pytest.mark.parametrize(
+    ("size", "drafts", "helps", "timed"),
+    [(8, False, [8], [8]), (24, False, [24], []), (512, False, [], []), (8, True, [], [])],
+)
+def test_decodes_are_captured_twice_and_powers_of_two_timed(
+    monkeypatch: pytest.MonkeyPatch, steps: Steps, size: int, drafts: bool, helps: list[int], timed: list[int]
+) -> None:
+    """What copies take is timed first, also where no prefill was captured."""
+    prefetcher = SimpleNamespace(depth=2, copy_all="copies")
+    runtime = SimpleNamespace(staged=SimpleNamespace(prefetcher=prefetcher))
+    monkeypatch.setattr(exchange_graphs, "current_runtime", lambda: runtime)
+    runner = SimpleNamespace(
+        model_runner=SimpleNamespace(is_draft_worker=drafts, model_config=SimpleNamespace(vocab_size=9)),
+        buffers=SimpleNamespace(input_ids=torch.full((size,), -1)),
+        captured_req_width=1,
+        backend=SimpleNamespace(replay=lambda key, _batch: key),
+        _make_graph_key=lambda size, _stream, variant, _other: (size, variant),
+    )
+    captured: list[tuple[int, Any]] = []
+
+    def original(_runner: Any, _size: int, _forward: Any, _stream: Any = None, variant: Any = None) -> None:
+        captured.append((steps.bucket, variant))
+
+    exchange_graphs.capture_decode(original, runner, size, "forward")
+    assert captured == [(0, None), (size, "dwdp_exchange")][: 1 + len(helps)]
+    assert (steps.helps, steps.timed) == (helps, timed)
+    assert (runner.buffers.input_ids >= 0).all() == bool(timed)
 
 
 def test_padding_is_judged_by_a_rank_s_own_tokens(steps: Steps) -> None:
