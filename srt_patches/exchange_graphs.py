@@ -87,7 +87,10 @@ def capture_key(original: Callable[..., None], backend: Any, key: Any, *args: An
 
 
 def replay_key(original: Callable[..., Any], backend: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around `BreakableCudaGraphBackend.replay`."""
+    """Around `BreakableCudaGraphBackend.replay`. What a long prefill needs before takes milliseconds, too."""
+    steps = current_steps()
+    if steps is not None:
+        steps.before_replay()
     return original(backend, _joint_key(key), *args, **kwargs)
 
 

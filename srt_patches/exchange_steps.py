@@ -99,6 +99,8 @@ class ExchangeSteps:
             self._end_helps(_MAX_HELPS)
             self._run_help()  # with a prefill of peers
         if not is_decode or not bucket:
+            if self.layers.beside is not None:
+                self._help_now()
             self._piece_start, self._longest_s = None if is_decode else time.monotonic(), 0.0
             self.forwards.go_away(1e6 * self._launch_s)
         return False
@@ -140,12 +142,29 @@ class ExchangeSteps:
         return False
 
     def between_pieces(self) -> None:
-        """A piece of a prefill has been launched, and others follow: help peers that wait for this rank.
-
-        Never waits, neither for a GPU nor for a third rank, since the next piece is to be launched.
-        """
+        """A piece of a prefill has been launched, and others follow: help peers that wait for this rank."""
         if self._piece_start is not None:
             self._end_piece()
+        self._help_now()
+
+    def before_replay(self) -> None:
+        """A graph is about to be launched, maybe of a prefill that this rank runs alone: its first piece is ready."""
+        if self._piece_start is not None:
+            self.between_pieces()
+
+    def while_scheduling(self, *, is_prefill_next: bool = False) -> None:
+        """The scheduler has work before its next forward, some of it for milliseconds: help peers that wait.
+
+        Not if a decode may be next that need not wait for this rank's GPU: it would miss the round of its peers.
+
+        Args:
+            is_prefill_next: A forward is next that is not joint.
+        """
+        if self.layers.beside is not None and (is_prefill_next or self.forwards.is_behind()):
+            self._help_now()
+
+    def _help_now(self) -> None:
+        """Help peers that wait; never wait, neither for a GPU nor for a third rank."""
         try:
             while self._helps and (self._helps[0][1] is None or self._helps[0][1].query()):
                 self._end_helps(len(self._helps) - 1)

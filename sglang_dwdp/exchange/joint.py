@@ -62,7 +62,7 @@ class JointForwards:
             DwdpRuntimeError: A peer is stopped while it holds the page.
         """
         if bucket:
-            if self._alone is not None and not self._alone.query():
+            if self.is_behind():
                 if not self._meeting.times.may_save(bucket, rows):
                     self._meeting.counters.alone_rounds += 1
                     self.bucket = None
@@ -73,6 +73,10 @@ class JointForwards:
             joint = self._meeting.help(wait=wait)
         self.bucket = joint.bucket if joint else None
         return joint
+
+    def is_behind(self) -> bool:
+        """Whether the GPU has not yet run this rank's last forward, which was not joint."""
+        return self._alone is not None and not self._alone.query()
 
     def go_away(self, away_us: float) -> None:
         """A forward is about to be launched that takes so many microseconds of it, and is not joint.

@@ -182,9 +182,11 @@ def test_a_rank_enters_when_its_gpu_is_free() -> None:
         engine, peer = made
         engine.forwards.go_away(1000)
         engine.forwards.end(Event(log, "large"))
+        assert engine.forwards.is_behind()
         assert log == []
         on_all(made, joint)
         assert log == ["large"]
+        assert not engine.forwards.is_behind()
         on_all(made, joint)
         assert log == ["large"]
         peer.forwards.close()

@@ -178,6 +178,44 @@ def test_peers_wait_for_a_prefill_no_longer_than_for_its_longest_piece(monkeypat
         steps.end(is_joint=False)
 
 
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> tuple[Forwards, ExchangeSteps]:
+    """As on a GPU, where helping runs beside a forward of the rank's own."""
+    forwards = Forwards(rounds=100, looks=0)
+    steps = exchange_steps(forwards)
+    steps.layers.beside = object()
+    monkeypatch.setattr(steps, "_run_help", lambda: setattr(forwards, "helped", forwards.helped + 1))
+    return forwards, steps
+
+
+def test_a_scheduler_helps_peers_while_it_works_unless_its_decode_may_be_next(
+    beside: tuple[Forwards, ExchangeSteps],
+) -> None:
+    forwards, steps = beside
+    for behind, is_prefill_next, helped in ((False, False, 0), (False, True, 1), (True, False, 2), (True, True, 3)):
+        forwards.is_behind = lambda behind=behind: behind  # type: ignore[attr-defined]
+        steps.while_scheduling(is_prefill_next=is_prefill_next)
+        assert forwards.helped == helped
+    assert not forwards.waits
+    steps.layers.beside = None  # on the CPU helping takes as long as a forward of the peers
+    steps.while_scheduling(is_prefill_next=True)
+    assert forwards.helped == 3
+
+
+def test_peers_are_helped_before_a_long_prefill_begins_and_before_its_graph(
+    beside: tuple[Forwards, ExchangeSteps],
+) -> None:
+    forwards, steps = beside
+    steps.before_replay()
+    assert forwards.helped == 0  # of a capture, or of a joint forward
+    helped_at: list[int] = []
+    forwards.go_away = lambda away_us: helped_at.append(forwards.helped)  # type: ignore[method-assign]
+    steps.begin(4096, is_decode=False)
+    assert helped_at == [1]
+    steps.before_replay()
+    assert forwards.helped == 2
+
+
 def test_an_idle_rank_waits_for_its_help_once_nobody_wants_more() -> None:
     forwards = Forwards(rounds=3, looks=0)
     steps = exchange_steps(forwards)

@@ -21,6 +21,7 @@ class Steps:
 
     prefill_buckets = (512, 1024)
     copies_timed = False
+    replays = 0  # that it was told of
 
     def __init__(self) -> None:
         self.bucket, self.helps, self.timed, self.copies = 0, list[int](), list[int](), True
@@ -41,6 +42,9 @@ class Steps:
     def capture_help(self, bucket: int) -> None:
         assert self.bucket == bucket
         self.helps.append(bucket)
+
+    def before_replay(self) -> None:
+        self.replays += 1
 
     def time_copies(self, copies: Any) -> None:
         assert copies == ("copies" if self.copies else 1000)
@@ -77,6 +81,7 @@ def test_a_joint_prefill_has_a_graph_of_its_own(steps: Steps) -> None:
     steps.bucket = 512
     assert key_of(ShapeKey(512)) == JOINT
     assert key_of(ShapeKey(8, variant_label="lora")) == ShapeKey(8, variant_label="lora")
+    assert steps.replays == 3
 
 
 @pytest.mark.parametrize("copies", [True, False])

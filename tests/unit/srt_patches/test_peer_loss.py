@@ -47,6 +47,10 @@ class Steps:
     def wait(self) -> None:
         if self.page_lost:
             raise LOST
+        self.said.append("waited")
+
+    def while_scheduling(self, *, is_prefill_next: bool = False) -> None:
+        self.said.append("helps before a long prefill" if is_prefill_next else "helps")
 
 
 @pytest.fixture
@@ -202,10 +206,10 @@ def test_requests_of_a_void_forward_end_with_an_error(steps: Steps) -> None:
     whole, middle, before_last = a_request(0), a_request(1), a_request(1)
     scheduler = SimpleNamespace(chunked_req=middle, _pending_chunked_abort_req=None)
     batch = SimpleNamespace(reqs=[whole, middle, before_last], forward_mode=ForwardMode.MIXED)
-    exchange_results.before_result(scheduler, batch)
+    exchange_results.result(lambda *_: None, scheduler, batch)
     assert whole.to_finish is middle.discard_output_reason is None
     steps.page_lost = True
-    exchange_results.before_result(scheduler, batch)
+    exchange_results.result(lambda *_: None, scheduler, batch)
     for reason in (whole.to_finish, middle.discard_output_reason, before_last.discard_output_reason):
         found = reason.to_json()
         assert (found["type"], found["status_code"]) == ("abort", 503)
@@ -213,7 +217,25 @@ def test_requests_of_a_void_forward_end_with_an_error(steps: Steps) -> None:
     assert all(request.skip_radix_cache_insert for request in batch.reqs)
     assert scheduler._pending_chunked_abort_req is middle  # its next chunk is not launched
     assert middle.to_finish is before_last.to_finish is None
-    assert steps.said == ["gave up"]
+    assert "gave up" in steps.said
+
+
+def test_peers_are_helped_while_the_scheduler_works(steps: Steps) -> None:
+    batch = SimpleNamespace(extend_num_tokens=512, reqs=[], forward_mode=ForwardMode.EXTEND)
+
+    def said(what: Any) -> Any:
+        steps.said.append("scheduler")
+        return what
+
+    assert exchange_results.result(lambda *_: said("found"), SimpleNamespace(), batch) == "found"
+    assert steps.said == ["waited", "helps", "scheduler", "helps"]
+    for tokens, last in ((512, "helps"), (513, "helps before a long prefill"), (None, "helps")):
+        steps.said.clear()
+        batch.extend_num_tokens = tokens
+        found = (batch if tokens else None, None)
+        scheduler = SimpleNamespace(chunked_req=None)
+        assert exchange_results.new_prefill(lambda _, found=found: said(found), scheduler) is found
+        assert steps.said == ["helps", "scheduler", last]
 
 
 @pytest.mark.parametrize(("tokens", "private", "held"), [(512, False, True), (513, False, False), (512, True, False)])
@@ -227,10 +249,10 @@ def test_a_chunk_is_cached_once_its_prompt_is_known_to_be_right(
     batch = SimpleNamespace(extend_num_tokens=tokens, reqs=[request], forward_mode=ForwardMode.EXTEND)
     assert exchange_results.new_prefill(lambda _: (batch, None), scheduler)[0] is batch
     assert request.skip_radix_cache_insert is (held or private)
-    exchange_results.before_result(scheduler, batch)
+    exchange_results.result(lambda *_: None, scheduler, batch)
     assert request.skip_radix_cache_insert is (held or private)
     request.inflight_middle_chunks = 0  # of its last chunk
-    exchange_results.before_result(scheduler, batch)
+    exchange_results.result(lambda *_: None, scheduler, batch)
     assert request.skip_radix_cache_insert is private
 
 
