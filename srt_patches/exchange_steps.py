@@ -1,7 +1,7 @@
 """Exchange steps of one scheduler: which of its forwards are joint, and its part in joint forwards of others.
 
-A rank that is idle, or that launches a long prefill of its own or waits for it, helps peers with a small forward: it
-runs the MoE layers alone (`joint_layers.py`).
+A rank that is idle, or that prepares a long prefill of its own, launches it or waits for it, helps peers with a small
+forward: it runs the MoE layers alone (`joint_layers.py`).
 """
 
 from __future__ import annotations
