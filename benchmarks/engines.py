@@ -1,9 +1,9 @@
 """Engines at SGLang's defaults beside each other on all GPUs: python benchmarks/engines.py [--variants …] [--cases …]
 
 Variants: dwdp, dwdp-mixed (mixed chunks), dwdp-exchange, in-tree (SGLang's --dwdp-size), dep (attention data
-parallelism with expert parallelism), dep-gatherv (with SGLANG_DP_USE_GATHERV=1), replicas, tp. NAME=KIND is a variant
-of that kind with options of its own: --variants dep int4=dwdp --set int4 model_path=benchmarks/models/int4 (int4 and
-nvfp4 have quantized experts, mtp a draft layer; they are config.json alone, and SGLang draws the weights).
+parallelism with expert parallelism), replicas, tp. NAME=KIND is a variant of that kind with options of its own:
+--variants dep int4=dwdp --set int4 model_path=benchmarks/models/int4 (int4 and nvfp4 have quantized experts, mtp a
+draft layer; they are config.json alone, and SGLang draws the weights).
 
 Cases: prefill:TOKENS (one prompt in each forward; the rate is that of --prompts-per-rank prompts on every rank, sent at
 once), prefill:TOKENS:PERCENT (lengths vary by so much), decode:SEQUENCES (of a rank; the rate is that between the last

@@ -44,8 +44,9 @@ for step in "$@"; do
   case "$step" in
   two)
     tuned qwen3-30b-a3b 2
-    engines two 1500 --variants dwdp-exchange dwdp dep plain=dep dep-gatherv replicas in-tree tp \
-      --set plain "SGLANG_MOE_CONFIG_DIR=$sglang" --at-a-time $together --repeats 2 \
+    engines two 1500 --variants dwdp-exchange dwdp dep plain=dep gatherv=dep replicas in-tree tp \
+      --set plain "SGLANG_MOE_CONFIG_DIR=$sglang" --set gatherv SGLANG_DP_USE_GATHERV=1 \
+      --at-a-time $together --repeats 2 \
       --cases $prefills prefill:4096:20 prefill:8192:20 decode:1 decode:8 decode:32 decode:64 decode:32:1
     ;;
   tokens) engines tokens 600 --variants dwdp dwdp-exchange dep replicas --tokens --cases ;;

@@ -17,12 +17,12 @@ from benchmarks.one_gpu import one_gpu_environment
 from sglang_dwdp.cpu import engine as cpu_engine
 from sglang_dwdp.demo.server import fewer_models
 
-KINDS = ("dwdp", "dwdp-mixed", "dwdp-exchange", "in-tree", "dep", "dep-gatherv", "replicas", "tp")
+KINDS = ("dwdp", "dwdp-mixed", "dwdp-exchange", "in-tree", "dep", "replicas", "tp")
 DEFAULT = ("dwdp", "in-tree", "dep", "replicas", "tp")
 ON_CPU = ("dwdp", "dwdp-mixed", "dwdp-exchange", "replicas")
-WAITING = ("dep", "dep-gatherv", "tp")  # their ranks wait for each other in every forward
+WAITING = ("dep", "tp")  # their ranks wait for each other in every forward
 TIMED = ("dwdp-exchange",)  # their ranks time forwards while they start, so nothing else may start beside them
-DIVIDED = ("in-tree", "dep", "dep-gatherv")  # SGLang divides their chunk and running requests by the ranks
+DIVIDED = ("in-tree", "dep")  # SGLang divides their chunk and running requests by the ranks
 # SGLang's chunk on GPUs of 60 to 160 GB (arg_groups/memory_hook.py), which it divides by the ranks of attention data
 # parallelism.
 CHUNK = 8192
@@ -126,14 +126,12 @@ class Setting:
 def kind_options(kind: str, ranks: int) -> dict[str, Any]:
     """What makes an engine that variant."""
     dwdp: dict[str, Any] = {"tp_size": ranks, "enable_dwdp": True}
-    dep: dict[str, Any] = {"tp_size": ranks, "dp_size": ranks, "enable_dp_attention": True, "ep_size": ranks}
     kinds: dict[str, dict[str, Any]] = {
         "dwdp": dwdp,
         "dwdp-mixed": dwdp | {"enable_mixed_chunk": True},
         "dwdp-exchange": dwdp | {"dwdp_exchange": "auto"},
         "in-tree": {"tp_size": ranks, "dwdp_size": ranks},
-        "dep": dep,
-        "dep-gatherv": dep,
+        "dep": {"tp_size": ranks, "dp_size": ranks, "enable_dp_attention": True, "ep_size": ranks},
         "replicas": {"tp_size": 1, "dp_size": ranks},
         "tp": {"tp_size": ranks},
     }
@@ -217,8 +215,6 @@ def environment(
     if several or devices == 1:
         # Engines that load at the same time make GPUs look unevenly used, which SGLang takes for an error.
         added["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
-    if kind == "dep-gatherv":
-        added["SGLANG_DP_USE_GATHERV"] = "1"
     result = {**base, **QUIET, **added}
     if not devices:
         result |= cpu_engine.environment(ranks, result)

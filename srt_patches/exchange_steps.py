@@ -99,8 +99,7 @@ class ExchangeSteps:
             self._end_helps(_MAX_HELPS)
             self._run_help()  # with a prefill of peers
         if not is_decode or not bucket:
-            if self.layers.beside is not None:
-                self._help_now()
+            self.while_scheduling(is_prefill_next=True)
             self._piece_start, self._longest_s = None if is_decode else time.monotonic(), 0.0
             self.forwards.go_away(1e6 * self._launch_s)
         return False
@@ -158,7 +157,7 @@ class ExchangeSteps:
         Not if a decode may be next that need not wait for this rank's GPU: it would miss the round of its peers.
 
         Args:
-            is_prefill_next: A forward is next that is not joint.
+            is_prefill_next: A forward is next that is not joint, as a long prefill.
         """
         if self.layers.beside is not None and (is_prefill_next or self.forwards.is_behind()):
             self._help_now()

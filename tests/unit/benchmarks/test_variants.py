@@ -100,9 +100,7 @@ def test_variables(tmp_path: Path) -> None:
         base = {"PATH": "/bin"}
         return environment(kind, ranks=2, devices=devices, several=True, made=False, folder=tmp_path, base=base)
 
-    assert of("dep-gatherv", 2)["SGLANG_DP_USE_GATHERV"] == "1"
-    assert of("dep-gatherv", 2)["PATH"] == "/bin"
-    assert "SGLANG_DP_USE_GATHERV" not in of("dep", 2)
+    assert of("dep", 2)["PATH"] == "/bin"
     assert str(tmp_path / "one_gpu") in of("dwdp", 1)["PYTHONPATH"]
     assert "SGLANG_USE_CPU_ENGINE" in of("dwdp", 0)
 
